@@ -1,0 +1,44 @@
+# The project's ritual: `make demo` runs the whole road, `make check` and `make test` come before every commit.
+
+PYTHON ?= python3.11
+READY := .venv/.ready
+DEMO := runs/demo
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow check clean
+
+# Rebuilt only when what it installs changes.
+$(READY): pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+# Every line is a command you could type (with .venv/bin on your PATH).
+demo: $(READY)
+	rm -rf $(DEMO)
+	python data_prep/convert.py --data test_data/captions.json --images test_data/imgs --out $(DEMO)/shards/captions
+	python data_prep/convert.py --data test_data/data.json --images test_data/imgs --out $(DEMO)/shards/train
+	python data_prep/convert.py --data test_data/heldout.json --images test_data/imgs --out $(DEMO)/shards/heldout
+	composer -n 1 train.py yamls/demo/pretrain.yaml
+	composer -n 1 train.py yamls/demo/finetune.yaml
+	composer-path export $(DEMO)/finetune/checkpoints/latest-rank0.pt $(DEMO)/exported
+	composer-path ask $(DEMO)/exported --image test_data/imgs/heldout_000.jpg "Is this tile mostly tissue or mostly background?"
+	composer-path ask $(DEMO)/exported --image test_data/imgs/heldout_000.jpg "How was this section stained?"
+	composer-path summary $(DEMO)
+
+test: $(READY)
+	python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	python -m pytest -m slow
+
+check: $(READY)
+	ruff check .
+	ruff format --check .
+	mypy
+	yamllint --strict .
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

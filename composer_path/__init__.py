@@ -1,0 +1,3 @@
+"""composer_path: train and finetune pathology vision-language models on MosaicML Composer and Streaming."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""Weights to hand on, at intervals and at the end: projector files after stage 1, a model folder after stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist
+from transformers import PreTrainedTokenizerBase
+
+from composer_path.checkpoints import TrainedOnly, gather_weights
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.weights.export import write_model, write_projector
+
+
+class SaveWeights(Callback):
+    """Writes what a later stage, or another program, starts from.
+
+    Where only the projector is trained: `projector.safetensors`, `mm_projector.bin` (the reference's names) and
+    `config.json` in the run's folder. Else a folder `model` with everything, which
+    `PathMLLM.from_pretrained` loads.
+
+    Args:
+        interval: A Composer time such as `1ep` or `500ba`; the end of training is always included.
+        dtype: Of a written model folder: `bf16`, `fp32`, or None for as they are.
+        run_folder: Where to write.
+        model: The plain model, whose children are gathered if it is sharded.
+        trained_only: Its checkpoint filter.
+        tokenizer: Saved with a model folder.
+        processor: How text and images are prepared; saved with a model folder.
+    """
+
+    def __init__(
+        self,
+        interval: str = "1ep",
+        dtype: str | None = None,
+        *,
+        run_folder: Path,
+        model: PathMLLM,
+        trained_only: TrainedOnly,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: dict[str, Any],
+    ) -> None:
+        self.due = create_interval_scheduler(interval, include_end_of_training=True)
+        self.dtype = dtype
+        self.run_folder = run_folder
+        self.model = model
+        self.trained_only = trained_only
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.last_saved: int | None = None
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        """Save when an interval ends; the same step is never saved twice."""
+        if event not in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT):
+            return
+        if self.due(state, event) and self.last_saved != state.timestamp.batch.value:
+            self.last_saved = state.timestamp.batch.value
+            self.save()
+
+    def save(self) -> None:
+        """Gather the weights on rank 0 and write them; every rank must call it."""
+        trained = {name for name, child in self.model.named_children() if any(p.requires_grad for p in child.parameters())}
+        weights = gather_weights(self.model, self.trained_only, everything=trained != {"projector"})
+        if dist.get_global_rank() == 0:
+            if trained == {"projector"}:
+                write_projector(self.run_folder, self.model, weights)
+            else:
+                write_model(self.run_folder / "model", self.model, weights, self.tokenizer, self.processor, self.dtype)
+        dist.barrier()

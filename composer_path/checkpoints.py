@@ -1,0 +1,128 @@
+"""Checkpoints for resuming: only what is trained, read only when harmless, the newest few kept."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+HARMLESS = re.compile(
+    r"(datetime\.(timedelta|datetime)|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
+    r"|torch\.torch_version\.TorchVersion|collections\.OrderedDict)"
+)
+
+
+class TrainedOnly:
+    """Keeps frozen weights out of a module's state dict, and doesn't miss them on loading.
+
+    They come from their own files at every start; a 13B model's would take 26 GB in each checkpoint. It is switched on
+    after the weights have been spread over the ranks, which goes through the state dict too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.active = False
+        module.register_state_dict_post_hook(self._drop_frozen)
+        module.register_load_state_dict_post_hook(self._forget_missing)
+
+    def _drop_frozen(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self.active:
+            for name in frozen_names(module):
+                state.pop(prefix + name, None)
+
+    def _forget_missing(self, module: nn.Module, incompatible: Any) -> None:
+        if self.active:
+            frozen = frozen_names(module)
+            incompatible.missing_keys[:] = [
+                key for key in incompatible.missing_keys if not any(key.endswith(name) for name in frozen)
+            ]
+
+    @contextmanager
+    def everything(self) -> Iterator[None]:
+        """Within it, the state dict has the frozen weights too."""
+        active, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = active
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Names of a module's frozen parameters as they stand in its state dict."""
+    return {
+        name.replace("_checkpoint_wrapped_module.", "")
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
+
+
+def gather_weights(model: nn.Module, trained_only: TrainedOnly, *, everything: bool) -> dict[str, torch.Tensor]:
+    """The whole weights of a sharded (or not sharded) module on rank 0's CPU; empty on other ranks. All ranks call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    if everything:
+        with trained_only.everything():
+            return get_model_state_dict(model, options=options)
+    return get_model_state_dict(model, options=options)
+
+
+class ResumableCheckpoints(Callback):
+    """Switches `TrainedOnly` on before a checkpoint is read, and lets the saver prune those of an earlier process."""
+
+    def __init__(self, trained_only: TrainedOnly) -> None:
+        self.trained_only = trained_only
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """From here on, state dicts are those of checkpoints."""
+        self.trained_only.active = True
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Composer's saver only counts its own process's checkpoints; tell it of those a resumed run left."""
+        for saver in state.callbacks:
+            if isinstance(saver, CheckpointSaver) and saver.num_checkpoints_to_keep >= 0:
+                sharded = state.fsdp_sharded_state_dict_enabled
+                if sharded or dist.get_global_rank() == 0:
+                    folder = Path(saver.folder.format(run_name=state.run_name))
+                    saver.saved_checkpoints[:0] = earlier_checkpoints(folder, sharded)
+
+
+def earlier_checkpoints(folder: Path, sharded: bool) -> list[str]:
+    """Checkpoints in a folder, oldest first, as Composer's saver names them."""
+    found = []
+    for path in folder.glob("ep*-ba*"):
+        match = re.match(r"ep(\d+)-ba(\d+)", path.name)
+        if match and path.is_dir() == sharded and not path.is_symlink():
+            found.append((int(match[2]), str(path / f"__{dist.get_global_rank()}_0.distcp") if sharded else str(path)))
+    return [path for _, path in sorted(found)]
+
+
+def require_safe_checkpoints() -> None:
+    """Let Composer ask `is_harmless` before it unpickles any checkpoint."""
+    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "composer_path.checkpoints.is_harmless"
+
+
+def is_harmless(path: str | Path, specs: Any = None) -> bool:
+    """Whether a checkpoint's pickle names nothing that could run code when it is loaded.
+
+    Composer loads checkpoints as full pickles; this reads the names a pickle would call, without calling them.
+
+    Raises:
+        ValueError: Lists the names it refuses.
+    """
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    refused = [name for name in unsafe if not HARMLESS.fullmatch(name)]
+    if refused:
+        raise ValueError(
+            f"checkpoint '{path}' would call {', '.join(sorted(refused))} when it is loaded, which no checkpoint of this "
+            "project needs; it is refused. Export the weights to safetensors where it came from, and load those"
+        )
+    return True

@@ -1,0 +1,131 @@
+"""Shards to training samples: each record is decoded, put into its prompt, tokenized and labelled as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from streaming import StreamingDataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from composer_path.data.conversation import Conversation
+from composer_path.data.image import PAD_COLOR, ImageError, load_image
+from composer_path.data.prompts import TemplateError, get_template
+from composer_path.data.shards import unpack_images
+from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
+
+
+class Sample(TypedDict):
+    """One conversation, ready to be laid into a row."""
+
+    sample_id: int  # its position in the stream
+    input_ids: Int64[Tensor, " tokens"]
+    labels: Int64[Tensor, " tokens"]  # not shifted
+    pixel_values: UInt8[Tensor, "images 3 height width"]
+    is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
+    source: str
+    problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
+
+
+class ConversationDataset(StreamingDataset):
+    """Conversations over images, streamed from MDS shards on disk or in a bucket.
+
+    Args:
+        tokenizer: Of the language model.
+        num_image_tokens: How many placeholders an image takes.
+        image_size: Side of the square the vision encoder sees, pixels.
+        pad_color: What `fit: pad` fills up with.
+        template: Prompt template, see `composer_path.data.prompts`.
+        max_seq_len: Samples are cut at this many tokens, images included, never inside an image.
+        image_position: `front` of the turn, or `inline` where the tags are.
+        fit: `pad` to a square, or `crop` the centre.
+        decoder: `pil` is exact, `torchvision` about twice as fast and within a grey level.
+        max_pixels: Larger images are refused; None for the default of `load_image`.
+        **streaming: Keywords of `streaming.StreamingDataset`, passed through.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        num_image_tokens: int | Callable[[int], int],
+        image_size: int,
+        pad_color: tuple[int, int, int] = PAD_COLOR,
+        template: str | Mapping[str, Any] = "plain",
+        max_seq_len: int = 4096,
+        image_position: str = "front",
+        fit: str = "pad",
+        decoder: str = "pil",
+        max_pixels: int | None = None,
+        **streaming: Any,
+    ) -> None:
+        super().__init__(**streaming)
+        self.tokenizer = tokenizer
+        self.template = get_template(template)
+        self.num_image_tokens = num_image_tokens
+        self.max_seq_len = max_seq_len
+        self.image_position = image_position
+        self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder, "pad_color": pad_color}
+        if max_pixels is not None:
+            self.image_keywords["max_pixels"] = max_pixels
+
+    def __getitem__(self, at: int | slice | list[int] | Any) -> Any:
+        """The sample at a position of the stream (or samples, for a slice or list)."""
+        record = super().__getitem__(at)
+        return self.to_sample(record, int(at)) if isinstance(record, dict) else record
+
+    def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
+        """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
+        try:
+            images = unpack_images(record["images"])
+            conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
+            tokens = tokenize_conversation(
+                conversation, self.tokenizer, self.template, self.num_image_tokens, self.max_seq_len, self.image_position
+            )
+            pixels = [load_image(image, **self.image_keywords) for image in images[: tokens.num_images]]
+        except (TemplateError, ImageError) as error:
+            return self._unusable(sample_id, record, str(error))
+        problem = None if tokens.num_answer_tokens else f"no answer is left within max_seq_len={self.max_seq_len}"
+        return Sample(
+            sample_id=sample_id,
+            input_ids=tokens.input_ids,
+            labels=tokens.labels,
+            pixel_values=torch.stack(pixels) if pixels else self._no_images(),
+            is_he=torch.full((len(pixels),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
+            source=str(record["metadata"].get("source") or "all"),
+            problem=problem,
+        )
+
+    def _unusable(self, sample_id: int, record: Mapping[str, Any], problem: str) -> Sample:
+        return Sample(
+            sample_id=sample_id,
+            input_ids=torch.zeros(1, dtype=torch.int64),
+            labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
+            pixel_values=self._no_images(),
+            is_he=torch.zeros(0, dtype=torch.bool),
+            source=str(record["metadata"].get("source") or "all"),
+            problem=problem,
+        )
+
+    def _no_images(self) -> UInt8[Tensor, "0 3 height width"]:
+        size = self.image_keywords["image_size"]
+        return torch.empty((0, 3, size, size), dtype=torch.uint8)
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where to go on.
+
+        At an epoch's end Composer asks for 0 samples while Streaming still stores the finished epoch, whose order the
+        next one would then repeat; the state then names the next epoch.
+        """
+        state = super().state_dict(num_samples, from_beginning)
+        if num_samples == 0 and from_beginning:
+            state["epoch"] = self.next_epoch
+        return state
+
+
+def is_hematoxylin_eosin(stain: str | None) -> bool:
+    """Whether a record's stain is named as H&E; a record that doesn't say so doesn't count."""
+    return stain is not None and stain.lower().replace(" ", "") in ("h&e", "he", "h+e", "hande", "hematoxylinandeosin", "haematoxylinandeosin")

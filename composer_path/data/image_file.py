@@ -1,0 +1,317 @@
+"""An image file's bytes: check them, decode them to plain pixels, and strip all metadata for storage.
+
+Whatever reads a picture goes through `open_image`, so the rules are the same at conversion, in training and
+when a model is asked. What a file holds besides pixels (EXIF with a patient's name, XMP, comments, colour
+profiles, thumbnails, bytes after the end) is never stored and never shown in an error.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+# 16,384 px a side: 8 mm of a slide at 20x (0.5 um a pixel), far more than a region that is shown to a model,
+# and 0.8 GB of RGB in a loader worker at worst. Pillow's own limit (0.18 G pixels) stays as it is, unused.
+MAX_PIXELS = 2**28
+# A longer strip is no field of view; its shorter side resized to the model's, it may not fit in memory.
+MAX_ASPECT_RATIO = 256
+
+# Only formats whose decoders are meant for untrusted pixels: Pillow would hand PostScript to an interpreter.
+_FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
+    ("JPEG", lambda head: head.startswith(b"\xff\xd8\xff"), JpegImageFile),
+    ("PNG", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("TIFF", lambda head: head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+    ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", WebPImageFile),
+    ("BMP", lambda head: head.startswith(b"BM"), BmpImageFile),
+    ("GIF", lambda head: head.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
+    ("JPEG 2000", lambda head: head.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")), Jpeg2KImageFile),
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# JPEG: a marker is 0xFF (any number of them) and a byte that is neither 0 nor 0xFF. In the entropy-coded data
+# of a scan 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data
+# (ITU-T T.81, B.1.1).
+_MARKER = re.compile(rb"\xff\xff*([^\x00\xff])")  # \xff\xff* is searched twice as fast as \xff+
+_END_OF_SCAN = re.compile(rb"\xff\xff*[^\x00\xff\xd0-\xd7]")
+_EOI, _SOS, _APP0, _APP14 = 0xD9, 0xDA, 0xE0, 0xEE
+_STAND_ALONE = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})  # TEM, SOI, RSTn: no segment follows
+# Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
+_CODING = frozenset({*range(0xC0, 0xD0), _SOS, 0xDB, 0xDC, 0xDD})
+# Version 1.1, square pixels, no thumbnail.
+_PLAIN_JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
+
+# PNG: what pixels are made of. Everything else (text, eXIf, iCCP, tIME, gAMA, animation) is left out.
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+
+
+class ImageError(ValueError):
+    """A picture that can't be used.
+
+    Attributes:
+        rule: Short name of the rule, e.g. `unreadable-image`.
+        found: What was found, in sizes and formats only: never metadata nor a name from inside the file.
+        fix: What to do about it.
+    """
+
+    def __init__(self, rule: str, found: str = "", fix: str = "") -> None:
+        super().__init__(rule, found, fix)  # all three, so that the error survives pickling between workers
+        self.rule, self.found, self.fix = rule, found, fix
+
+    def __str__(self) -> str:
+        found = f": found {self.found}" if self.found else ""
+        return f"{self.rule}{found}{'; ' + self.fix if self.fix else ''}"
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
+    """Read an image's header and check its size; no pixel is decoded yet.
+
+    Args:
+        data: The file's bytes: JPEG, PNG, TIFF, WebP, BMP, GIF or JPEG 2000.
+        max_pixels: The most pixels (width times height) that may be decoded.
+
+    Raises:
+        ImageError: `unreadable-image`, `too-many-pixels` or `too-narrow`.
+    """
+    data = bytes(data)
+    for name, accepts, image_class in _FORMATS:
+        if not accepts(data[:16]):
+            continue
+        try:
+            # The class itself rather than Image.open: no other plugin sees the bytes, and Pillow's
+            # process-wide limit neither warns nor refuses before ours is asked.
+            image = image_class(io.BytesIO(data))
+        except Exception as error:  # a damaged header can raise anything; its message may quote the file
+            raise _unreadable(name, data, error) from None
+        _check_size(image.width, image.height, max_pixels)
+        return image
+    raise ImageError(
+        "unreadable-image",
+        f"{len(data)} bytes that are no known image format",
+        f"store it as one of {', '.join(name for name, _, _ in _FORMATS)}",
+    )
+
+
+def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image to upright pixels in one of three plain modes.
+
+    EXIF orientation is applied, transparency is composited on white, palette, CMYK and the rest become RGB.
+    Of a file with several frames or pages the first is taken. Colour profiles are not applied (nor does the
+    reference).
+
+    Returns:
+        A PIL image of mode "L", "RGB" or "I;16" (16-bit grey, not scaled yet; `to_rgb` does that).
+
+    Raises:
+        ImageError: As `open_image`, and for data that can't be decoded in full.
+    """
+    image = open_image(data, max_pixels)
+    _load(image, data)
+    return _in_plain_mode(_upright(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Make 8-bit RGB of what `decode_pixels` gives; of 16-bit grey, 65535 becomes white and 0 black."""
+    if image.mode == "I;16":
+        image = Image.fromarray(_scale_to_8_bit(np.asarray(image)))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Check that an image can be decoded in full, as fast as its format allows.
+
+    A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made.
+
+    Raises:
+        ImageError: As `decode_pixels`.
+    """
+    image = open_image(data, max_pixels)
+    if isinstance(image, JpegImageFile):
+        image.draft(None, (1, 1))
+    _load(image, data)
+    if not isinstance(image, JpegImageFile):
+        _in_plain_mode(image)
+
+
+def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Make the bytes that are stored in a shard: the same pixels, and nothing else.
+
+    1. Upright JPEG: metadata segments and whatever follows its end are dropped; coded data stay bit for bit.
+    2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
+    3. Anything else (EXIF-rotated, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the decoded pixels.
+
+    Args:
+        data: The file's bytes.
+        max_pixels: The most pixels (width times height) that may be decoded.
+
+    Returns:
+        A JPEG or PNG file of which `decode_pixels` gives exactly the pixels it gives of `data`.
+
+    Raises:
+        ImageError: As `check_image`.
+    """
+    data = bytes(data)
+    image = open_image(data, max_pixels)
+    if orientation_of(image) == 1 and isinstance(image, JpegImageFile | PngImageFile):
+        check_image(data, max_pixels)
+        return _strip_jpeg(data) if isinstance(image, JpegImageFile) else _strip_png(data)
+    stored = io.BytesIO()
+    pixels = decode_pixels(data, max_pixels)
+    pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile
+    pixels.save(stored, "PNG")
+    return stored.getvalue()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) to 8; unreadable or senseless EXIF counts as upright."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # damaged EXIF is common in the wild and says nothing about the pixels
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    size = f"an image of {width} x {height} pixels"
+    if width < 1 or height < 1:
+        raise ImageError("unreadable-image", size)
+    if width * height > max_pixels:
+        raise ImageError("too-many-pixels", size, f"crop it, or raise max_pixels (now {max_pixels})")
+    longer, shorter = max(width, height), min(width, height)
+    # Padding makes a square of the longer side: it must fit in memory as well.
+    if longer > MAX_ASPECT_RATIO * shorter or longer**2 > max(max_pixels, MAX_PIXELS):
+        raise ImageError(
+            "too-narrow",
+            f"{size}: its square would hold {longer**2} pixels",
+            f"crop it (sides may differ by a factor of {MAX_ASPECT_RATIO} at most), or raise max_pixels",
+        )
+
+
+def _unreadable(name: str, data: bytes, error: Exception) -> ImageError:
+    found = f"a {name} file of {len(data)} bytes that is truncated or damaged ({type(error).__name__})"
+    return ImageError("unreadable-image", found, "replace the file")
+
+
+def _load(image: ImageFile, data: bytes) -> None:
+    try:
+        image.load()
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more
+        raise _unreadable(image.format or "image", data, error) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Pillow turns a TIFF itself while loading, and then no longer reports an orientation.
+    orientation = orientation_of(image)
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+
+
+def _in_plain_mode(image: Image.Image) -> Image.Image:
+    try:
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            return _plain_16_bit(image)
+        if image.mode == "F":
+            raise ImageError("unsupported-image", "floating-point pixels", "convert it to 8 or 16 bits")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    except ImageError:
+        raise
+    except (ValueError, OSError):
+        found = f"pixels of mode {image.mode}"
+        raise ImageError("unsupported-image", found, "convert it to 8-bit RGB or 16-bit grey") from None
+
+
+def _plain_16_bit(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    low, high = int(levels.min()), int(levels.max())
+    if low < 0 or high > 65535:
+        found = f"grey levels from {low} to {high}"
+        raise ImageError("unsupported-image", found, "convert it to 16 bits (0 to 65535) or 8 bits")
+    levels = levels.astype(np.uint16)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # PNG names one grey level as see-through
+        return Image.fromarray(np.where(levels == transparent, 255, _scale_to_8_bit(levels)).astype(np.uint8))
+    return Image.fromarray(levels)
+
+
+def _scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
+    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded; 65535 = 257 * 255
+
+
+def _strip_jpeg(data: bytes) -> bytes:
+    """Copy a JPEG's coding segments and scans, and nothing that lies before, between or after them."""
+    kept = [b"\xff\xd8"]
+    position = 2
+    while match := _MARKER.search(data, position):
+        marker, position = match[1][0], match.end()
+        if marker == _EOI:
+            break
+        if marker in _STAND_ALONE:
+            continue
+        segment = data[position : position + 2]
+        length = struct.unpack(">H", segment)[0] if len(segment) == 2 else 0
+        segment = data[position : position + length]
+        if length < 2 or len(segment) < length:
+            raise ImageError("unreadable-image", f"a JPEG file of {len(data)} bytes that ends in a segment")
+        position += length
+        if marker in _CODING:
+            kept += [bytes((0xFF, marker)), segment]
+        else:  # APPn, comments, extensions
+            kept.append(_color_segment(marker, segment[2:]))
+        if marker == _SOS:
+            end = _END_OF_SCAN.search(data, position)
+            end_position = end.start() if end else len(data)
+            kept.append(data[position:end_position])
+            position = end_position
+    return b"".join([*kept, b"\xff\xd9"])
+
+
+def _color_segment(marker: int, payload: bytes) -> bytes:
+    """Return what a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
+
+    Both say in which colours the data are (YCbCr, RGB, CMYK or YCCK); all else in them is made constant.
+    """
+    if marker == _APP0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
+        return _PLAIN_JFIF
+    if marker == _APP14 and payload.startswith(b"Adobe") and len(payload) >= 12:
+        return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + payload[11:12]
+    return b""
+
+
+def _strip_png(data: bytes) -> bytes:
+    kept = [_PNG_SIGNATURE]
+    position = len(_PNG_SIGNATURE)
+    while position + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        chunk = data[position : position + 12 + length]
+        position += len(chunk)
+        if kind in _PNG_PIXEL_CHUNKS:
+            kept.append(chunk)
+        if kind == b"IEND":
+            break
+    return b"".join(kept)

@@ -1,0 +1,65 @@
+"""Puts a PathMLLM together from the YAML's `model` section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from composer_path.models.language_model import (
+    build_language_model,
+    cast_parameters,
+    empty_parameters,
+    load_language_model_config,
+)
+from composer_path.models.path_mllm import MODULES, PathMLLM
+from composer_path.models.projector import build_projector
+from composer_path.models.vision_encoder import build_vision_encoder
+
+
+def assemble_model(
+    *,
+    vision_encoder: Mapping[str, Any],
+    projector: Mapping[str, Any],
+    language_model: Mapping[str, Any],
+    trainable: Sequence[str],
+    attention: str = "auto",
+    seed: int = 17,
+    frozen_dtype: torch.dtype = torch.float32,
+    empty: bool = False,
+) -> PathMLLM:
+    """Build the three modules, with weights from files or random, and freeze what isn't trained.
+
+    Each module draws its random weights from a seed of its own, so that they don't depend on how another one starts: a
+    finetuning run finds the same random encoder that its pretraining run used.
+
+    Args:
+        vision_encoder: Keywords of `build_vision_encoder`.
+        projector: Keywords of `build_projector`, whose widths are read from its neighbours.
+        language_model: Keywords of `build_language_model`.
+        trainable: Names of the modules that learn.
+        attention: See `composer_path.models.attention.BACKENDS`.
+        seed: Of random weights.
+        frozen_dtype: What frozen modules are held in; trained ones are fp32.
+        empty: Parameters without storage, for a rank that receives them.
+    """
+    dtypes = {name: torch.float32 if name in trainable else frozen_dtype for name in MODULES}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with empty_parameters(enabled=empty):
+            vision = build_vision_encoder(**without_weights(vision_encoder, empty))
+        torch.manual_seed(seed + 1)
+        hidden_size = load_language_model_config(language_model.get("path") or language_model.get("config")).hidden_size
+        with empty_parameters(enabled=empty):
+            adapter = build_projector(**without_weights(projector, empty), in_dim=vision.dim, out_dim=hidden_size)
+        torch.manual_seed(seed + 2)
+        llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
+    cast_parameters(vision, dtypes["vision_encoder"])
+    cast_parameters(adapter, dtypes["projector"])
+    return PathMLLM(vision, adapter, llm).trainable(list(trainable))
+
+
+def without_weights(section: Mapping[str, Any], empty: bool) -> dict[str, Any]:
+    """A section whose weight file is only read by the rank that holds weights."""
+    return {key: value for key, value in section.items() if not (empty and key == "weights")}

@@ -1,0 +1,193 @@
+"""Padding-free causal attention: many samples lie in one row, and none sees another.
+
+The functions are registered with transformers' attention interface, so any language model that goes through it
+(LLaMA, Mistral, Qwen, ...) uses them without a change. The row's borders travel as `cu_seq_lens_q` (int32, one more
+than samples, starting at 0) and `max_length_q`, transformers' own names. No mask is ever built: these names are not
+in transformers' mask registry, which makes it hand over `attention_mask=None`.
+
+Legend: t = tokens of the row, h = query heads, k = key/value heads, d = width of a head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int32
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_utils import AttentionInterface
+
+BACKENDS = ("auto", "flash_attn", "torch_flash", "sdpa")
+PADDED = "sdpa"  # transformers' own
+
+
+def resolve_attention(backend: str, device_type: str) -> str:
+    """Name of the registered attention function for a backend.
+
+    Args:
+        backend: One of `BACKENDS`. `auto` takes flash-attn's varlen kernel where it is installed on CUDA, else torch's
+            own flash kernel on CUDA, else one causal attention per sample.
+        device_type: "cuda", "cpu", ...
+
+    Raises:
+        ValueError: Unknown backend, or one that can't run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
+    if backend == "auto":
+        backend = "sdpa" if device_type != "cuda" else "flash_attn" if has_flash_attn else "torch_flash"
+    if backend == "flash_attn" and not has_flash_attn:
+        raise ValueError("attention: 'flash_attn' needs the package flash-attn (pip install composer_path[gpu]); or use 'auto'")
+    if backend != "sdpa" and device_type != "cuda":
+        raise ValueError(f"attention: '{backend}' needs a CUDA device, found '{device_type}'; use 'auto' or 'sdpa'")
+    return f"packed_{backend}"
+
+
+def pack_attention(language_model: nn.Module) -> None:
+    """Let calls that say where samples end use padding-free attention, and all others transformers' own.
+
+    A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice); one without, such
+    as a padded batch or generation with a cache, is that of a stock transformers model.
+    """
+    chosen = language_model.config._attn_implementation
+    if not str(chosen).startswith("packed_"):
+        chosen = resolve_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
+
+    def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        wanted = chosen if kwargs.get("cu_seq_lens_q") is not None else PADDED
+        if module.config._attn_implementation != wanted:
+            module.config._attn_implementation = wanted
+
+    language_model.register_forward_pre_hook(choose, with_kwargs=True)
+
+
+def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None = None) -> None:
+    """Refuse, by name, a language model whose attention does more than plain causal attention.
+
+    A sliding window that is at least `max_seq_len` tokens long (or any, where `max_seq_len` is not known yet) never
+    cuts and is accepted; the attention functions check the row they get once more.
+
+    Raises:
+        ValueError: Names the configuration key that padding-free attention doesn't honour.
+    """
+    refused = {
+        "attn_logit_softcapping": "soft-capped attention logits",
+        "attention_chunk_size": "chunked attention",
+        "attention_sink": "attention sinks",
+        "alibi": "ALiBi position biases",
+        "layer_types": "layers of several attention kinds",
+    }
+    for key, meaning in refused.items():
+        value = getattr(config, key, None)
+        if key == "layer_types":
+            kinds = set(value or ()) - {"full_attention"}
+            value = sorted(kinds) if kinds != {"sliding_attention"} else None  # judged by its window below
+        if value:
+            raise ValueError(
+                f"language model '{config.model_type}' uses {meaning} ({key}={value}), which padding-free attention does "
+                "not compute; choose a model with plain causal attention"
+            )
+    window = getattr(config, "sliding_window", None)
+    in_use = window is not None and getattr(config, "use_sliding_window", True)
+    if in_use and max_seq_len is not None and window < max_seq_len:
+        raise ValueError(
+            f"language model '{config.model_type}' uses a sliding window of {window} tokens, shorter than "
+            f"max_seq_len={max_seq_len}, which padding-free attention does not compute; set max_seq_len to at most {window}"
+        )
+
+
+def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, "borders"], int]:
+    """Take the row's borders from the attention call, checking that a sliding window would not cut any sample."""
+    cu_seq_lens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if cu_seq_lens is None or max_length is None:
+        raise ValueError("padding-free attention needs cu_seq_lens_q and max_length_q; for padded batches use attention 'sdpa'")
+    window = kwargs.get("sliding_window")
+    if window is not None and window < max_length:
+        raise ValueError(f"a sample of {max_length} tokens is longer than the model's sliding window of {window}")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("padding-free attention does not compute soft-capped logits")
+    return cu_seq_lens, int(max_length)
+
+
+def _one_dtype(
+    query: Float[Tensor, "1 h t d"], key: Float[Tensor, "1 k t d"], value: Float[Tensor, "1 k t d"]
+) -> tuple[Float[Tensor, "1 h t d"], Float[Tensor, "1 k t d"], Float[Tensor, "1 k t d"]]:
+    """Under autocast with fp32 weights RoPE returns fp32 queries and keys beside bf16 values: bring them together."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        return query.to(dtype), key.to(dtype), value.to(dtype)
+    return query.to(value.dtype), key.to(value.dtype), value
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Float[Tensor, "1 h t d"],
+    key: Float[Tensor, "1 k t d"],
+    value: Float[Tensor, "1 k t d"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 t h d"], None]:
+    """One causal scaled-dot-product attention per sample; runs everywhere and is the CPU's fastest exact way."""
+    cu_seq_lens, _ = _borders(kwargs)
+    query, key, value = _one_dtype(query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = torch.diff(cu_seq_lens).tolist()
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def packed_torch_flash(
+    module: nn.Module,
+    query: Float[Tensor, "1 h t d"],
+    key: Float[Tensor, "1 k t d"],
+    value: Float[Tensor, "1 k t d"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 t h d"], None]:
+    """Torch's own variable-length flash kernel (CUDA); its operator's schema is pinned by a test."""
+    cu_seq_lens, max_length = _borders(kwargs)
+    query, key, value = _one_dtype(query, key, value)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [t, heads, d]
+    output, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout, True, False, scale=scaling
+    )
+    return output[None], None
+
+
+def packed_flash_attn(
+    module: nn.Module,
+    query: Float[Tensor, "1 h t d"],
+    key: Float[Tensor, "1 k t d"],
+    value: Float[Tensor, "1 k t d"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 t h d"], None]:
+    """The flash-attn package's variable-length kernel (CUDA)."""
+    from flash_attn import flash_attn_varlen_func
+
+    cu_seq_lens, max_length = _borders(kwargs)
+    query, key, value = _one_dtype(query, key, value)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    output = flash_attn_varlen_func(
+        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout, softmax_scale=scaling, causal=True
+    )
+    return output[None], None
+
+
+for _function in (packed_sdpa, packed_torch_flash, packed_flash_attn):
+    AttentionInterface.register(_function.__name__, _function)

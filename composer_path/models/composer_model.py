@@ -1,0 +1,83 @@
+"""The one adapter between the model and Composer's Trainer: forward, loss, metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from composer.models import ComposerModel
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from composer_path.models.path_mllm import PathMLLM
+
+Batch = dict[str, Any]
+
+
+class TokenLoss(Metric):
+    """Mean cross entropy over all answer tokens of an evaluation, however they were batched (nats a token)."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, losses: Float[Tensor, " targets"]) -> None:
+        """Add the losses of some answer tokens."""
+        self.total += losses.sum(dtype=self.total.dtype)
+        self.count += losses.numel()
+
+    def compute(self) -> Tensor:
+        """The mean; NaN when nothing was added."""
+        return self.total / self.count
+
+
+class ComposerPathMLLM(ComposerModel):
+    """What Composer trains. Its only child is `model`, which says how it is sharded and checkpointed."""
+
+    def __init__(self, model: PathMLLM) -> None:
+        super().__init__()
+        self.model = model
+        # In a plain dict, so that the metric is no child module (FSDP would wrap it).
+        self.eval_metrics = {"token_loss": TokenLoss()}
+
+    def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
+        """Logits at the supervised positions of a row of samples."""
+        return self.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            cu_seq_lens=batch["cu_seq_lens"],
+            max_seq_len=batch["max_seq_len"],
+            pixel_values=batch["pixel_values"],
+            image_index=batch["image_index"],
+            logits_index=batch["supervised_index"],
+        )
+
+    def token_losses(self, logits: Float[Tensor, "targets vocab"], batch: Batch) -> Float[Tensor, " targets"]:
+        """Cross entropy of each answer token, in fp32."""
+        return F.cross_entropy(logits.float(), batch["targets"], reduction="none")
+
+    def loss(self, outputs: Float[Tensor, "targets vocab"], batch: Batch) -> Float[Tensor, ""]:
+        """Weighted mean over this microbatch's answer tokens.
+
+        Composer multiplies it by the microbatch's share of the global batch's weight, which makes the step's loss
+        sum(weight * loss) / sum(weight) over the global batch, for any split.
+        """
+        weighted = self.token_losses(outputs, batch) * batch["target_weights"]
+        return weighted.sum() / (batch["loss_weight"] or 1.0)
+
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Float[Tensor, "targets vocab"]:
+        """The same forward; an evaluation computes nothing else."""
+        return self(batch) if outputs is None else outputs
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Held-out token loss; none while training, where the loss itself is logged."""
+        return {} if is_train else self.eval_metrics
+
+    def update_metric(self, batch: Batch, outputs: Float[Tensor, "targets vocab"], metric: Metric) -> None:
+        """Add a batch to the held-out loss."""
+        metric.update(self.token_losses(outputs, batch))

@@ -1,0 +1,101 @@
+"""The language model: any causal language model of transformers, from a folder or random from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from composer_path.models.attention import check_attention_supported, resolve_attention
+
+
+def build_language_model(
+    path: str | None = None,
+    config: dict[str, Any] | str | None = None,
+    *,
+    attention: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    empty: bool = False,
+) -> PreTrainedModel:
+    """A causal language model whose attention is padding-free.
+
+    Args:
+        path: A Hugging Face folder with configuration and weights.
+        config: Instead of `path`: configuration keys (`model_type: llama`, `hidden_size: ...`) or the path of a
+            `config.json`; the weights are random.
+        attention: Backend, see `composer_path.models.attention.BACKENDS`.
+        dtype: Of the weights; buffers (RoPE's frequencies) always stay fp32.
+        empty: Parameters on the meta device: for ranks that receive the weights from rank 0, or when a state dict
+            is loaded afterwards.
+
+    Raises:
+        ValueError: Neither or both of `path` and `config`, a path that isn't there, or an unsupported architecture.
+    """
+    if (path is None) == (config is None):
+        raise ValueError("model.language_model: give either 'path' (a folder with weights) or 'config' (random weights)")
+    if path is not None and not (Path(path) / "config.json").is_file():
+        raise ValueError(f"model.language_model.path: no config.json in '{path}'; it must be a Hugging Face model folder")
+    hf_config = load_language_model_config(path if path is not None else config)
+    implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
+    if path is not None and not empty:
+        return AutoModelForCausalLM.from_pretrained(
+            path, torch_dtype=dtype, attn_implementation=implementation, local_files_only=True, trust_remote_code=False
+        )
+    with empty_parameters(enabled=empty):
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation)
+    return cast_parameters(model, dtype)
+
+
+def load_language_model_config(source: dict[str, Any] | str | None) -> PretrainedConfig:
+    """The configuration from a folder, a `config.json` or YAML keys, refused if padding-free attention can't serve it."""
+    if isinstance(source, str):
+        if not Path(source).exists():
+            raise ValueError(f"model.language_model: '{source}' does not exist")
+        hf_config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    else:
+        keys = dict(source or {})
+        if "model_type" not in keys:
+            raise ValueError("model.language_model.config: 'model_type' is missing (llama, mistral, qwen2, ...)")
+        hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    check_attention_supported(hf_config)
+    return hf_config
+
+
+def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a Hugging Face causal language model: what FSDP and checkpointing wrap one by one."""
+    blocks = getattr(language_model.base_model, "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(f"language model {type(language_model).__name__}: its blocks are not found at base_model.layers")
+    return blocks
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> Any:
+    """Cast the parameters only. `module.to(bfloat16)` would also cast RoPE's `inv_freq`: 5 rad off at position 4,095."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
+
+
+@contextmanager
+def empty_parameters(enabled: bool = True) -> Iterator[None]:
+    """Within this context, modules are built with parameters on the meta device and real buffers."""
+    if not enabled:
+        yield
+        return
+    register = nn.Module.register_parameter
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None and not param.is_meta:  # one that is already empty may be tied: keep the same object
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

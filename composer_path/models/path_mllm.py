@@ -1,0 +1,248 @@
+"""The multimodal model: image features are projected into the language model's word space and replace placeholders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int32, Int64, UInt8
+from torch import Tensor, nn
+
+from composer_path.data.image import normalize_image
+from composer_path.models.attention import pack_attention
+from composer_path.models.language_model import build_language_model, cast_parameters, decoder_blocks, empty_parameters
+from composer_path.models.projector import Projector, build_projector
+from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
+from composer_path.weights.folder import read_folder, write_folder
+
+MODULES = ("vision_encoder", "projector", "language_model")
+MODEL_TYPE = "composer_path"
+Pixels = UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]  # floats are normalised already
+
+
+class PathMLLM(nn.Module):
+    """Vision encoder, projector and language model as one plain module.
+
+    A batch is one row of tokens: samples lie one after the other, `cu_seq_lens` are their borders.
+
+    Args:
+        vision_encoder: Normalised images to tokens.
+        projector: Those tokens to `num_image_tokens` vectors of the language model's width.
+        language_model: A transformers causal language model.
+    """
+
+    def __init__(self, vision_encoder: VisionEncoder, projector: Projector, language_model: nn.Module) -> None:
+        super().__init__()
+        self.vision_encoder = vision_encoder
+        self.projector = projector
+        self.language_model = language_model
+        pack_attention(language_model)
+        self.checkpointed_kinds: tuple[str, ...] = ()
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, " tokens"],
+        position_ids: Int64[Tensor, " tokens"],
+        cu_seq_lens: Int32[Tensor, " borders"],
+        max_seq_len: int,
+        pixel_values: Pixels,
+        image_index: Int64[Tensor, " placeholders"],
+        logits_index: Int64[Tensor, " targets"] | None = None,
+    ) -> Float[Tensor, "targets vocab"]:
+        """Logits where a label is.
+
+        1. Normalise the images, encode them (without gradients where the encoder is frozen) and project them.
+        2. Embed the text; put the projected vectors where the placeholders stand.
+        3. Run the language model over the row; attention stays inside each sample.
+        4. Compute logits at `logits_index` only.
+
+        Args:
+            input_ids: Vocabulary ids, negative where an image stands.
+            position_ids: Restart at 0 with each sample.
+            cu_seq_lens: Borders of the samples in the row, from 0 to its length.
+            max_seq_len: Length of the longest sample.
+            pixel_values: The row's images in order: uint8, or floats that are normalised already.
+            image_index: Positions of the placeholders, in order.
+            logits_index: Positions to compute logits at; None for every position.
+        """
+        image_embeds = self.embed_images(pixel_values)
+        inputs_embeds = self.embed_tokens(input_ids, image_embeds, image_index)
+        output = self.language_model(
+            inputs_embeds=inputs_embeds[None],
+            position_ids=position_ids[None],
+            use_cache=False,
+            logits_to_keep=0 if logits_index is None else logits_index,
+            cu_seq_lens_q=cu_seq_lens,
+            cu_seq_lens_k=cu_seq_lens,
+            max_length_q=max_seq_len,
+            max_length_k=max_seq_len,
+        )
+        return output.logits[0]
+
+    def embed_images(
+        self, pixel_values: Pixels
+    ) -> Float[Tensor, "images image_tokens hidden"]:
+        """Images to vectors in the language model's word space.
+
+        A row without images still runs one dummy image through vision encoder and projector: under FSDP every rank
+        must gather the same weights, and every projector weight must get a gradient, be it 0.
+        """
+        if pixel_values.shape[0] == 0:
+            size = self.vision_encoder.image_size
+            dummy = self.embed_images(pixel_values.new_zeros((1, 3, size, size)))
+            return dummy[:0] + 0.0 * dummy.sum()
+        images = pixel_values
+        if images.dtype == torch.uint8:
+            images = normalize_image(images, mean=self.vision_encoder.mean, std=self.vision_encoder.std)
+        trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.vision_encoder(images)
+        return self.projector(features)
+
+    def embed_tokens(
+        self,
+        input_ids: Int64[Tensor, " tokens"],
+        image_embeds: Float[Tensor, "images image_tokens hidden"],
+        image_index: Int64[Tensor, " placeholders"],
+    ) -> Float[Tensor, "tokens hidden"]:
+        """Word embeddings with the image vectors in the placeholders' stead."""
+        text_embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
+        vectors = image_embeds.flatten(0, 1).to(text_embeds.dtype)
+        if image_index.shape[0] != vectors.shape[0]:
+            raise ValueError(
+                f"{image_index.shape[0]} image placeholders for {vectors.shape[0]} image vectors "
+                f"({image_embeds.shape[0]} images of {image_embeds.shape[1]}): the data were tokenized for another projector"
+            )
+        if image_embeds.shape[0] == 0:  # keep the dummy image's zero gradient in the graph
+            return text_embeds + image_embeds.sum().to(text_embeds.dtype)
+        return text_embeds.index_copy(0, image_index, vectors)
+
+    def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
+        """How many tokens an image of this size takes in the text; without a size, the encoder's own."""
+        size = self.vision_encoder.image_size
+        return self.projector.num_image_tokens(self.vision_encoder.num_tokens(height or size, width or size))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int64[Tensor, " tokens"],
+        pixel_values: Pixels | None = None,
+        **generation: Any,
+    ) -> Int64[Tensor, " new_tokens"]:
+        """Continue one prompt (greedy by default); returns the new tokens only.
+
+        Args:
+            input_ids: From `composer_path.data.tokenize_prompt`, negative where an image stands.
+            pixel_values: The prompt's images in order, from `composer_path.data.load_image`.
+            **generation: Keywords of transformers' `generate`, such as `max_new_tokens`, `streamer`, `eos_token_id`.
+        """
+        device = next(self.language_model.parameters()).device
+        size = self.vision_encoder.image_size
+        if pixel_values is None:
+            pixel_values = torch.empty((0, 3, size, size), dtype=torch.uint8)
+        input_ids = input_ids.to(device)
+        image_index = (input_ids < 0).nonzero()[:, 0]
+        embeds = self.embed_tokens(input_ids, self.embed_images(pixel_values.to(device)), image_index)[None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=device)
+        defaults = {"do_sample": False, "use_cache": True}
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **(defaults | generation))[0]
+
+    def trainable(self, modules: list[str] | tuple[str, ...], frozen_dtype: torch.dtype | None = None) -> PathMLLM:
+        """Train the named modules only; the others lose their gradients and are held in `frozen_dtype`.
+
+        Raises:
+            ValueError: A name that is none of vision_encoder, projector, language_model.
+        """
+        unknown = sorted(set(modules) - set(MODULES))
+        if unknown:
+            raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")
+        for name in MODULES:
+            module = getattr(self, name)
+            module.requires_grad_(name in modules)
+            if name not in modules and frozen_dtype is not None:
+                cast_parameters(module, frozen_dtype)
+        return self
+
+    def kind_of(self, module: nn.Module) -> str | None:
+        """Which unit of sharding and checkpointing a submodule is: `llm_blocks`, `vision_blocks`, one of the parts, or None."""
+        if not hasattr(self, "_kinds"):
+            kinds: dict[nn.Module, str] = {self.vision_encoder: "vision_encoder", self.projector: "projector"}
+            kinds |= {block: "vision_blocks" for block in self.vision_encoder.blocks}
+            kinds |= {block: "llm_blocks" for block in decoder_blocks(self.language_model)}
+            object.__setattr__(self, "_kinds", kinds)
+        return self._kinds.get(module)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.
+
+        Embeddings, final norm and head stay in the root, tied or not; no unit mixes dtypes.
+        """
+        return self.kind_of(module) is not None
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Composer asks it which submodules recompute their activations in the backward pass."""
+        return self.kind_of(module) in self.checkpointed_kinds
+
+    def config(self) -> dict[str, Any]:
+        """Keywords that rebuild the architecture, as written to `config.json`."""
+        return {
+            "model_type": MODEL_TYPE,
+            "version": 1,
+            "vision_encoder": self.vision_encoder.config,
+            "projector": self.projector.config,
+            "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
+        }
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write a folder of safetensors shards and `config.json` that `from_pretrained` reads.
+
+        Args:
+            folder: Made if it isn't there; `config.json` is written last, so a folder that has one is complete.
+            state_dict: The gathered weights where this module is sharded; its own by default.
+            dtype: Of the written weights; as they are by default.
+            max_shard_size: Of one safetensors file.
+        """
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.language_model.config.tie_word_embeddings:
+            tensors.pop("language_model.lm_head.weight", None)
+        if dtype is not None:
+            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        write_folder(Path(folder), self.config(), tensors, max_shard_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, attention: str = "auto", dtype: torch.dtype | None = None) -> PathMLLM:
+        """Load a folder written by `save_pretrained`.
+
+        Args:
+            folder: With `config.json` and safetensors.
+            attention: Backend for forward passes, see `composer_path.models.attention.BACKENDS`.
+            dtype: Of the weights; as written by default.
+
+        Raises:
+            ValueError: Not such a folder, or left-over or missing weights, all listed.
+        """
+        config, tensors = read_folder(Path(folder), MODEL_TYPE)
+        with empty_parameters():
+            vision_encoder = build_vision_encoder(**config["vision_encoder"])
+            projector = build_projector(**config["projector"])
+            language_model = build_language_model(config=config["language_model"], attention=attention)
+            model = cls(vision_encoder, projector, language_model)
+        if dtype is not None:
+            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        if language_model.config.tie_word_embeddings:
+            tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"]
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        if missing or unexpected:
+            raise ValueError(f"'{folder}': weights don't fit config.json; missing {missing}, left over {unexpected}")
+        language_model.tie_weights()
+        return model.eval()

@@ -1,0 +1,177 @@
+"""The projector: turns the vision encoder's tokens into the vectors that stand in the language model's input."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from composer_path.models.attentional_pooler import POOLERS
+
+# 128 queries of width 768 with 8 heads: the pooler that the reference takes over from its CoCa.
+POOLER_DEFAULTS: dict[str, Any] = {"kind": "reference", "dim": 768, "num_queries": 128, "num_heads": 8}
+MLP_DEFAULTS: dict[str, Any] = {"depth": 2}
+REFERENCE_TYPE = re.compile(r"(?P<pooler>attn_pool\+)?(?:(?P<linear>linear)|mlp(?P<depth>[1-9]\d*)x_gelu|identity)")
+
+
+class Projector(nn.Module):
+    """An optional attentional pooler with its LayerNorm, then an MLP.
+
+    Args:
+        in_dim: Width of the vision encoder's tokens.
+        out_dim: Width of the language model.
+        pooler: `{kind, dim, num_queries, num_heads}`, complete, or None for no pooler.
+        mlp_depth: Number of linear layers with GELU between them: 0 is the identity, 1 one linear layer.
+
+    Attributes:
+        config: Keywords that rebuild the projector, without its weights, through `build_projector`.
+
+    Raises:
+        ValueError: `num_heads` doesn't divide the pooler's `dim`, or `mlp_depth` is 0 where the width has to change.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, pooler: dict[str, Any] | None, mlp_depth: int) -> None:
+        super().__init__()
+        self.in_dim = in_dim
+        self.out_dim = out_dim
+        self.config: dict[str, Any] = {
+            "in_dim": in_dim,
+            "out_dim": out_dim,
+            "pooler": None if pooler is None else dict(pooler),
+            "mlp": {"depth": mlp_depth},
+        }
+        width = in_dim
+        self.num_queries: int | None = None
+        self.pooler: nn.Module | None = None
+        self.ln: nn.Module | None = None
+        if pooler is not None:
+            width = pooler["dim"]
+            if width % pooler["num_heads"]:
+                raise ValueError(
+                    f"projector.pooler: dim must be divisible by num_heads, found dim {width} and "
+                    f"num_heads {pooler['num_heads']}"
+                )
+            self.num_queries = pooler["num_queries"]
+            self.pooler = POOLERS[pooler["kind"]](in_dim, width, pooler["num_queries"], pooler["num_heads"])
+            self.ln = nn.LayerNorm(width)
+        if mlp_depth == 0 and width != out_dim:
+            raise ValueError(
+                f"projector.mlp: depth 0 (identity) can't change the width, but {width} comes in and the language "
+                f"model's width is {out_dim}; take depth 1 or more"
+            )
+        layers: list[nn.Module] = []
+        for index in range(mlp_depth):
+            if index:
+                layers.append(nn.GELU())
+            layers.append(nn.Linear(width if index == 0 else out_dim, out_dim))
+        self.mlp = nn.Sequential(*layers)
+
+    def forward(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
+        """1. Take the weights' dtype. 2. Pool and normalise, if there is a pooler. 3. MLP.
+
+        Raises:
+            ValueError: The features' width isn't the `in_dim` that the projector was built for.
+        """
+        if features.shape[-1] != self.in_dim:
+            raise ValueError(
+                f"projector: features of width {features.shape[-1]} came in, but it was built for width {self.in_dim} "
+                "(the vision encoder's dim)"
+            )
+        weight = next(self.parameters(), None)
+        if weight is not None:  # the identity has none
+            features = features.to(weight.dtype)
+        if self.pooler is not None and self.ln is not None:
+            features = self.ln(self.pooler(features))
+        return self.mlp(features)
+
+    def num_image_tokens(self, num_tokens: int) -> int:
+        """How many vectors come out for an image for which the vision encoder gives `num_tokens` tokens."""
+        return num_tokens if self.num_queries is None else self.num_queries
+
+
+def build_projector(
+    *,
+    in_dim: int,
+    out_dim: int,
+    type: str | None = None,
+    pooler: dict[str, Any] | None = None,
+    mlp: dict[str, Any] | None = None,
+    weights: str | None = None,
+) -> Projector:
+    """A projector from the YAML's keys, with random weights or those of a file.
+
+    Args:
+        in_dim: Width of the vision encoder's tokens.
+        out_dim: Width of the language model.
+        type: A name of the reference's: `attn_pool+mlp2x_gelu`, `attn_pool+linear`, `linear`, `mlpNx_gelu`, `identity`.
+            Without `type`, `pooler` and `mlp` it is `attn_pool+mlp2x_gelu`.
+        pooler: `{kind: reference | open_clip, dim: 768, num_queries: 128, num_heads: 8}`; what isn't given has the
+            value shown. Without `type`, leaving `pooler` out means no pooler.
+        mlp: `{depth: N}`: 0 identity, 1 one linear layer, 2 (the default) linear, GELU, linear.
+        weights: `projector.safetensors`, the reference's `mm_projector.bin`, or CoCa start weights (pooler and `ln`).
+
+    Raises:
+        ValueError: Unknown names, keys that contradict `type`, sizes that don't fit, or weights that don't fit.
+    """
+    depth = MLP_DEFAULTS["depth"]
+    if mlp is not None:
+        _check_keys("projector.mlp", mlp, MLP_DEFAULTS)
+        depth = mlp.get("depth", depth)
+    if type is None and pooler is None and mlp is None:
+        type = "attn_pool+mlp2x_gelu"
+    if type is not None:
+        has_pooler, type_depth = _parse_type(type)
+        if pooler is not None and not has_pooler:
+            raise ValueError(f"projector: type '{type}' has no pooler, but 'pooler' is given; remove one of the two")
+        if mlp is not None and depth != type_depth:
+            raise ValueError(
+                f"projector: type '{type}' has an MLP of depth {type_depth}, but mlp.depth is {depth}; "
+                "remove one of the two"
+            )
+        depth = type_depth
+        if has_pooler and pooler is None:
+            pooler = {}
+    if pooler is not None:
+        _check_keys("projector.pooler", pooler, POOLER_DEFAULTS)
+        pooler = {**POOLER_DEFAULTS, **pooler}
+        if pooler["kind"] not in POOLERS:
+            raise ValueError(f"projector.pooler.kind: must be one of {sorted(POOLERS)}, found '{pooler['kind']}'")
+        for key in ("dim", "num_queries", "num_heads"):
+            _check_count(f"projector.pooler.{key}", pooler[key], at_least=1)
+    _check_count("projector.mlp.depth", depth, at_least=0)
+    projector = Projector(in_dim, out_dim, pooler=pooler, mlp_depth=depth)
+    if weights is not None:
+        # Here, not at the top: the weights package reads whole models and so imports this one.
+        from composer_path.weights.projector_file import load_projector_weights
+
+        load_projector_weights(weights, projector)
+    return projector
+
+
+def _parse_type(name: str) -> tuple[bool, int]:
+    """Whether a name of the reference's has a pooler, and the depth of its MLP."""
+    match = REFERENCE_TYPE.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"projector.type: unknown type '{name}'; known are attn_pool+mlp2x_gelu, attn_pool+linear, linear, "
+            "mlpNx_gelu (N = 1, 2, ...) and identity"
+        )
+    depth = 1 if match["linear"] else int(match["depth"] or 0)
+    return match["pooler"] is not None, depth
+
+
+def _check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, list(known), n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"{where}: unknown key '{key}'; known are {sorted(known)}{hint}")
+
+
+def _check_count(where: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{where}: must be a whole number of at least {at_least}, found {value!r}")

@@ -1,0 +1,254 @@
+"""The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import timm.layers
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from composer_path.data.image import IMAGE_MEAN, IMAGE_STD
+from composer_path.models.open_clip_trunk import (
+    OpenClipTrunk,
+    build_open_clip_trunk,
+    open_clip_normalization,
+    open_clip_vision_config,
+)
+
+TOKENS = ("all", "patches", "cls_patches")
+# The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
+COCA_VIT_L: dict[str, Any] = {"name": "vit_large_patch16_224", "image_size": 448, "kwargs": {"init_values": 1.0}}
+# Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files.
+RESERVED = frozenset(
+    {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
+    | {"num_classes", "img_size", "global_pool"}
+)
+
+
+class VisionEncoder(nn.Module):
+    """A vision transformer without its head, together with what its users have to know about it.
+
+    Args:
+        trunk: timm's ViT or an `OpenClipTrunk`: has `blocks`, `forward_features` and `num_prefix_tokens`.
+        image_size: Side of its square images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        tokens: Which tokens are kept: "all" (as the reference), "patches", or "cls_patches" (without registers).
+        mean: Of the images by channel, for pixels between 0 and 1.
+        std: Likewise.
+        config: Keywords that rebuild it, without its weights, through `build_vision_encoder`; JSON-serialisable.
+
+    Attributes:
+        dim: Width of the tokens.
+
+    Raises:
+        ValueError: `tokens` isn't known, or asks for a CLS token that the trunk doesn't have.
+    """
+
+    def __init__(
+        self,
+        trunk: Any,
+        *,
+        image_size: int,
+        patch_size: int,
+        tokens: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        if tokens not in TOKENS:
+            raise ValueError(f"vision_encoder.tokens: must be one of {TOKENS}, found '{tokens}'")
+        self.trunk: Any = trunk  # Any: what a ViT has beyond nn.Module, no type says
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.tokens = tokens
+        self.mean = mean
+        self.std = std
+        self.config = config
+        self.dim: int = trunk.embed_dim
+        has_class_token = getattr(trunk, "cls_token", None) is not None or isinstance(trunk, OpenClipTrunk)
+        if tokens == "cls_patches" and not has_class_token:
+            raise ValueError(
+                "vision_encoder.tokens: 'cls_patches' needs a CLS token, but this ViT has none; take 'patches'"
+            )
+        self.num_prefix_tokens: int = trunk.num_prefix_tokens  # CLS, then registers
+        self.num_kept_prefix_tokens = {"all": self.num_prefix_tokens, "patches": 0, "cls_patches": 1}[tokens]
+
+    def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images tokens dim"]:
+        """1. Check the size and take the weights' dtype. 2. Run the trunk. 3. Keep the tokens that are wanted.
+
+        It calls `trunk.forward_features`, not the trunk: FSDP's unit is this module, the trunk isn't one of its own.
+
+        Args:
+            images: Already normalised with `mean` and `std`.
+
+        Raises:
+            ValueError: Images of a size that the encoder wasn't built for.
+        """
+        self.num_tokens(images.shape[-2], images.shape[-1])
+        images = images.to(next(self.trunk.parameters()).dtype)
+        features = self.trunk.forward_features(images)
+        kept, prefix = self.num_kept_prefix_tokens, self.num_prefix_tokens
+        if kept == prefix:
+            return features
+        return features[:, prefix:] if kept == 0 else torch.cat([features[:, :kept], features[:, prefix:]], dim=1)
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """How many tokens an image of this size (in pixels) gives.
+
+        Raises:
+            ValueError: The encoder doesn't take this size: it takes `image_size` only, or with timm's
+                `dynamic_img_size: true` any multiple of its patch size.
+        """
+        if not getattr(self.trunk, "dynamic_img_size", False) and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"vision encoder: an image of {height}x{width} px, but it was built for "
+                f"{self.image_size}x{self.image_size}; set image_size, or kwargs: {{dynamic_img_size: true}} for a timm ViT"
+            )
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"vision encoder: sides must be multiples of its patch size {self.patch_size}, "
+                f"found {height}x{width} px"
+            )
+        return (height // self.patch_size) * (width // self.patch_size) + self.num_kept_prefix_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Its transformer blocks: what FSDP and activation checkpointing wrap one by one."""
+        return nn.ModuleList(self.trunk.blocks)
+
+
+def build_vision_encoder(
+    name: str,
+    *,
+    image_size: int | None = None,
+    tokens: str = "all",
+    weights: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    kwargs: dict[str, Any] | None = None,
+) -> VisionEncoder:
+    """A vision encoder by name, with random weights or those of a file.
+
+    Args:
+        name: `coca_vit-l` (the reference's), `timm/<name of a timm ViT>`, or `open_clip/<name of an open_clip model>`
+            (its visual tower; tokens before pooling, see `OpenClipTrunk`).
+        image_size: Side in pixels; by default the architecture's own (448 for `coca_vit-l`). Where it differs from the
+            weights' size, their position embeddings are resampled (bicubic, antialiased).
+        tokens: "all", "patches" or "cls_patches".
+        weights: A file, see `composer_path.weights.vision_file`.
+        mean: Of the images; by default ImageNet's for `coca_vit-l`, else what timm or open_clip state for the name.
+            Pathology encoders in a timm architecture (UNI, Virchow, H-optimus) have their own: give theirs.
+        std: Likewise.
+        kwargs: Further keywords of timm's ViT (`embed_dim`, `depth`, `reg_tokens`, `mlp_layer: SwiGLUPacked`,
+            `act_layer: SiLU`, ...; classes by their name) or of open_clip's `vision_cfg` (`layers`, `width`, ...).
+
+    Raises:
+        ValueError: Unknown names or keywords, a size that the patch size doesn't divide, or weights that don't fit.
+    """
+    kwargs = {key: _layer_name(value) for key, value in (kwargs or {}).items()}
+    refused = sorted(RESERVED & set(kwargs))
+    if refused:
+        raise ValueError(
+            f"vision_encoder.kwargs: {refused} can't be given here; sizes and weights have keys of their own"
+        )
+    trunk: Any
+    default_mean: Sequence[float]
+    default_std: Sequence[float]
+    if name == "coca_vit-l":
+        image_size = COCA_VIT_L["image_size"] if image_size is None else image_size
+        trunk = _build_timm_trunk(COCA_VIT_L["name"], image_size, {**COCA_VIT_L["kwargs"], **kwargs})
+        default_mean, default_std = IMAGE_MEAN, IMAGE_STD
+    elif name.startswith("timm/"):
+        trunk = _build_timm_trunk(name.removeprefix("timm/"), image_size, kwargs)
+        default_mean, default_std = trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"]
+    elif name.startswith("open_clip/"):
+        model_name = name.removeprefix("open_clip/")
+        vision, quick_gelu = open_clip_vision_config(model_name)
+        if vision.get("timm_model_name"):
+            trunk = _build_timm_trunk(vision["timm_model_name"], image_size or vision.get("image_size"), kwargs)
+        else:
+            image_size = vision.get("image_size", 224) if image_size is None else image_size
+            trunk = build_open_clip_trunk({**vision, **kwargs}, quick_gelu, image_size)
+        default_mean, default_std = open_clip_normalization(model_name)
+    else:
+        raise ValueError(
+            f"vision_encoder.name: unknown name '{name}'; it must be 'coca_vit-l', 'timm/<timm ViT>' or "
+            "'open_clip/<open_clip model>'"
+        )
+    size: int = trunk.patch_embed.img_size[0] if image_size is None else image_size
+    patch_size: int = trunk.patch_size if isinstance(trunk, OpenClipTrunk) else trunk.patch_embed.patch_size[0]
+    if size % patch_size:
+        raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
+    mean_of_channels = _three_floats("mean", default_mean if mean is None else mean)
+    std_of_channels = _three_floats("std", default_std if std is None else std)
+    encoder = VisionEncoder(
+        trunk,
+        image_size=size,
+        patch_size=patch_size,
+        tokens=tokens,
+        mean=mean_of_channels,
+        std=std_of_channels,
+        config={
+            "name": name,
+            "image_size": size,
+            "tokens": tokens,
+            "mean": list(mean_of_channels),
+            "std": list(std_of_channels),
+            "kwargs": kwargs,
+        },
+    )
+    if weights is not None:
+        from composer_path.weights.vision_file import load_vision_weights
+
+        load_vision_weights(weights, encoder)
+    return encoder
+
+
+def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    """A ViT of timm's without head and pooling, random weights."""
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"vision_encoder.name: timm has no model '{name}'; nearest names: {nearest}")
+    settings = {key: _layer_class(value) if key.endswith("_layer") else value for key, value in kwargs.items()}
+    if image_size is not None:
+        settings["img_size"] = image_size
+    try:
+        trunk = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **settings)
+    except (TypeError, AssertionError) as error:  # an unknown keyword; sizes that timm asserts
+        raise ValueError(f"vision_encoder.kwargs: timm's '{name}' doesn't take {settings}: {error}") from error
+    lacking = [part for part in ("blocks", "num_prefix_tokens", "patch_embed", "embed_dim") if not hasattr(trunk, part)]
+    if lacking:
+        raise ValueError(
+            f"vision_encoder.name: timm's '{name}' isn't a ViT whose tokens can be taken (has no {lacking})"
+        )
+    return trunk
+
+
+def _layer_name(value: Any) -> Any:
+    """A layer of timm.layers or torch.nn as its name, so that the keywords can be written to a file."""
+    if not callable(value):
+        return value
+    for library in (timm.layers, nn):
+        for name, layer in vars(library).items():
+            if layer is value:  # by identity: timm's SwiGLUPacked is a partial, which has no name of its own
+                return name
+    raise ValueError(f"vision_encoder.kwargs: a layer must be one of timm.layers or torch.nn, found {value!r}")
+
+
+def _layer_class(value: Any) -> Any:
+    """A layer class from its name in timm.layers or torch.nn; other names are left for timm itself."""
+    if not isinstance(value, str):
+        return value
+    return getattr(timm.layers, value, None) or getattr(nn, value, None) or value
+
+
+def _three_floats(key: str, values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) != 3:
+        raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(values)}")
+    return tuple(float(value) for value in values)

@@ -1,0 +1,59 @@
+"""AdamW with a learning rate for each module, and Composer's schedulers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from composer_path.models.path_mllm import MODULES, PathMLLM
+
+
+def build_optimizer(
+    model: PathMLLM,
+    *,
+    name: str = "adamw",
+    lr: float | Mapping[str, float] = 1e-3,
+    weight_decay: float = 0.0,
+    **keywords: Any,
+) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; biases and norms (everything with one dimension) never decay.
+
+    Args:
+        model: Its parameters that require a gradient.
+        name: `adamw`.
+        lr: One for all, or by module: `{projector: 2e-3, language_model: 2e-5}`.
+        weight_decay: On matrices.
+        **keywords: Of `torch.optim.AdamW`; `fused` defaults to whether a GPU is there.
+
+    Raises:
+        ValueError: Nothing is trained, or a trained module has no learning rate.
+    """
+    if name != "adamw":
+        raise ValueError(f"optimizer.name: unknown '{name}'; there is 'adamw'")
+    groups: list[dict[str, Any]] = []
+    for module_name in MODULES:
+        trained = [p for p in getattr(model, module_name).parameters() if p.requires_grad]
+        if not trained:
+            continue
+        if isinstance(lr, Mapping) and module_name not in lr:
+            raise ValueError(f"optimizer.lr: no learning rate for the trained module '{module_name}'")
+        rate = lr[module_name] if isinstance(lr, Mapping) else lr
+        for decay, parameters in (
+            (weight_decay, [p for p in trained if p.ndim > 1]),
+            (0.0, [p for p in trained if p.ndim <= 1]),
+        ):
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": module_name})
+    if not groups:
+        raise ValueError("model.trainable: nothing to train")
+    keywords.setdefault("fused", torch.cuda.is_available())
+    return torch.optim.AdamW(groups, **keywords)
+
+
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """Numbers of trained and frozen parameters."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return {"trained": trained, "frozen": sum(p.numel() for p in module.parameters()) - trained}

@@ -1,0 +1,102 @@
+"""How the model is spread over ranks: Composer's FSDP2 (default), FSDP1 or DDP, from the YAML's section."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+
+from composer_path.models.path_mllm import PathMLLM
+
+CHECKPOINTED_KINDS = ("llm_blocks", "vision_blocks")
+
+
+def build_parallelism_config(section: Mapping[str, Any] | None, model: PathMLLM) -> dict[str, Any] | None:
+    """Composer's `parallelism_config` from the YAML's.
+
+    Args:
+        section: `{fsdp: {version: 2, activation_checkpointing: [llm_blocks], ...}}`, or None for DDP.
+        model: Told which kinds of block recompute their activations.
+
+    Raises:
+        ValueError: FSDP1 without a GPU, where it can't run.
+    """
+    fsdp = dict((section or {}).get("fsdp") or {})
+    if not section or section.get("fsdp") is None:
+        return None
+    version = fsdp.pop("version", 2)
+    kinds = fsdp.pop("activation_checkpointing", False)
+    if isinstance(kinds, bool):
+        kinds = ["llm_blocks"] if kinds else []
+    model.checkpointed_kinds = tuple(kinds)
+    fsdp["activation_checkpointing"] = bool(kinds)
+    if version == 2:
+        with warnings.catch_warnings():  # "experimental": this project pins the version and tests it
+            warnings.simplefilter("ignore", UserWarning)
+            return {"fsdp": FSDP2Config(**fsdp)}
+    if not torch.cuda.is_available():
+        raise ValueError("trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section out for DDP")
+    # Reentrant checkpointing silently loses every gradient behind a frozen embedding.
+    fsdp = {"activation_checkpointing_reentrant": False, "sync_module_states": True, "state_dict_type": "sharded"} | fsdp
+    return {"fsdp": FSDPConfig(**fsdp)}
+
+
+def compute_dtype(precision: str | None, section: Mapping[str, Any] | None) -> torch.dtype:
+    """The dtype in which matrix products run, which is also the one frozen weights are held in."""
+    mixed = ((section or {}).get("fsdp") or {}).get("mixed_precision")
+    if isinstance(mixed, Mapping) and mixed.get("param_dtype"):
+        return {"bf16": torch.bfloat16, "amp_bf16": torch.bfloat16, "fp32": torch.float32}.get(
+            str(mixed["param_dtype"]), torch.float32
+        )
+    if mixed == "FULL":
+        return torch.float32
+    return torch.bfloat16 if str(precision) == "amp_bf16" else torch.float32
+
+
+def starts_empty(section: Mapping[str, Any] | None) -> bool:
+    """Whether this rank builds the model without weights, to receive them from rank 0 when FSDP shards it."""
+    return bool(section and section.get("fsdp")) and dist.get_global_rank() != 0
+
+
+def mend_gloo_averaging() -> bool:
+    """Make FSDP2 average gradients on gloo, where torch 2.7 sums them.
+
+    gloo's reduce-scatter takes `ReduceOp.AVG` and returns the sum (torch issue 162338): gradients come out times the
+    number of ranks, which AdamW hides. A two-element reduce-scatter tells whether this torch does so; if it does, FSDP2
+    is told to divide by itself.
+
+    Returns:
+        Whether it was necessary.
+
+    Raises:
+        RuntimeError: The fault is there, but this torch doesn't have the function that the cure replaces.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1 or torch.distributed.get_backend() != "gloo":
+        return False
+    output = torch.zeros(1)
+    torch.distributed.reduce_scatter_tensor(output, torch.ones(world_size), op=torch.distributed.ReduceOp.AVG)
+    if output.item() == 1.0:
+        return False
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    original = getattr(collectives, "_get_gradient_divide_factors", None)
+    expected = ["reduce_scatter_group", "all_reduce_group", "reduce_dtype", "device_type"]
+    if original is None or list(inspect.signature(original).parameters) != expected:
+        raise RuntimeError(
+            f"gloo sums gradients instead of averaging them in torch {torch.__version__}, and the known cure does not "
+            "fit this version; use NCCL on GPUs, a single rank, or DDP"
+        )
+
+    def divide_by_ranks(group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = "") -> tuple[float, float]:
+        size = group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
+        return 1.0, float(size)
+
+    collectives._get_gradient_divide_factors = divide_by_ranks  # type: ignore[assignment]
+    return True

@@ -1,0 +1,215 @@
+"""The straight road: config, tokenizer, model, loaders, optimizer, Trainer, fit."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer_path.config import ConfigError, load_config
+
+if TYPE_CHECKING:
+    from composer import Trainer
+    from composer.core import DataSpec
+    from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from composer_path.models.path_mllm import PathMLLM
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command `train.py YAML [key=value ...] [--check]`; returns the exit code."""
+    words = [word for word in arguments if word != "--check"]
+    if not words:
+        print("usage: composer train.py YAML [key=value ...] [--check]", file=sys.stderr)
+        return 2
+    try:
+        config = load_config(words[0], words[1:])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if "--check" in arguments:
+        print(f"{words[0]}: no mistake found")
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    train(config)
+    return 0
+
+
+def train(config: DictConfig) -> Trainer:
+    """Train as the configuration says.
+
+    Args:
+        config: From `load_config`.
+
+    Returns:
+        The Trainer, after the last step.
+    """
+    from composer import Trainer
+    from composer.core import Evaluator
+    from composer.utils import dist, get_device
+
+    from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly, require_safe_checkpoints
+    from composer_path.models import ComposerPathMLLM
+    from composer_path.optimizer import build_optimizer, count_parameters
+    from composer_path.run_report import RunReport
+    from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
+
+    settings = plain(config)
+    run_folder = Path(settings["save_root"]) / settings["trainer"]["run_name"]
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
+    device = get_device(settings["trainer"].get("device"))
+    dist.initialize_dist(device, settings["trainer"].get("dist_timeout", 300.0))
+    mend_gloo_averaging()
+    require_safe_checkpoints()
+
+    tokenizer = build_tokenizer(config)
+    model = build_model(config)
+    trained_only = TrainedOnly(model)
+    train_loader = build_loader(settings["train_loader"], model, tokenizer)
+    evaluators = []
+    if settings.get("eval_loader"):
+        held_out = build_loader(settings["eval_loader"], model, tokenizer)
+        batch_size = held_out.dataloader.batch_size
+        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=batch_size)]
+    optimizer = build_optimizer(model, **settings["optimizer"])
+    parallelism = build_parallelism_config(settings["trainer"].pop("parallelism_config", None), model)
+    report = RunReport(run_folder, count_parameters(model))
+
+    trainer = Trainer(
+        model=ComposerPathMLLM(model),
+        train_dataloader=train_loader,
+        eval_dataloader=evaluators or None,
+        optimizers=optimizer,
+        schedulers=build_named("scheduler", settings["scheduler"].pop("name"), settings["scheduler"]),
+        algorithms=[build_named("algorithms", name, keywords) for name, keywords in settings.get("algorithms", {}).items()],
+        callbacks=[
+            ResumableCheckpoints(trained_only),
+            *build_callbacks(settings, run_folder, model, trained_only, tokenizer),
+            report,
+        ],
+        loggers=build_loggers(settings, run_folder),
+        parallelism_config=parallelism,
+        accumulate_train_batch_on_tokens=True,  # exact for any split: sum over answer tokens / their number in the global batch
+        device_train_microbatch_size=train_loader.dataloader.batch_size,  # split_batch cuts by tokens
+        seed=settings["seed"],
+        **trainer_defaults(run_folder) | settings["trainer"],
+    )
+    report.save_config(config)
+    if evaluators and trainer.state.timestamp.batch == 0:
+        trainer.eval()
+    if trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
+    trainer.close()
+    return trainer
+
+
+def build_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the language model."""
+    from composer_path.data.vocabulary import load_tokenizer
+
+    return load_tokenizer(**plain(config)["tokenizer"])
+
+
+def build_model(config: DictConfig) -> PathMLLM:
+    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 will send weights."""
+    from composer_path.models.assembly import assemble_model
+    from composer_path.sharding import compute_dtype, starts_empty
+
+    settings = plain(config)
+    parallelism = settings["trainer"].get("parallelism_config")
+    return assemble_model(
+        **settings["model"],
+        seed=settings["seed"],
+        frozen_dtype=compute_dtype(settings["trainer"].get("precision"), parallelism),
+        empty=starts_empty(parallelism),
+    )
+
+
+def build_processor(config: DictConfig) -> dict[str, Any]:
+    """How text and images are prepared: what a model folder keeps of the loader's settings."""
+    from composer_path.data.dataset import ConversationDataset
+
+    dataset = plain(config)["train_loader"]["dataset"]
+    keys = ("template", "image_position", "fit", "decoder", "max_seq_len")
+    defaults = ConversationDataset.__init__.__kwdefaults__
+    return {key: dataset.get(key, defaults[key]) for key in keys}
+
+
+def build_loader(section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
+    """A loader that prepares samples for this model."""
+    from composer_path.data.loader import build_dataloader
+
+    return build_dataloader(
+        **section,
+        tokenizer=tokenizer,
+        num_image_tokens=model.num_image_tokens(),
+        image_size=model.vision_encoder.image_size,
+        mean=model.vision_encoder.mean,
+    )
+
+
+def build_named(section: str, name: str, keywords: dict[str, Any] | None) -> Any:
+    """A class that a section of the YAML names, with its keywords."""
+    from composer_path.named_classes import named_classes
+
+    return named_classes(section)[name](**(keywords or {}))
+
+
+def build_callbacks(
+    settings: dict[str, Any], run_folder: Path, model: PathMLLM, trained_only: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[Any]:
+    """The YAML's callbacks; `save_weights` is also told what it saves."""
+    from omegaconf import OmegaConf
+
+    from composer_path.callbacks import SaveWeights
+
+    callbacks = []
+    for name, keywords in settings.get("callbacks", {}).items():
+        if name == "save_weights":
+            processor = build_processor(OmegaConf.create(settings))
+            callbacks.append(
+                SaveWeights(
+                    **(keywords or {}),
+                    run_folder=run_folder,
+                    model=model,
+                    trained_only=trained_only,
+                    tokenizer=tokenizer,
+                    processor=processor,
+                )
+            )
+        else:
+            callbacks.append(build_named("callbacks", name, keywords))
+    return callbacks
+
+
+def build_loggers(settings: dict[str, Any], run_folder: Path) -> list[Any]:
+    """The YAML's loggers, TensorBoard under the run's folder; a line a step where no progress bar can be drawn."""
+    from composer_path.callbacks import StepLine
+
+    loggers = []
+    for name, keywords in settings.get("loggers", {}).items():
+        defaults = {"log_dir": str(run_folder / "runs")} if name == "tensorboard" else {}
+        loggers.append(build_named("loggers", name, defaults | (keywords or {})))
+    if not sys.stderr.isatty():
+        loggers.append(StepLine())
+    return loggers
+
+
+def trainer_defaults(run_folder: Path) -> dict[str, Any]:
+    """Trainer keywords that a YAML may leave out."""
+    return {"save_folder": str(run_folder / "checkpoints"), "progress_bar": sys.stderr.isatty()}
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists."""
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

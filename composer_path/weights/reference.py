@@ -1,0 +1,227 @@
+"""Whole model folders in the reference's names: read into a PathMLLM, and written back."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from composer_path.models.language_model import build_language_model, empty_parameters
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.projector import Projector, build_projector
+from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
+from composer_path.weights.folder import write_folder
+from composer_path.weights.projector_file import MARKER, from_reference_projector, to_reference_projector
+from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_folder
+
+VISION_PREFIX = "model.vision_tower.vision_tower."
+PROJECTOR_PREFIX = "model." + MARKER
+VISION_TOWER = "coca_vit-l"
+MODEL_TYPE = "llava"
+IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
+POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
+# What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
+LLAMA_KEYS = frozenset(
+    ["vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    + ["num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias"]
+    + ["hidden_act", "initializer_range", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters"]
+    + ["tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"]
+)
+
+
+def load_reference_model(
+    folder: str | Path,
+    *,
+    image_size: int = 448,
+    patch_size: int = 16,
+    num_heads: int = 16,
+    attention: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> PathMLLM:
+    """A PathMLLM from a folder that the reference's training wrote.
+
+    Widths, depths and the number of queries are read from the tensors, the language model's architecture from
+    `config.json`. What neither shows is given; the defaults are the reference's.
+
+    Args:
+        folder: With `config.json` and safetensors or `pytorch_model*.bin`.
+        image_size: Side of the images, in pixels.
+        patch_size: Side of a patch, in pixels.
+        num_heads: Attention heads of the ViT.
+        attention: Backend of the language model, see `composer_path.models.attention.BACKENDS`.
+        dtype: Of the weights; as they are in the files by default.
+
+    Raises:
+        WeightsError: Another kind of folder, or tensors that are missing, left over or of other shapes (all listed).
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    tensors = {key: value for key, value in read_tensor_folder(folder).items() if not IGNORED.search(key)}
+    state_dict = from_reference(tensors)
+    with empty_parameters():
+        language_config = {key: value for key, value in config.items() if key in LLAMA_KEYS and value is not None}
+        language_model = build_language_model(config={"model_type": "llama", **language_config}, attention=attention)
+        model = PathMLLM(
+            _empty_vision_encoder(folder, state_dict, image_size, patch_size, num_heads),
+            _empty_projector(folder, state_dict, config),
+            language_model,
+        )
+    if language_model.config.tie_word_embeddings:
+        state_dict.setdefault("language_model.lm_head.weight", state_dict["language_model.model.embed_tokens.weight"])
+    check_tensors(str(folder), model.state_dict(), state_dict)
+    if dtype is not None:
+        state_dict = {key: value.to(dtype) for key, value in state_dict.items()}
+    model.load_state_dict(state_dict, assign=True)
+    language_model.tie_weights()
+    return model.eval()
+
+
+def save_reference_model(
+    model: PathMLLM,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
+
+    Args:
+        model: With the reference's parts: `coca_vit-l`, a bias-free pooler or none, LLaMA.
+        folder: Made if it isn't there.
+        state_dict: The gathered weights where `model` is sharded; its own by default.
+        max_shard_size: Of one safetensors file.
+
+    Raises:
+        WeightsError: A part that the reference has no names for.
+    """
+    vision, projector = model.vision_encoder.config, model.projector.config
+    language_config: Any = model.language_model.config
+    pooler, depth = projector["pooler"], projector["mlp"]["depth"]
+    unknown = []
+    if vision["name"] != VISION_TOWER or vision["tokens"] != "all":
+        unknown.append(f"vision encoder '{vision['name']}' with tokens '{vision['tokens']}'")
+    if pooler is not None and (pooler["kind"] != "reference" or pooler["num_heads"] != POOLER_HEADS):
+        unknown.append(f"pooler {pooler}")
+    if language_config.model_type != "llama":
+        unknown.append(f"language model '{language_config.model_type}'")
+    if unknown:
+        raise WeightsError(
+            f"the reference's format has no place for: {', '.join(unknown)}; use PathMLLM.save_pretrained"
+        )
+    tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
+    if language_config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    config = json.loads(language_config.to_json_string(use_diff=False)) | {
+        "model_type": MODEL_TYPE,
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "use_mm_proj": True,
+        "mm_vision_tower": VISION_TOWER,
+        "mm_projector_type": ("attn_pool+" if pooler else "")
+        + {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu"),
+        "mm_hidden_size": pooler["dim"] if pooler else projector["in_dim"],
+        "mm_context_size": projector["in_dim"],
+        "mm_vision_select_layer": -1,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad",
+    }
+    write_folder(Path(folder), config, tensors, max_shard_size)
+
+
+def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A PathMLLM's tensors under the reference's names."""
+    projector = {
+        key.removeprefix("projector."): value for key, value in state_dict.items() if key.startswith("projector.")
+    }
+    tensors = to_reference_projector(projector, PROJECTOR_PREFIX)
+    for key, tensor in state_dict.items():
+        if key.startswith("vision_encoder.trunk."):
+            tensors[VISION_PREFIX + key.removeprefix("vision_encoder.trunk.")] = tensor
+        elif key.startswith("language_model."):
+            tensors[key.removeprefix("language_model.")] = tensor
+    return tensors
+
+
+def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference's tensors under a PathMLLM's names."""
+    projector = {
+        key.removeprefix(PROJECTOR_PREFIX): value for key, value in tensors.items() if key.startswith(PROJECTOR_PREFIX)
+    }
+    state_dict = {f"projector.{key}": value for key, value in from_reference_projector(projector).items()}
+    for key, tensor in tensors.items():
+        if key.startswith(VISION_PREFIX):
+            state_dict["vision_encoder.trunk." + key.removeprefix(VISION_PREFIX)] = tensor
+        elif not key.startswith(PROJECTOR_PREFIX):
+            state_dict["language_model." + key] = tensor
+    return state_dict
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"weights: no config.json in '{folder}'; it must be a model folder of the reference's")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != MODEL_TYPE or config.get("mm_vision_tower") != VISION_TOWER:
+        raise WeightsError(
+            f"'{folder}/config.json' must have model_type '{MODEL_TYPE}' and mm_vision_tower '{VISION_TOWER}', found "
+            f"'{config.get('model_type')}' and '{config.get('mm_vision_tower')}'"
+        )
+    if config.get("mm_use_im_start_end"):
+        raise WeightsError(f"'{folder}' was trained with mm_use_im_start_end: its prompts mark images, ours don't")
+    return config
+
+
+def _empty_vision_encoder(
+    folder: Path, state_dict: Mapping[str, Tensor], image_size: int, patch_size: int, num_heads: int
+) -> VisionEncoder:
+    """The ViT that the tensors' shapes describe."""
+    trunk = {
+        key.removeprefix("vision_encoder.trunk."): value
+        for key, value in state_dict.items()
+        if key.startswith("vision_encoder.trunk.")
+    }
+    for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
+        if key not in trunk:
+            raise WeightsError(f"weights: '{folder}' has no '{VISION_PREFIX}{key}', so its ViT isn't in it")
+    dim, _, side, _ = trunk["patch_embed.proj.weight"].shape
+    num_positions = trunk["pos_embed"].shape[1]
+    if side != patch_size or (image_size // patch_size) ** 2 + 1 != num_positions:
+        raise WeightsError(
+            f"weights: the ViT in '{folder}' has patches of {side} px and {num_positions} position embeddings (CLS "
+            f"included), but image_size {image_size} and patch_size {patch_size} make "
+            f"{(image_size // patch_size) ** 2 + 1}"
+        )
+    if dim % num_heads:
+        raise WeightsError(f"weights: num_heads {num_heads} doesn't divide the ViT's width {dim} in '{folder}'")
+    depth = 1 + max(int(key.split(".")[1]) for key in trunk if key.startswith("blocks."))
+    return build_vision_encoder(
+        VISION_TOWER,
+        image_size=image_size,
+        kwargs={
+            "patch_size": patch_size,
+            "embed_dim": dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": trunk["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        },
+    )
+
+
+def _empty_projector(folder: Path, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Projector:
+    """The projector that the tensors' shapes and the config's `mm_projector_type` describe."""
+    pooler = None
+    in_dim = state_dict["vision_encoder.trunk.patch_embed.proj.weight"].shape[0]
+    query = state_dict.get("projector.pooler.query")
+    if query is not None:
+        pooler = {"kind": "reference", "num_queries": query.shape[0], "dim": query.shape[1], "num_heads": POOLER_HEADS}
+    try:
+        return build_projector(
+            in_dim=in_dim, out_dim=config["hidden_size"], type=config.get("mm_projector_type", "linear"), pooler=pooler
+        )
+    except ValueError as error:
+        raise WeightsError(f"weights: the projector in '{folder}' can't be built. {error}") from error

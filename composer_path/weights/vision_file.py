@@ -1,0 +1,120 @@
+"""Vision weights files: timm's or open_clip's ViT names, with or without a prefix, at this or another image size."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from composer_path.models.open_clip_trunk import OpenClipTrunk
+from composer_path.models.vision_encoder import VisionEncoder
+from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VisionKeys:
+    """How one library names the parts of its ViT.
+
+    Attributes:
+        anchor: A key that every file has; what stands before it in the file is the prefix of all keys.
+        positions: The position embeddings.
+        behind: Beginnings of keys that lie behind the tokens (classifier, pooling); a file may have them, we don't.
+    """
+
+    anchor: str
+    positions: str
+    behind: tuple[str, ...]
+
+
+TIMM = VisionKeys("patch_embed.proj.weight", "pos_embed", ("head.", "head_dist.", "fc_norm.", "attn_pool."))
+OPEN_CLIP = VisionKeys(
+    "conv1.weight", "positional_embedding", ("proj", "ln_post.", "attn_pool.", "attn_pool_contrastive.")
+)
+
+
+def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
+    """Load a file's weights into a vision encoder.
+
+    The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
+    removed. Position embeddings of another image size are resampled. Classifier and pooling weights are left out. The
+    text tower and all else in a whole vision-language checkpoint (prefix with `visual`) is left out; in any other file
+    keys outside of the prefix are an error.
+
+    Args:
+        path: `.safetensors`, or a torch pickle of tensors.
+        encoder: Changed in place; the file's numbers are cast to its dtype.
+
+    Raises:
+        WeightsError: The file can't be read, no or several ViTs are in it, or keys and shapes differ (all listed).
+    """
+    trunk = encoder.trunk
+    module, keys = (trunk.tower, OPEN_CLIP) if isinstance(trunk, OpenClipTrunk) else (trunk, TIMM)
+    expected = module.state_dict()
+    tensors = _behind_prefix(str(path), read_tensor_file(path), keys)
+    tensors = {key: value for key, value in tensors.items() if key in expected or not key.startswith(keys.behind)}
+    if keys.positions in tensors and keys.positions in expected:
+        num_prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        grid = encoder.image_size // encoder.patch_size
+        tensors[keys.positions] = _resample(
+            str(path), tensors[keys.positions], expected[keys.positions].shape, num_prefix, grid
+        )
+    check_tensors(str(path), expected, tensors)
+    module.load_state_dict(tensors)
+
+
+def _behind_prefix(source: str, tensors: dict[str, Tensor], keys: VisionKeys) -> dict[str, Tensor]:
+    """The ViT's tensors with their prefix removed."""
+    prefixes = sorted(
+        key.removesuffix(keys.anchor) for key in tensors if key == keys.anchor or key.endswith("." + keys.anchor)
+    )
+    if not prefixes:
+        raise WeightsError(
+            f"weights: '{source}' has no key that ends with '{keys.anchor}', so it holds no ViT of this kind; "
+            f"it begins with {sorted(tensors)[:5]}"
+        )
+    if len(prefixes) > 1:
+        raise WeightsError(f"weights: '{source}' holds several ViTs, under {prefixes}; save the one to use alone")
+    prefix = prefixes[0]
+    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    outside = sorted(key for key in tensors if not key.startswith(prefix))
+    if outside and "visual" not in prefix.split("."):
+        raise WeightsError(
+            f"weights: '{source}' doesn't fit the model. Left over outside of '{prefix}': {outside[:40]}"
+        )
+    if outside:
+        log.info("%s: %d tensors of other parts than '%s' were left out", source, len(outside), prefix)
+    return inside
+
+
+def _resample(
+    source: str,
+    positions: Float[Tensor, "*one positions dim"],
+    shape: tuple[int, ...],
+    num_prefix_tokens: int,
+    grid: int,
+) -> Float[Tensor, "*one new_positions dim"]:
+    """Position embeddings for a grid of `grid` x `grid` patches; those of CLS and registers stay as they are."""
+    if tuple(positions.shape) == tuple(shape):
+        return positions
+    num_patches = positions.shape[-2] - num_prefix_tokens
+    side = math.isqrt(max(num_patches, 0))
+    if side == 0 or side**2 != num_patches or positions.shape[-1] != shape[-1]:
+        raise WeightsError(
+            f"weights: '{source}' has position embeddings of shape {list(positions.shape)}: less {num_prefix_tokens} "
+            f"for CLS and registers that isn't a square of patches of width {shape[-1]}; the model has {list(shape)}"
+        )
+    log.info("%s: position embeddings resampled from %dx%d to %dx%d patches", source, side, side, grid, grid)
+    resampled = resample_abs_pos_embed(
+        positions.reshape(1, *positions.shape[-2:]),
+        new_size=[grid, grid],
+        old_size=[side, side],
+        num_prefix_tokens=num_prefix_tokens,
+    )
+    return resampled.reshape(shape)

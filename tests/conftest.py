@@ -1,0 +1,55 @@
+"""What every test shares: paths of the data, and a machine that stays offline and lightly loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Set before torch or tokenizers are imported: one thread each, because tests start further processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The folder that holds train.py, yamls/ and test_data/."""
+    return REPO_ROOT
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """What the reference system computed: tokens, images and a tiny model."""
+    return REPO_ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer_path() -> Path:
+    """A folder with the LLaMA-2 vocabulary, which may not be committed here."""
+    path = os.environ.get("COMPOSER_PATH_LLAMA2_TOKENIZER")
+    if not path:
+        pytest.skip("set COMPOSER_PATH_LLAMA2_TOKENIZER to a folder with LLaMA-2's tokenizer.model")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_path() -> Path:
+    """The Apache-2.0 vocabulary of the demo, a sentencepiece model of 32,000 pieces."""
+    return REPO_ROOT / "test_data" / "tokenizer"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; torch is imported only if such a test was collected."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,246 @@
+"""Projector files of all three kinds, and files that must not load."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from composer_path.models.projector import Projector, build_projector
+from composer_path.weights.projector_file import (
+    from_reference_projector,
+    load_projector,
+    load_projector_weights,
+    read_projector_config,
+    save_mm_projector,
+    save_projector,
+    to_reference_projector,
+)
+from composer_path.weights.tensor_file import WeightsError
+
+REFERENCE_KEYS = {
+    "attn_pool.query",
+    "attn_pool.ln_k.weight",
+    "attn_pool.ln_k.bias",
+    "attn_pool.ln_q.weight",
+    "attn_pool.ln_q.bias",
+    "attn_pool.to_q.weight",
+    "attn_pool.to_kv.weight",
+    "attn_pool.to_out.weight",
+    "ln.weight",
+    "ln.bias",
+    "proj.0.weight",
+    "proj.0.bias",
+    "proj.2.weight",
+    "proj.2.bias",
+}
+
+
+class Harmful:
+    def __reduce__(self) -> tuple:
+        return print, ("this ran",)
+
+
+def make(kind: str = "reference", **arguments: object) -> Projector:
+    defaults = {"pooler": {"kind": kind, "dim": 16, "num_queries": 5, "num_heads": 4}, "mlp": {"depth": 2}}
+    return build_projector(in_dim=24, out_dim=32, **(defaults | arguments))
+
+
+def assert_same(ours: Projector, theirs: Projector, begin: str = "") -> None:
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value) == key.startswith(begin), key
+
+
+def test_a_random_start_differs_from_one_with_a_file(tmp_path: Path) -> None:
+    source = make()
+    save_projector(tmp_path / "projector.safetensors", source)
+    assert_same(make(weights=str(tmp_path / "projector.safetensors")), source)
+    assert not torch.equal(make().pooler.query, source.pooler.query)
+
+
+@pytest.mark.parametrize("kind", ["reference", "open_clip"])
+def test_projector_safetensors_rebuilds_the_projector(tmp_path: Path, kind: str) -> None:
+    source = make(kind)
+    save_projector(tmp_path / "projector.safetensors", source)
+    again = load_projector(tmp_path / "projector.safetensors")
+    assert again.config == source.config == read_projector_config(tmp_path)
+    assert_same(again, source)
+
+
+def test_mm_projector_bin_has_the_references_names(tmp_path: Path) -> None:
+    source = make()
+    save_mm_projector(tmp_path / "mm_projector.bin", source)
+    tensors = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
+    assert tensors.keys() == {f"model.mm_projector.{key}" for key in REFERENCE_KEYS}
+    again = make()
+    assert load_projector_weights(tmp_path / "mm_projector.bin", again) == []
+    assert_same(again, source)
+
+
+def test_gathered_tensors_may_be_written_in_the_projectors_stead(tmp_path: Path) -> None:
+    gathered = {key: value + 1 for key, value in make().state_dict().items()}
+    save_projector(tmp_path / "projector.safetensors", make(), gathered)
+    save_mm_projector(tmp_path / "mm_projector.bin", make(), gathered)
+    for name in ("projector.safetensors", "mm_projector.bin"):
+        again = make(weights=str(tmp_path / name))
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in gathered.items())
+
+
+def test_a_folder_stands_for_the_projector_file_in_it(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="holds neither"):
+        make(weights=str(tmp_path))
+    source = make()
+    save_mm_projector(tmp_path / "mm_projector.bin", source)
+    assert_same(make(weights=str(tmp_path)), source)
+
+
+def test_an_identity_has_a_file_too(tmp_path: Path) -> None:
+    identity = build_projector(in_dim=24, out_dim=24, type="identity")
+    save_projector(tmp_path / "projector.safetensors", identity)
+    save_mm_projector(tmp_path / "mm_projector.bin", identity)
+    for name in ("projector.safetensors", "mm_projector.bin"):
+        assert load_projector_weights(tmp_path / name, identity) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "mm_projector.", "model.mm_projector.", "module.model.mm_projector."])
+def test_any_prefix_is_taken_off(tmp_path: Path, prefix: str) -> None:
+    source = make()
+    torch.save(to_reference_projector(source.state_dict(), prefix), tmp_path / "p.bin")
+    assert_same(make(weights=str(tmp_path / "p.bin")), source)
+
+
+@pytest.mark.parametrize("arguments", [{"mlp": {"depth": 1}}, {"pooler": None, "mlp": {"depth": 1}}, {"pooler": None}])
+def test_other_projectors_make_the_round_trip_through_the_references_names(tmp_path: Path, arguments: dict) -> None:
+    source = make(**arguments)
+    save_mm_projector(tmp_path / "mm_projector.bin", source)
+    assert_same(make(weights=str(tmp_path), **arguments), source)
+    tensors = to_reference_projector(source.state_dict(), "")
+    assert from_reference_projector(tensors).keys() == source.state_dict().keys()
+
+
+def test_a_linear_layer_is_read_under_either_name(tmp_path: Path) -> None:
+    source = make(mlp={"depth": 1})
+    tensors = to_reference_projector(source.state_dict(), "")
+    assert "proj.weight" in tensors
+    renamed = {key.replace("proj.", "proj.0."): value for key, value in tensors.items()}
+    torch.save(renamed, tmp_path / "p.bin")
+    assert_same(make(mlp={"depth": 1}, weights=str(tmp_path / "p.bin")), source)
+
+
+@pytest.mark.parametrize("prefix", ["", "mm_projector."])
+def test_coca_start_weights_leave_the_mlp_random_and_say_so(
+    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make()
+    tensors = to_reference_projector(source.state_dict(), prefix)
+    torch.save(
+        {key: value for key, value in tensors.items() if "proj." not in key.removeprefix(prefix)}, tmp_path / "c.pth"
+    )
+    again = make()
+    with caplog.at_level(logging.WARNING):
+        missing = load_projector_weights(tmp_path / "c.pth", again)
+    assert missing == ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
+    assert "MLP starts from random weights" in caplog.text
+    for key, value in source.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value) != key.startswith("mlp."), key
+
+
+@pytest.mark.parametrize("pooler, ln", [("attn_pool_caption.", "ln_caption."), ("attn_pool.", "ln_post.")])
+def test_the_pooler_of_a_whole_conch_or_open_clip_checkpoint_is_taken(tmp_path: Path, pooler: str, ln: str) -> None:
+    source = make("open_clip")
+    names = {"attn_pool.": "visual." + pooler, "ln.": "visual." + ln}
+    whole = {"text.cls_emb": torch.zeros(3), "visual.trunk.cls_token": torch.zeros(3), "logit_scale": torch.zeros(())}
+    for key, value in to_reference_projector(source.state_dict(), "").items():
+        part = next((part for part in names if key.startswith(part)), None)
+        if part is not None:
+            whole[names[part] + key.removeprefix(part)] = value
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    again = make("open_clip")
+    assert len(load_projector_weights(tmp_path / "pytorch_model.bin", again)) == 4
+    for key, value in source.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value) != key.startswith("mlp."), key
+
+
+def test_the_word_embeddings_of_mm_use_im_start_end_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make()
+    tensors = to_reference_projector(source.state_dict()) | {"model.embed_tokens.weight": torch.zeros(8, 32)}
+    torch.save(tensors, tmp_path / "mm_projector.bin")
+    with caplog.at_level(logging.WARNING):
+        assert_same(make(weights=str(tmp_path)), source)
+    assert "mm_use_im_start_end" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"drop": "attn_pool.to_q.weight"}, r"missing \(1\): pooler.to_q.weight"),
+        ({"drop": "ln.bias"}, r"missing \(1\): ln.bias"),
+        ({"drop": "proj.2.bias"}, r"missing \(1\): mlp.2.bias"),
+        ({"add": "attn_pool.to_q.bias"}, r"left over \(1\): pooler.to_q.bias"),
+        ({"add": "something"}, r"left over \(1\): something"),
+        ({"reshape": "attn_pool.query"}, r"pooler.query: the file has \[3\], the model \[5, 16\]"),
+    ],
+)
+def test_keys_and_shapes_that_differ_are_listed(tmp_path: Path, change: dict, message: str) -> None:
+    tensors = to_reference_projector(make().state_dict())
+    for action, key in change.items():
+        if action == "drop":
+            del tensors[f"model.mm_projector.{key}"]
+        else:
+            tensors[f"model.mm_projector.{key}"] = torch.zeros(3)
+    torch.save(tensors, tmp_path / "mm_projector.bin")
+    with pytest.raises(WeightsError, match=message):
+        make(weights=str(tmp_path))
+
+
+def test_start_weights_lack_the_mlp_only(tmp_path: Path) -> None:
+    tensors = to_reference_projector(make().state_dict(), "")
+    torch.save({k: v for k, v in tensors.items() if k.startswith("attn_pool.")}, tmp_path / "c.bin")
+    with pytest.raises(WeightsError, match=r"missing \(2\): ln.bias, ln.weight"):
+        make(weights=str(tmp_path / "c.bin"))
+    torch.save(tensors | {"visual.norm.weight": torch.zeros(1)}, tmp_path / "c.bin")
+    with pytest.raises(WeightsError, match=r"Left over beside the pooler.*visual.norm.weight"):
+        make(weights=str(tmp_path / "c.bin"))
+
+
+def test_a_file_with_another_config_is_refused_even_where_shapes_agree(tmp_path: Path) -> None:
+    save_projector(tmp_path / "projector.safetensors", make())
+    with pytest.raises(WeightsError, match=r"another projector.*'num_heads': 4.*'num_heads': 8"):
+        make(pooler={"dim": 16, "num_queries": 5, "num_heads": 8}, weights=str(tmp_path))
+
+
+def test_a_pickle_that_holds_objects_is_refused_and_not_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    torch.save({"model.mm_projector.ln.bias": Harmful()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(WeightsError, match="could run code and are refused"):
+        make(weights=str(tmp_path))
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="no file"):
+        make(weights=str(tmp_path / "absent.bin"))
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"must end with \.safetensors"):
+        make(weights=str(tmp_path / "weights.npz"))
+    for name in ("cut.bin", "cut.safetensors"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04")
+        with pytest.raises(WeightsError, match=r"can't be read|isn't a plain pickle"):
+            make(weights=str(tmp_path / name))
+    torch.save({"epoch": 3}, tmp_path / "state.pth")
+    with pytest.raises(WeightsError, match="found other things under epoch"):
+        make(weights=str(tmp_path / "state.pth"))
+
+
+def test_the_golden_projector_is_read_from_a_whole_models_tensors(golden: Path, tmp_path: Path) -> None:
+    whole = load_file(golden / "model" / "model.safetensors")
+    prefix = "model.mm_projector."
+    torch.save({key: value for key, value in whole.items() if key.startswith(prefix)}, tmp_path / "mm_projector.bin")
+    projector = build_projector(in_dim=64, out_dim=64, pooler={"dim": 48}, weights=str(tmp_path))
+    back = to_reference_projector(projector.state_dict())
+    assert {key.removeprefix(prefix) for key in back} == REFERENCE_KEYS
+    assert all(torch.equal(value, whole[key]) for key, value in back.items())
