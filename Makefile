@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 READY := .venv/.ready
 DEMO := runs/demo
+HELDOUT_IMAGE := test_data/imgs/cmu_x1760_y1960_160.jpg
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
@@ -20,12 +21,14 @@ demo: $(READY)
 	rm -rf $(DEMO)
 	python data_prep/convert.py --data test_data/captions.json --images test_data/imgs --out $(DEMO)/shards/captions
 	python data_prep/convert.py --data test_data/data.json --images test_data/imgs --out $(DEMO)/shards/train
+	python data_prep/convert.py --data test_data/heldout_captions.json --images test_data/imgs --out $(DEMO)/shards/heldout_captions
 	python data_prep/convert.py --data test_data/heldout.json --images test_data/imgs --out $(DEMO)/shards/heldout
 	composer -n 1 train.py yamls/demo/pretrain.yaml
 	composer -n 1 train.py yamls/demo/finetune.yaml
 	composer-path export $(DEMO)/finetune/checkpoints/latest-rank0.pt $(DEMO)/exported
-	composer-path ask $(DEMO)/exported --image test_data/imgs/heldout_000.jpg "Is this tile mostly tissue or mostly background?"
-	composer-path ask $(DEMO)/exported --image test_data/imgs/heldout_000.jpg "How was this section stained?"
+	composer-path ask $(DEMO)/exported --image $(HELDOUT_IMAGE) "Is this tile mostly tissue or mostly background?"
+	composer-path ask $(DEMO)/exported --image $(HELDOUT_IMAGE) "Which stain was used here, H&E or IHC?"
+	composer-path evaluate $(DEMO)/exported --data test_data/heldout.json --images test_data/imgs
 	composer-path summary $(DEMO)
 
 test: $(READY)

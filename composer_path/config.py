@@ -107,7 +107,7 @@ def _resolve(node: Any, path: str, problems: list[str]) -> Any:
         try:
             value = node[key]
         except OmegaConfBaseException as error:
-            problems.append(f"{where}: found {text}, which can't be filled in: {str(error).splitlines()[0]}")
+            problems.append(f"{where}: found {text}, which can't be filled in: {_reason(error)}")
             continue
         plain[key] = _resolve(value, where, problems)
     return list(plain.values()) if is_list else plain
@@ -189,7 +189,7 @@ def _check_value(value: Any, key: Key, path: str, problems: list[str]) -> Any:
             hint = f"did you mean {near[0]}?" if near else f"it must be one of {_some(key.choices)}"
             problems.append(f"{path}: found {_show(item)}; {hint}")
     if key.at_least is not None and isinstance(value, int | float) and value < key.at_least:
-        problems.append(f"{path}: found {value}; it must be at least {key.at_least:g}")
+        problems.append(f"{path}: found {value}; it must be at least {key.at_least}")
     says_time = mentions(key.annotation, Time) or path.endswith("interval")
     try:
         if says_time and isinstance(value, str):
@@ -295,6 +295,11 @@ def _some(names: Iterable[Any]) -> str:
     """Names for a message, cut where a list would be too long to read."""
     words = ["null" if name is None else str(name) for name in names]
     return ", ".join(words[:14]) + (f", ... ({len(words)} in all)" if len(words) > 14 else "")
+
+
+def _reason(error: Exception) -> str:
+    """OmegaConf's own words without the name of its exception."""
+    return str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
 
 
 def _unquoted(value: Any) -> str:

@@ -11,18 +11,15 @@ from typing import Any, Literal
 from composer_path.config_types import resolve_annotation
 from composer_path.named_classes import named_classes
 
-_NOTHING = inspect.Parameter.empty
-
 
 @dataclass(frozen=True)
 class Key:
-    """One value: its type, its default, and further rules."""
+    """One value: its type and further rules."""
 
     annotation: Any = Any
     required: bool = False
-    default: Any = _NOTHING
     choices: tuple[Any, ...] = ()
-    at_least: float | None = None
+    at_least: int | None = None
     check: Callable[[Any], None] | None = None  # raises ValueError
 
 
@@ -74,7 +71,7 @@ def section_of(
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or parameter.name in leave_out:
             continue
         annotation = resolve_annotation(parameter.annotation, call)
-        keys[parameter.name] = Key(annotation, parameter.default is _NOTHING, parameter.default)
+        keys[parameter.name] = Key(annotation, required=parameter.default is parameter.empty)
     keys |= changes or {}
     for name in refused or {}:
         keys.pop(name, None)

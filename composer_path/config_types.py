@@ -83,7 +83,7 @@ def _words(annotation: Any) -> list[str]:
     if origin in LISTS or annotation in LISTS:
         return [_words_for_list(origin or annotation, args)]
     if origin in MAPPINGS or annotation in MAPPINGS:
-        values = f" with {describe(args[1])} as values" if args and args[1] is not Any else ""
+        values = f" of names to {describe(args[1])}" if args and args[1] is not Any else ""
         return [f"a mapping{values}"]
     plain = {
         int: "a whole number",

@@ -7,9 +7,11 @@ import inspect
 import re
 from functools import cache
 
-# Composer's words that no rule splits well.
+# Composer's words that no rule splits well; and "annealing", which every schedule does.
 _SPELLINGS = {
+    "Annealing": "",
     "NaN": "Nan",
+    "MLPerf": "Mlperf",
     "WandB": "Wandb",
     "MLFlow": "Mlflow",
     "CometML": "Cometml",
@@ -18,7 +20,7 @@ _SPELLINGS = {
 _COMPOSER_BASES = {
     "scheduler": ("composer.optim.scheduler", "ComposerScheduler", "_scheduler"),
     "algorithms": ("composer.core", "Algorithm", ""),
-    "callbacks": ("composer.core", "Callback", ""),
+    "callbacks": ("composer.core", "Callback", "_callback"),
     "loggers": ("composer.loggers", "LoggerDestination", "_logger"),
 }
 
@@ -46,9 +48,15 @@ def snake_name(class_name: str) -> str:
 
 
 def _classes_of(package: str, base: type, suffix: str) -> dict[str, type]:
+    from composer.loggers import LoggerDestination
+
     members = vars(importlib.import_module(package))
     return {
         snake_name(name).removesuffix(suffix): member
         for name, member in members.items()
-        if inspect.isclass(member) and issubclass(member, base) and member is not base and not name.startswith("_")
+        if inspect.isclass(member)
+        and issubclass(member, base)
+        and member is not base
+        # Loggers are callbacks to Composer, but have a section of their own.
+        and (issubclass(base, LoggerDestination) or not issubclass(member, LoggerDestination))
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
 from composer_path.models.path_mllm import PathMLLM
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTED_KINDS = ("llm_blocks", "vision_blocks")
 
@@ -57,6 +60,22 @@ def compute_dtype(precision: str | None, section: Mapping[str, Any] | None) -> t
     if mixed == "FULL":
         return torch.float32
     return torch.bfloat16 if str(precision) == "amp_bf16" else torch.float32
+
+
+def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
+    """Change a Trainer section so that bf16 training also starts on a CPU, where Composer only takes fp32.
+
+    With FSDP2 the products are still computed in bf16, by its mixed precision; without it they are in fp32. Either is said.
+    """
+    if device_type != "cpu" or trainer.get("precision") != "amp_bf16":
+        return
+    trainer["precision"] = "fp32"
+    fsdp = (trainer.get("parallelism_config") or {}).get("fsdp")
+    if fsdp is not None and fsdp.get("mixed_precision", "DEFAULT") in ("DEFAULT", "PURE"):
+        reduce = "bf16" if fsdp.get("mixed_precision") == "PURE" else "fp32"
+        fsdp["mixed_precision"] = {"param_dtype": "bf16", "reduce_dtype": reduce}
+    how = "bf16 through FSDP's mixed precision" if fsdp is not None else "fp32"
+    log.warning("trainer.precision: amp_bf16 needs a GPU; this CPU run computes in %s", how)
 
 
 def starts_empty(section: Mapping[str, Any] | None) -> bool:

@@ -60,6 +60,7 @@ def train(config: DictConfig) -> Trainer:
     from composer_path.run_report import RunReport
     from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
 
+    config = settle(config)
     settings = plain(config)
     run_folder = Path(settings["save_root"]) / settings["trainer"]["run_name"]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
@@ -107,6 +108,19 @@ def train(config: DictConfig) -> Trainer:
         trainer.fit()
     trainer.close()
     return trainer
+
+
+def settle(config: DictConfig) -> DictConfig:
+    """The configuration with the precision that this machine's device can compute in."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from composer_path.sharding import settle_precision
+
+    trainer = plain(config)["trainer"]
+    has_gpu = torch.cuda.is_available() and trainer.get("device") != "cpu"
+    settle_precision(trainer, "cuda" if has_gpu else "cpu")
+    return OmegaConf.merge(config, {"trainer": trainer})
 
 
 def build_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:

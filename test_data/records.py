@@ -122,9 +122,7 @@ class Records:
     def descriptions(self) -> list[dict[str, Any]]:
         """Returns requests for a caption, as instructions."""
         tiles = self._spread(NUM_DESCRIPTIONS[self.split])
-        return [
-            self._caption_record("description", tile, i, wording.TAG_LAST) for i, tile in enumerate(tiles)
-        ]
+        return [self._caption_record("description", tile, i, wording.TAG_LAST) for i, tile in enumerate(tiles)]
 
     def text_only(self) -> list[dict[str, Any]]:
         """Returns records without a picture."""
@@ -149,9 +147,7 @@ class Records:
     def _spread(self, number: int) -> list[Tile]:
         """Tiles of all pictures in turn."""
         visible = [tile for tile in self.tiles if tile.facts["tissue_share"] >= STAIN_NEEDS]
-        by_picture = [
-            [t for t in visible if t.picture == name and "nuclei" not in t.facts] for name in PICTURES
-        ]
+        by_picture = [[t for t in visible if t.picture == name and "nuclei" not in t.facts] for name in PICTURES]
         drawn = [self.rng.sample(tiles, -(-number // len(PICTURES))) for tiles in by_picture]
         return [tile for group in zip(*drawn, strict=True) for tile in group][:number]
 
@@ -220,10 +216,7 @@ class Records:
                 other = {"human": "human" if number % 10 == 4 else "user", "assistant": "gpt"}
                 for turn in record["conversations"]:
                     turn["from"] = other[turn["from"]]
-        return [
-            {"id": f"{self.split}-{record['meta']['kind']}-{i:03}"} | record
-            for i, record in enumerate(records)
-        ]
+        return [{"id": f"{self.split}-{record['meta']['kind']}-{i:03}"} | record for i, record in enumerate(records)]
 
 
 def _sentence(text: str) -> str:

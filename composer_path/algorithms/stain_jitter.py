@@ -17,9 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 # Rows: haematoxylin, eosin, DAB (here: what the first two leave over). Columns: density in red, green, blue.
-_STAINS = torch.tensor(
-    [[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], dtype=torch.float64
-)
+_STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], dtype=torch.float64)
 _STAINS = _STAINS / _STAINS.norm(dim=1, keepdim=True)
 # [stain, colour in, colour out]: unmixing and keeping only this stain, as one 3 x 3 matrix.
 _STAIN_PARTS = torch.einsum("is,so->sio", torch.linalg.inv(_STAINS), _STAINS).float()
@@ -59,9 +57,8 @@ def jitter_stain(
     matrix = (alpha[:, :, None, None] * parts).sum(dim=1)  # [images, in, out]
     shift = (beta[:, :, None] * colors).sum(dim=1)  # [images, out]
 
-    density = (
-        (images.float() + 1).log2_().sub_(8).mul_(-1)
-    )  # in powers of two: exact for white, cheap to undo
+    # In powers of two: exact for white, and cheap to undo.
+    density = (images.float() + 1).log2_().sub_(8).neg_()
     jittered = (shift * _LOG2_OF_10)[:, :, None, None] + matrix[:, 0, :, None, None] * density[:, 0:1]
     for channel in (1, 2):
         jittered.addcmul_(matrix[:, channel, :, None, None], density[:, channel : channel + 1])
@@ -73,9 +70,8 @@ def draw_uniform(
 ) -> Float[Tensor, "images draws"]:
     """Draw numbers from 0 up to 1 that depend on nothing but the arguments, the same on every kind of device.
 
-    A counter-based generator: the counters are mixed by SplitMix64's finaliser (Steele et al., OOPSLA 2014)
-    in 64-bit integers that wrap around; the upper 24 bits become the fraction. No state, no transfer, no
-    wait.
+    A counter-based generator: counters are mixed by SplitMix64's finaliser (Steele et al., OOPSLA 2014) in
+    64-bit integers that wrap around; the upper 24 bits become the fraction. No state, no wait.
     """
     counters = torch.arange(num_draws, device=sample_ids.device)
     mixed = _mix(_mix(_mix(sample_ids + key) + places)[:, None] + counters)
@@ -100,9 +96,7 @@ class StainJitter(Algorithm):
         seed: Another seed gives another jitter.
     """
 
-    def __init__(
-        self, strength: float = 0.2, shift: float = 0.01, probability: float = 0.8, seed: int = 17
-    ) -> None:
+    def __init__(self, strength: float = 0.2, shift: float = 0.01, probability: float = 0.8, seed: int = 17) -> None:
         if not 0 <= strength <= 1:
             raise ValueError(f"stain_jitter: strength must lie between 0 and 1, found {strength}")
         if not 0 <= shift <= 1:
@@ -142,9 +136,7 @@ class StainJitter(Algorithm):
         state.batch = {**batch, "pixel_values": jittered}
 
 
-def _places_in_samples(
-    num_images_of_samples: Int64[Tensor, " samples"], num_images: int
-) -> Int64[Tensor, " images"]:
+def _places_in_samples(num_images_of_samples: Int64[Tensor, " samples"], num_images: int) -> Int64[Tensor, " images"]:
     """Number the images inside each sample: 0, 1, …, 0, 1, … (a sample may occur twice in a row)."""
     first = num_images_of_samples.cumsum(0) - num_images_of_samples
     # With the total given, the device is not asked for it.

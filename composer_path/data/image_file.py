@@ -175,11 +175,14 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
     """
     data = bytes(data)
     image = open_image(data, max_pixels)
-    if orientation_of(image) == 1 and isinstance(image, JpegImageFile | PngImageFile):
+    if isinstance(image, JpegImageFile) and orientation_of(image) == 1:
         check_image(data, max_pixels)
-        return _strip_jpeg(data) if isinstance(image, JpegImageFile) else _strip_png(data)
+        return _strip_jpeg(data)
+    _load(image, data)
+    pixels = _in_plain_mode(_upright(image))
+    if isinstance(image, PngImageFile) and orientation_of(image) == 1:
+        return _strip_png(data)
     stored = io.BytesIO()
-    pixels = decode_pixels(data, max_pixels)
     pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile
     pixels.save(stored, "PNG")
     return stored.getvalue()

@@ -12,13 +12,11 @@ import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from composer_path.data.conversation import IMAGE_TAG, Conversation, Turn
 from composer_path.data.vocabulary import TextEncoder
-
-ImagePosition = Literal["front", "inline"]
 
 # The system sentence that the reference's conversations start with (read from its token ids).
 LLAVA_SYSTEM = (
@@ -58,6 +56,7 @@ class ImageSlot:
 Segment = Text | SpecialToken | ImageSlot
 
 
+@dataclass(frozen=True)
 class PromptTemplate(ABC):
     """How a conversation is written for the language model."""
 
@@ -69,7 +68,7 @@ class PromptTemplate(ABC):
 
     @abstractmethod
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
     ) -> list[Segment]:
         """The conversation's segments; when its last turn is a question, they end where the answer starts.
 
@@ -86,7 +85,7 @@ class PlainTemplate(PromptTemplate):
     name: ClassVar[str] = "plain"
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
     ) -> list[Segment]:
         """See PromptTemplate; `image_position` changes nothing, as no text but the caption is left."""
         questions = [turn for turn in conversation.turns if turn.role == "human"]
@@ -113,7 +112,7 @@ class LlavaLlama2Template(PromptTemplate):
     name: ClassVar[str] = "llava_llama_2"
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
     ) -> list[Segment]:
         """See PromptTemplate. Each answer is supervised with the spaces around it and the end-of-sequence token."""
         eos_id = encoder.tokenizer.eos_token_id
@@ -159,7 +158,7 @@ class ChatTemplate(PromptTemplate):
         _read_date(self.date)
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
     ) -> list[Segment]:
         """See PromptTemplate."""
         system = self.system if conversation.system is None else conversation.system
@@ -198,20 +197,22 @@ class ChatTemplate(PromptTemplate):
             )
         import jinja2
 
-        date = _read_date(self.date)
         # An em space on both sides tells whether the template trims contents; no template writes one itself.
         marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
         messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
         try:
             rendered = tokenizer.apply_chat_template(
-                messages, tokenize=False, date_string=date.strftime("%d %b %Y"), strftime_now=date.strftime
+                messages,
+                chat_template=self._with_fixed_date(tokenizer.get_chat_template()),
+                tokenize=False,
+                date_string=_read_date(self.date).strftime("%d %b %Y"),  # what LLaMA-3's template looks for
             )
         except jinja2.TemplateError as error:  # for example a template without system messages
             raise TemplateError(
                 f"the tokenizer's chat template refuses a conversation of the roles {', '.join(roles)}: {error}"
             ) from error
         # Alternately what the template wrote and a mark with what is left of its em spaces.
-        pieces = re.split(f"(\u2003?(?:{'|'.join(marks)})\u2003?)", rendered)
+        pieces = re.split(f"(\u2003?(?:{'|'.join(marks)})\u2003?)", str(rendered))
         chunks, found = pieces[::2], pieces[1::2]
         if [piece.strip() for piece in found] != marks:
             raise TemplateError(
@@ -219,6 +220,19 @@ class ChatTemplate(PromptTemplate):
                 f"{len(found)} of them; use 'llava_llama_2' or change the tokenizer's chat template"
             )
         return chunks, [(not piece.startswith("\u2003"), not piece.endswith("\u2003")) for piece in found]
+
+    def _with_fixed_date(self, chat_template: str) -> str:
+        """Write the date into the template; transformers 5 lets no function of ours take `strftime_now`'s place."""
+        date = _read_date(self.date)
+        fixed = re.sub(
+            r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(date.strftime(match[2])), chat_template
+        )
+        if re.search(r"strftime_now\s*\(", fixed):
+            raise ValueError(
+                "the tokenizer's chat template asks for today's date in a way that can't be replaced by template.date; "
+                "write strftime_now's format as a plain string there"
+            )
+        return fixed
 
 
 _Trim = tuple[bool, bool]  # the template removes white space at the content's start, at its end
@@ -241,7 +255,7 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
     if name not in TEMPLATES:
         nearest = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(f"template: unknown name {name!r}; did you mean {nearest!r}? (known: {', '.join(TEMPLATES)})")
-    allowed = list(getattr(TEMPLATES[name], "__dataclass_fields__", {}))
+    allowed = [field.name for field in fields(TEMPLATES[name])]
     for key in settings:
         if key not in allowed:
             raise ValueError(f"template.{key}: {name!r} has no such setting (it has: {', '.join(allowed) or 'none'})")
@@ -253,7 +267,7 @@ def _bos(encoder: TextEncoder) -> list[Segment]:
     return [] if id is None else [SpecialToken(id)]
 
 
-def _question(text: str, image_position: ImagePosition) -> list[Segment]:
+def _question(text: str, image_position: str) -> list[Segment]:
     """A human turn with its images: in front of the text (one as in the reference, several line by line), or inline."""
     parts = text.split(IMAGE_TAG)
     if len(parts) == 1:

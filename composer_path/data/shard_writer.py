@@ -6,6 +6,7 @@ Streaming's own writer publishes an index even when the program failed half-way 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -116,9 +117,14 @@ class ShardWriter:
             raise self._upload_error()
         info_file = Path(writer.local, INFO_NAME)
         info_file.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        writer.cloud_writer.upload_file(INFO_NAME)
         writer.executor = ThreadPoolExecutor(max_workers=1)  # for the index; the old one took the shards
-        writer.finish()
+        try:
+            writer.cloud_writer.upload_file(INFO_NAME)
+            writer.finish()
+        except Exception as error:  # the store's own error, or the bare Exception that streaming raises
+            if self._unfinished is not None:
+                raise
+            raise self._upload_error() from error
         if self._unfinished is not None:
             _put_in_place(self._unfinished, Path(self._out))
         self._done = True
@@ -137,7 +143,7 @@ class ShardWriter:
 
     def _upload_error(self) -> ConvertError:
         return ConvertError(
-            f"--out {self._out}: every shard must be uploaded, found one that was not (the cause is logged "
+            f"--out {self._out}: every shard must be uploaded, found one that was not (the cause is "
             "above); there is no index, so nothing can train on a part; empty the folder and convert again"
         )
 
@@ -145,8 +151,10 @@ class ShardWriter:
 def _put_in_place(unfinished: Path, final: Path) -> None:
     try:
         os.replace(unfinished, final)  # also replaces an empty folder
-    except OSError:
-        # `final` is a mount point or the like. File by file then, and the index last.
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        # `final` is an (empty) mount point: file by file then, and the index last.
         files = sorted(unfinished.iterdir(), key=lambda path: path.name == "index.json")
         for path in files:
             shutil.move(path, final / path.name)

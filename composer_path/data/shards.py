@@ -229,9 +229,6 @@ def _check_arguments(
     data: Path, images: Path, out: str, on_error: str, ids: str, size_limit: int | str, hashes: Sequence[str]
 ) -> None:
     """Refuse before the first record what would else fail after the last."""
-    from streaming.base.hashing import is_hash
-    from streaming.base.util import bytes_to_int
-
     if on_error not in ("fail", "skip"):
         raise ConvertError(f"--on-error: must be 'fail' or 'skip', found {on_error!r}")
     if ids not in ("hash", "keep"):
@@ -241,6 +238,10 @@ def _check_arguments(
         raise ConvertError(f"--data {data}: must be a JSON or JSONL file, found {found}")
     if not images.is_dir():
         raise ConvertError(f"--images {images}: must be the folder of the images, found no such folder")
+
+    from streaming.base.hashing import is_hash
+    from streaming.base.util import bytes_to_int
+
     try:
         size = bytes_to_int(size_limit)
     except ValueError:

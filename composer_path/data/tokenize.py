@@ -12,15 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from composer_path.data.conversation import Conversation
-from composer_path.data.prompts import (
-    ImagePosition,
-    ImageSlot,
-    PromptTemplate,
-    Segment,
-    SpecialToken,
-    Text,
-    get_template,
-)
+from composer_path.data.prompts import ImageSlot, PromptTemplate, Segment, SpecialToken, Text, get_template
 from composer_path.data.vocabulary import TextEncoder, Tokenizer, text_encoder
 
 IMAGE_TOKEN_ID = -200  # the reference's placeholder; never in a vocabulary
@@ -41,8 +33,8 @@ class TokenizedConversation:
         truncated: something was cut away at the end.
     """
 
-    input_ids: Int64[Tensor, "tokens"]
-    labels: Int64[Tensor, "tokens"]
+    input_ids: Int64[Tensor, " tokens"]
+    labels: Int64[Tensor, " tokens"]
     num_images: int
     truncated: bool = False
 
@@ -58,7 +50,7 @@ def tokenize_conversation(
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
     max_seq_len: int | None = None,
-    image_position: ImagePosition = "front",
+    image_position: str = "front",
 ) -> TokenizedConversation:
     """Turn a conversation into input ids and labels.
 
@@ -85,8 +77,8 @@ def tokenize_prompt(
     tokenizer: Tokenizer | TextEncoder,
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
-    image_position: ImagePosition = "front",
-) -> Int64[Tensor, "tokens"]:
+    image_position: str = "front",
+) -> Int64[Tensor, " tokens"]:
     """Turn a conversation that ends with a question into input ids, up to where the answer starts.
 
     They are the start of what `tokenize_conversation` makes of the same conversation with an answer.
@@ -101,7 +93,7 @@ def _tokenize(
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
     max_seq_len: int | None,
-    image_position: ImagePosition,
+    image_position: str,
 ) -> TokenizedConversation:
     if image_position not in ("front", "inline"):
         raise ValueError(f"image_position: must be 'front' or 'inline', found {image_position!r}")

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,19 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
     )
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Save a tokenizer as a Hugging Face folder, with its sentencepiece file (transformers 5 would leave that out)."""
+    tokenizer.save_pretrained(str(folder))
+    file = _sentencepiece_file(tokenizer)
+    if file is not None and not Path(folder, "tokenizer.model").exists():
+        shutil.copyfile(file, Path(folder, "tokenizer.model"))
+
+
+def _sentencepiece_file(tokenizer: Tokenizer) -> Path | None:
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    return file if file.suffix == ".model" and file.is_file() else None
+
+
 def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
     from transformers import AutoTokenizer
 
@@ -65,11 +79,12 @@ def _load_sentencepiece_file(file: Path, **kwargs: Any) -> Tokenizer:
             f"tokenizer.path: {str(file)!r} is not a sentencepiece model; give a tokenizer.model or its folder"
         ) from error
     ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
-    config = {name: pieces.id_to_piece(id) if id >= 0 else None for name, id in ids.items()}
-    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {name: pieces.id_to_piece(id) if id >= 0 else None for name, id in ids.items()}
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
+    config |= {"clean_up_tokenization_spaces": False}
     # A folder is the one form that transformers 4 and 5 read alike; the file itself stays where it is.
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(file, Path(folder, "tokenizer.model"))
+        shutil.copyfile(file, Path(folder, "tokenizer.model"))
         Path(folder, "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         tokenizer = _load_folder(Path(folder), **kwargs)
     tokenizer.vocab_file = str(file)
@@ -97,7 +112,8 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.special_tokens = _special_tokens(tokenizer)
-        self._special_ids = frozenset(self.special_tokens.values())
+        # Any character that a vocabulary lacks becomes its unknown token, so that one is no sign of a marker.
+        self._marker_ids = frozenset(self.special_tokens.values()) - {tokenizer.unk_token_id}
         # Longest first, so that <|end|> never hides <|end|>x.
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
@@ -122,7 +138,7 @@ class TextEncoder:
             return []
         encode = self._encode_start if prefix else self._encode_inside
         ids = encode(text)
-        if self._special_ids.isdisjoint(ids):
+        if self._marker_ids.isdisjoint(ids):
             return ids
         return self._encode_in_parts(text, prefix)
 
@@ -146,10 +162,10 @@ class TextEncoder:
         """Some models (Gemma's sentencepiece, unigram ones) hold special tokens as ordinary pieces: cut inside them."""
         cuts = [0, *(match.start() + 1 for match in self._special_pattern.finditer(text)), len(text)]
         ids: list[int] = []
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             encode = self._encode_start if prefix and start == 0 else self._encode_inside
             part = encode(text[start:end])
-            if not self._special_ids.isdisjoint(part):  # normalisation made one out of other characters
+            if not self._marker_ids.isdisjoint(part):  # normalisation made one out of other characters
                 part = [id for character in text[start:end] for id in self._encode_inside(character)]
             ids += part
         return ids
@@ -164,7 +180,11 @@ class TextEncoder:
 
 def text_encoder(tokenizer: Tokenizer | TextEncoder) -> TextEncoder:
     """The encoder of a tokenizer; built once for each tokenizer object, and again when tokens were added to it."""
-    return tokenizer if isinstance(tokenizer, TextEncoder) else _build_encoder(tokenizer, len(tokenizer.added_tokens_decoder))
+    return (
+        tokenizer
+        if isinstance(tokenizer, TextEncoder)
+        else _build_encoder(tokenizer, len(tokenizer.added_tokens_decoder))
+    )
 
 
 @lru_cache(maxsize=8)
@@ -180,9 +200,9 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _sentencepiece_encoders(tokenizer: Tokenizer) -> tuple[_Encode, _Encode] | None:
     """Sentencepiece's own segmentation at the start of a text and inside one; None if the tokenizer's ids differ."""
-    vocab_file = str(getattr(tokenizer, "vocab_file", None) or "")
-    if vocab_file.endswith(".model") and Path(vocab_file).is_file():
-        proto = Path(vocab_file).read_bytes()
+    file = _sentencepiece_file(tokenizer)
+    if file is not None:
+        proto = file.read_bytes()
     elif hasattr(tokenizer, "sp_model"):
         proto = tokenizer.sp_model.serialized_model_proto()
     else:
@@ -199,7 +219,7 @@ def _sentencepiece_encoders(tokenizer: Tokenizer) -> tuple[_Encode, _Encode] | N
     same_pieces = tokenizer.convert_ids_to_tokens(ids) == [start.id_to_piece(id) for id in ids]
     if not same_pieces or tokenizer.encode(_PROBE_TEXT, add_special_tokens=False) != start.encode(_PROBE_TEXT):
         return None
-    model = sentencepiece_model_pb2.ModelProto.FromString(proto)
+    model = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False  # a space inside a text is part of it
     return start.encode, sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString()).encode
@@ -241,4 +261,3 @@ def _without_prefix(step: dict[str, Any] | None) -> dict[str, Any] | None:
     if step["type"] == "ByteLevel":
         return step | {"add_prefix_space": False}
     return step
-

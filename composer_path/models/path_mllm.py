@@ -186,6 +186,9 @@ class PathMLLM(nn.Module):
         """Composer asks it which submodules recompute their activations in the backward pass."""
         return self.kind_of(module) in self.checkpointed_kinds
 
+    def param_init_fn(self, module: nn.Module) -> None:
+        """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""
+
     def config(self) -> dict[str, Any]:
         """Keywords that rebuild the architecture, as written to `config.json`."""
         return {

@@ -108,7 +108,8 @@ class VisionEncoder(nn.Module):
         if not getattr(self.trunk, "dynamic_img_size", False) and (height, width) != (self.image_size, self.image_size):
             raise ValueError(
                 f"vision encoder: an image of {height}x{width} px, but it was built for "
-                f"{self.image_size}x{self.image_size}; set image_size, or kwargs: {{dynamic_img_size: true}} for a timm ViT"
+                f"{self.image_size}x{self.image_size}; set image_size, or for a timm ViT "
+                "kwargs: {dynamic_img_size: true}"
             )
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(

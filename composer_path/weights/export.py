@@ -83,11 +83,9 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         load(state, storage_reader=reader)
         tensors = wanted
     elif checkpoint.is_file():
-        from composer_path.checkpoints import is_harmless
+        from composer_path.checkpoints import read_pickle
 
-        is_harmless(checkpoint)
-        content = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)  # its names were checked above
-        model = content["state"]["model"]
+        model = read_pickle(checkpoint)["state"]["model"]
         tensors = {name: model[prefix + name] for name in names if prefix + name in model}
     else:
         raise ValueError(f"no checkpoint at '{checkpoint}'")

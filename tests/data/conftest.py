@@ -40,6 +40,17 @@ def chat_templates() -> dict[str, str]:
 
 @pytest.fixture
 def byte_level_tokenizer():
+    """A fresh byte-level BPE tokenizer; a test may change it."""
+    return train_byte_level_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def shared_byte_level_tokenizer():
+    """The same for all tests; only its chat template may be set."""
+    return train_byte_level_tokenizer()
+
+
+def train_byte_level_tokenizer():
     """A byte-level BPE (the kind of GPT-2, LLaMA-3, Qwen), trained here; its special tokens are added tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -157,6 +157,18 @@ def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
     assert (pixels == 255).float().mean() < 0.01
 
 
+def test_16_bit_colour_keeps_its_brightness() -> None:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+    row = b"\0" + bytes.fromhex("0000 8080 ffff 1234 4567 fedc")  # two pixels; Pillow writes no such files
+    header = bytes.fromhex("00000002 00000001 10 02 00 00 00")
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    pixels = load_image(data, 1, "crop")
+    assert load_image(data, 2, "pad", pad_color=(0, 0, 0))[:, 0].T.tolist() == [[0, 0x80, 0xFF], [0x12, 0x45, 0xFE]]
+    assert pixels.shape == (3, 1, 1)
+
+
 def test_grey_levels_beyond_16_bits_are_refused() -> None:
     for level in (-1, 65536):
         data = encode(Image.fromarray(np.full((8, 8), level, dtype=np.int32)), "TIFF")

@@ -27,7 +27,7 @@ def conversation(*texts: str, system: str | None = None) -> Conversation:
 
 @pytest.fixture
 def mistral(mistral_tokenizer_path):
-    return text_encoder(load_tokenizer(mistral_tokenizer_path))
+    return text_encoder(load_tokenizer(mistral_tokenizer_path, use_fast=False))
 
 
 @pytest.fixture
@@ -36,25 +36,27 @@ def byte_level(byte_level_tokenizer):
 
 
 def written(segments, encoder) -> str:
-    """The segments as one text; what is supervised stands between ‹ and ›."""
+    """The segments as one text; what is supervised stands between « and »."""
     text = ""
     for segment in segments:
         if isinstance(segment, ImageSlot):
             text += "IMG"
             continue
-        piece = encoder.tokenizer.convert_ids_to_tokens(segment.id) if isinstance(segment, SpecialToken) else segment.text
-        text += f"‹{piece}›" if segment.supervised else piece
-    return text.replace("›‹", "")
+        piece = (
+            encoder.tokenizer.convert_ids_to_tokens(segment.id) if isinstance(segment, SpecialToken) else segment.text
+        )
+        text += f"«{piece}»" if segment.supervised else piece
+    return text.replace("»«", "")
 
 
 def test_plain_is_the_image_the_caption_and_a_newline(mistral):
     segments = PlainTemplate().segments(conversation("Describe.\n<image>", "Plasma cells."), mistral)
-    assert written(segments, mistral) == "<s>IMG‹Plasma cells.\n›"
+    assert written(segments, mistral) == "<s>IMG«Plasma cells.\n»"
 
 
 def test_plain_puts_several_images_line_by_line(mistral):
     two = conversation("<image> and <image>", "Nuclei.", system="ignored")
-    assert written(PlainTemplate().segments(two, mistral, "inline"), mistral) == "<s>IMG\nIMG‹Nuclei.\n›"
+    assert written(PlainTemplate().segments(two, mistral, "inline"), mistral) == "<s>IMG\nIMG«Nuclei.\n»"
 
 
 def test_plain_refuses_two_questions_without_printing_them(mistral):
@@ -66,7 +68,7 @@ def test_plain_refuses_two_questions_without_printing_them(mistral):
 def test_llava_llama_2_writes_the_references_format(mistral):
     segments = LlavaLlama2Template().segments(conversation("Q1\n<image>", "A1", "Q2", "A2"), mistral)
     assert written(segments, mistral) == (
-        f"<s>[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\nIMG\nQ1 [/INST]‹ A1 </s>›<s>[INST] Q2 [/INST]‹ A2 </s>›"
+        f"<s>[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\nIMG\nQ1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]« A2 </s>»"
     )
 
 
@@ -76,7 +78,7 @@ def test_llava_llama_2_writes_the_references_format(mistral):
 )
 def test_a_records_system_message_goes_before_the_templates(mistral, of_record, of_template, expected):
     segments = LlavaLlama2Template(system=of_template).segments(conversation("Q", "A", system=of_record), mistral)
-    assert written(segments, mistral) == f"<s>[INST] {expected}Q [/INST]‹ A </s>›"
+    assert written(segments, mistral) == f"<s>[INST] {expected}Q [/INST]« A </s>»"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_a_records_system_message_goes_before_the_templates(mistral, of_record, 
 )
 def test_images_stand_in_front_of_their_turn_or_inline(mistral, question, position, expected):
     segments = LlavaLlama2Template(system="").segments(conversation(question, "A"), mistral, position)
-    assert written(segments, mistral) == f"<s>[INST] {expected} [/INST]‹ A </s>›"
+    assert written(segments, mistral) == f"<s>[INST] {expected} [/INST]« A </s>»"
     assert sum(isinstance(segment, ImageSlot) for segment in segments) == question.count("<image>")
 
 
@@ -112,34 +114,34 @@ def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_needed(mistral
 
 def test_a_tokenizer_without_a_begin_token_starts_with_the_text(mistral):
     mistral.tokenizer.bos_token = None
-    assert written(PlainTemplate().segments(conversation("Q", "A"), mistral), mistral) == "‹A\n›"
+    assert written(PlainTemplate().segments(conversation("Q", "A"), mistral), mistral) == "«A\n»"
 
 
 def test_chatml_supervises_each_answer_and_its_end(byte_level, chat_templates):
     byte_level.tokenizer.chat_template = chat_templates["chatml"]
     segments = ChatTemplate().segments(conversation("<image>\nQ1", "A1", "Q2", "A2", system="S"), byte_level)
     assert written(segments, byte_level) == (
-        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nIMG\nQ1<|im_end|>\n<|im_start|>assistant\n‹A1<|im_end|>›\n"
-        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n‹A2<|im_end|>›\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nIMG\nQ1<|im_end|>\n<|im_start|>assistant\n«A1<|im_end|>»\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n«A2<|im_end|>»\n"
     )
 
 
 def test_a_space_before_an_answer_belongs_to_the_answer(mistral, chat_templates):
     mistral.tokenizer.chat_template = chat_templates["llama2"]
     segments = ChatTemplate().segments(conversation("Q1", "A1", "Q2", "A2"), mistral)
-    assert written(segments, mistral) == "<s>[INST] Q1 [/INST]‹ A1 </s>›<s>[INST] Q2 [/INST]‹ A2 </s>›"
+    assert written(segments, mistral) == "<s>[INST] Q1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]« A2 </s>»"
     asked = ChatTemplate().segments(conversation("Q1", "A1", "Q2"), mistral)
-    assert written(asked, mistral) == "<s>[INST] Q1 [/INST]‹ A1 </s>›<s>[INST] Q2 [/INST]"
+    assert written(asked, mistral) == "<s>[INST] Q1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]"
 
 
 def test_contents_are_trimmed_where_the_template_trims_them(byte_level, chat_templates):
     spaced = conversation("  Q\n", " A ", system=" S ")
     byte_level.tokenizer.chat_template = chat_templates["llama3"]
     text = written(ChatTemplate().segments(spaced, byte_level), byte_level)
-    assert "\n\nS<|eot_id|>" in text and "\n\nQ<|eot_id|>" in text and "\n\n‹A<|eot_id|>›" in text
+    assert "\n\nS<|eot_id|>" in text and "\n\nQ<|eot_id|>" in text and "\n\n«A<|eot_id|>»" in text
     byte_level.tokenizer.chat_template = chat_templates["chatml"]
     text = written(ChatTemplate().segments(spaced, byte_level), byte_level)
-    assert "user\n  Q\n<|im_end|>" in text and "assistant\n‹ A <|im_end|>›" in text
+    assert "user\n  Q\n<|im_end|>" in text and "assistant\n« A <|im_end|>»" in text
 
 
 @pytest.mark.parametrize("date", ["26 Jul 2024", "2024-07-26", datetime.date(2024, 7, 26)])
@@ -156,6 +158,13 @@ def test_without_a_given_date_it_is_still_not_today(byte_level, chat_templates):
     byte_level.tokenizer.chat_template = "{{ strftime_now('%Y') }}" + chat_templates["chatml"]
     text = written(ChatTemplate().segments(conversation("Q", "A"), byte_level), byte_level)
     assert text.startswith("2024<|im_start|>")
+
+
+def test_a_date_that_can_not_be_fixed_is_refused(byte_level, chat_templates):
+    template = "{% set form = '%Y' %}{{ strftime_now(form) }}" + chat_templates["chatml"]
+    byte_level.tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="asks for today's date"):
+        ChatTemplate().segments(conversation("Q", "A"), byte_level)
 
 
 def test_a_date_that_is_none_is_refused_when_the_template_is_made():
@@ -181,7 +190,9 @@ def test_a_chat_template_that_loses_or_repeats_a_message_is_refused(byte_level):
 
 
 def test_a_chat_template_without_an_end_after_the_answer_is_refused(byte_level):
-    byte_level.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    byte_level.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="no special token after an answer"):
         ChatTemplate().segments(conversation("Q", "A"), byte_level)
 
@@ -204,7 +215,9 @@ def test_unknown_names_and_settings_are_refused_with_the_nearest():
         get_template("llama_2")
     with pytest.raises(ValueError, match=r"template\.system: 'plain' has no such setting"):
         get_template({"name": "plain", "system": "S"})
-    with pytest.raises(ValueError, match=r"template\.sistem: 'chat_template' has no such setting \(it has: system, date\)"):
+    with pytest.raises(
+        ValueError, match=r"template\.sistem: 'chat_template' has no such setting \(it has: system, date\)"
+    ):
         get_template({"name": "chat_template", "sistem": "S"})
 
 

@@ -25,6 +25,7 @@ TOKENIZERS = ["llama2_slow", "llama2_fast", "mistral_slow", "mistral_fast", "byt
 CHATS = {
     "one": ["<image>\nWhat is shown?", "Sheets of plasma cells."],
     "more": ["What organ?\n<image>", "Lung.", "Which <image> is worse?", "The second (grade 2).", "Sure?", "Yes."],
+    "no_image": ["What is shown?", "Plasma cells."],
     "text_only": ["Define necrosis.", "Cell death: 1. coagulative\n2. liquefactive", "Thanks.", "印戒 🔬 é"],
 }
 # Nothing that BPE could merge across a mark's border, so that a test's own text matches a template's.
@@ -37,11 +38,12 @@ def conversation(*texts: str, system: str | None = None) -> Conversation:
     return Conversation(turns, images=("",) * num_images, system=system)
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(params=TOKENIZERS, scope="module")
 def tokenizer(request):
+    """A tokenizer of each kind, loaded once; tests may set its chat template."""
     name, _, kind = request.param.rpartition("_")
     if name == "byte":
-        return request.getfixturevalue("byte_level_tokenizer")
+        return request.getfixturevalue("shared_byte_level_tokenizer")
     tokenizer = load_tokenizer(request.getfixturevalue(f"{name}_tokenizer_path"), use_fast=kind == "fast")
     tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
     return tokenizer
@@ -50,10 +52,8 @@ def tokenizer(request):
 @pytest.fixture
 def template(request, tokenizer, chat_templates):
     """A template by name; the chat templates are given to the tokenizer."""
-    if request.param not in chat_templates:
-        return request.param
-    tokenizer.chat_template = chat_templates[request.param]
-    return "chat_template"
+    tokenizer.chat_template = chat_templates.get(request.param)
+    return request.param if tokenizer.chat_template is None else "chat_template"
 
 
 def answers_of(tokenized, tokenizer) -> list[str]:
@@ -79,16 +79,18 @@ def from_row(row: dict) -> Conversation:
     return Conversation.from_record(record)
 
 
-@pytest.fixture(params=["slow", "fast"])
+@pytest.fixture(params=["slow", "fast"], scope="module")
 def golden_tokenizer(request):
     def load(name: str):
-        path = request.getfixturevalue({"llama2": "llama2_tokenizer_path", "mistral_v1": "mistral_tokenizer_path"}[name])
+        path = request.getfixturevalue(
+            {"llama2": "llama2_tokenizer_path", "mistral_v1": "mistral_tokenizer_path"}[name]
+        )
         return load_tokenizer(path, use_fast=request.param == "fast")
 
     return load
 
 
-@pytest.mark.parametrize("name, num_rows", [("llama2", 22), ("mistral_v1", 11)])
+@pytest.mark.parametrize("name, num_rows", [("llama2", 22), ("mistral_v1", 10)])
 def test_ids_and_labels_equal_the_references_bit_for_bit(golden, golden_tokenizer, name, num_rows):
     tokenizer = golden_tokenizer(name)
     rows = [row for row in golden_rows(golden) if row["tokenizer"] == name and not row["mismatch"]]
@@ -99,7 +101,7 @@ def test_ids_and_labels_equal_the_references_bit_for_bit(golden, golden_tokenize
         assert tokenized.labels.tolist() == row["labels"], row["name"]
 
 
-@pytest.mark.parametrize("name, num_rows", [("llama2", 1), ("mistral_v1", 12)])
+@pytest.mark.parametrize("name, num_rows", [("llama2", 1), ("mistral_v1", 13)])
 def test_where_the_reference_masked_everything_the_labels_are_the_answers(golden, golden_tokenizer, name, num_rows):
     tokenizer = golden_tokenizer(name)
     rows = [row for row in golden_rows(golden) if row["tokenizer"] == name and row["mismatch"]]
@@ -115,7 +117,7 @@ def test_where_the_reference_masked_everything_the_labels_are_the_answers(golden
 @pytest.mark.parametrize("name", CHATS)
 def test_labels_are_exactly_the_answers_and_their_ends(tokenizer, template, name):
     chat = conversation(*CHATS[name])
-    if template == "plain" and name != "one":
+    if template == "plain" and len(CHATS[name]) > 2:
         with pytest.raises(TemplateError):
             tokenize_conversation(chat, tokenizer, template, 3)
         return
@@ -124,7 +126,9 @@ def test_labels_are_exactly_the_answers_and_their_ends(tokenizer, template, name
     supervised = tokenized.labels != IGNORE_INDEX
     assert tokenized.num_answer_tokens == supervised.sum() > 0
     assert torch.equal(tokenized.labels[supervised], tokenized.input_ids[supervised])
-    assert (tokenized.input_ids == IMAGE_TOKEN_ID).sum() == 3 * chat.num_images and tokenized.num_images == chat.num_images
+    assert (
+        tokenized.input_ids == IMAGE_TOKEN_ID
+    ).sum() == 3 * chat.num_images and tokenized.num_images == chat.num_images
     ends = [i for i in range(len(supervised)) if supervised[i] and not supervised[i + 1 : i + 2].any()]
     end_ids = {tokenized.labels[end].item() for end in ends}
     special = set(text_encoder(tokenizer).special_tokens.values())
@@ -133,25 +137,36 @@ def test_labels_are_exactly_the_answers_and_their_ends(tokenizer, template, name
     assert sum(label in special for label in tokenized.labels.tolist()) == (0 if template == "plain" else len(ends))
 
 
+def check_ids_equal_the_tokenizers_own(texts: list[str], tokenizer) -> None:
+    """With its chat template: of the whole conversation, and of the prompt for the last answer."""
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+    def own_ids(messages: list[dict], **kwargs) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **kwargs)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    whole = tokenize_conversation(conversation(*texts), tokenizer, "chat_template", 1)
+    assert whole.input_ids.tolist() == own_ids(messages)
+    prompt = tokenize_prompt(conversation(*texts[:-1]), tokenizer, "chat_template", 1)
+    assert prompt.tolist() == own_ids(messages[:-1], add_generation_prompt=True)
+
+
 @pytest.mark.parametrize("template", ["chatml", "llama3", "llama2"], indirect=True)
-@pytest.mark.parametrize("texts", [["What is shown?", "Plasma cells."], CHATS["text_only"], [" a ", "b\n", "c", "  d"]])
-def test_chat_templates_give_the_tokenizers_own_ids(tokenizer, template, texts, request):
-    chat = conversation(*texts)
-    messages = [
-        {"role": "user" if turn.role == "human" else "assistant", "content": turn.text} for turn in chat.turns
-    ]
-    date = {"date_string": "26 Jul 2024"}
-    expected = tokenizer.apply_chat_template(messages, tokenize=False, **date)
-    expected_ids = tokenizer.encode(expected, add_special_tokens=False)
-    assert tokenize_conversation(chat, tokenizer, template, 1).input_ids.tolist() == expected_ids
-    asked = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True, **date)
-    asked_ids = tokenize_prompt(conversation(*texts[:-1]), tokenizer, template, 1).tolist()
-    assert asked_ids == tokenizer.encode(asked, add_special_tokens=False)
+@pytest.mark.parametrize("texts", [CHATS["no_image"], CHATS["text_only"]])
+def test_chat_templates_give_the_tokenizers_own_ids(tokenizer, template, texts):
+    check_ids_equal_the_tokenizers_own(texts, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "llama2"])
+def test_chat_templates_give_the_tokenizers_own_ids_for_odd_spaces(shared_byte_level_tokenizer, chat_templates, name):
+    shared_byte_level_tokenizer.chat_template = chat_templates[name]
+    check_ids_equal_the_tokenizers_own([" a ", "b\n", "c\n\n", "d  "], shared_byte_level_tokenizer)
 
 
 @pytest.mark.parametrize("template", TEMPLATES, indirect=True)
 @pytest.mark.parametrize("nasty", NASTY)
-def test_text_never_becomes_a_special_token_and_never_masks(tokenizer, template, nasty, request):
+def test_text_never_becomes_a_special_token_and_never_masks(tokenizer, template, nasty):
     def special_ids(chat: Conversation) -> list[int]:
         tokenized = tokenize_conversation(chat, tokenizer, template, 2)
         special = set(text_encoder(tokenizer).special_tokens.values())
@@ -169,7 +184,7 @@ def test_text_never_becomes_a_special_token_and_never_masks(tokenizer, template,
 def test_a_prompt_is_the_start_of_what_was_trained(tokenizer, template):
     for name, texts in CHATS.items():
         for last in range(1, 2 if template == "plain" else len(texts), 2):
-            if template == "plain" and name != "one":
+            if template == "plain" and len(texts) > 2:
                 continue
             whole = tokenize_conversation(conversation(*texts[: last + 1]), tokenizer, template, 2)
             prompt = tokenize_prompt(conversation(*texts[:last]), tokenizer, template, 2)
@@ -181,9 +196,9 @@ def test_a_prompt_is_the_start_of_what_was_trained(tokenizer, template):
             assert last_run[0] == len(prompt)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mistral(mistral_tokenizer_path):
-    return load_tokenizer(mistral_tokenizer_path)
+    return load_tokenizer(mistral_tokenizer_path, use_fast=False)
 
 
 def test_a_record_is_cut_at_the_end_at_any_length(mistral):
@@ -248,7 +263,7 @@ def test_a_prompt_ends_with_a_question(mistral):
 
 
 def test_an_unknown_image_position_is_refused(mistral):
-    with pytest.raises(ValueError, match="image_position"):
+    with pytest.raises(ValueError, match="image_position: must be 'front' or 'inline', found 'middle'"):
         tokenize_conversation(conversation("Q", "A"), mistral, "plain", 1, image_position="middle")
 
 

@@ -1,0 +1,138 @@
+"""The command `composer-path`: export, ask, evaluate, summary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; mistakes of the user end in one line and exit code 2."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse closes optional positionals at the first flag: `ask MODEL --image a.jpg "question"` leaves the question over
+    if options.verb == "ask" and options.question is None and len(rest) == 1 and not rest[0].startswith("-"):
+        options.question = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from files
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"composer-path {options.verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="composer-path", description="Use what a training run left.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    export = verbs.add_parser("export", help="write a model folder from a checkpoint")
+    export.add_argument("checkpoint", type=Path, help="a run's checkpoint or its latest-rank0.pt")
+    export.add_argument("out", type=Path, help="folder to write")
+    export.add_argument("--config", type=Path, help="the run's config.yaml; by default the one beside the checkpoints")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights; by default as trained")
+    export.set_defaults(run=_export)
+
+    ask = verbs.add_parser("ask", help="ask an exported model about images")
+    ask.add_argument("model", type=Path, help="a folder written by export, or a finetuning run's model folder")
+    ask.add_argument("question", nargs="?", help="read from the terminal with --chat")
+    ask.add_argument("--image", type=Path, action="append", default=[], help="may be repeated, in the order of the tags")
+    ask.add_argument("--system", help="instead of the template's system message")
+    ask.add_argument("--chat", action="store_true", help="keep asking; an empty line ends")
+    ask.add_argument("--max-new-tokens", type=int, default=512)
+    ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, always takes the likeliest token")
+    ask.set_defaults(run=_ask)
+
+    evaluate = verbs.add_parser("evaluate", help="closed questions: right answers, with the images and without")
+    evaluate.add_argument("model", type=Path)
+    evaluate.add_argument("--data", type=Path, required=True, help="records whose meta has options and answer")
+    evaluate.add_argument("--images", type=Path, required=True, help="folder of their images")
+    evaluate.set_defaults(run=_evaluate)
+
+    summary = verbs.add_parser("summary", help="a table of the runs below a folder")
+    summary.add_argument("root", type=Path, help="their save_root")
+    summary.set_defaults(run=_summary)
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    from composer_path.config import load_config
+    from composer_path.run_report import CONFIG
+    from composer_path.weights.export import export_checkpoint
+
+    # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
+    config_path = options.config or options.checkpoint.absolute().parent.parent / CONFIG
+    if not config_path.is_file():
+        raise ValueError(f"no run configuration at '{config_path}'; give it with --config")
+    export_checkpoint(options.checkpoint, load_config(str(config_path), []), options.out, options.dtype)
+    print(f"model folder: {options.out}")
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> int:
+    if options.question is None and not options.chat:
+        raise ValueError("give a question, or --chat to be asked for one")
+    from transformers import TextStreamer
+
+    from composer_path.assistant import Assistant
+
+    assistant = Assistant.from_pretrained(options.model)
+    images = [assistant.read_image(path) for path in options.image]
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
+    turns: list[tuple[str, str]] = []
+    question = options.question or _next_question()
+    while question:
+        turns.append(("human", question))
+        answer = assistant.answer(
+            turns,
+            images,
+            system=options.system,
+            max_new_tokens=options.max_new_tokens,
+            streamer=TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+        turns.append(("assistant", answer))
+        question = _next_question() if options.chat else ""
+    return 0
+
+
+def _next_question() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from composer_path.assistant import Assistant
+    from composer_path.evaluation.closed_questions import evaluate_closed, majority_accuracy, read_closed_questions
+
+    questions = read_closed_questions(options.data)
+    assistant = Assistant.from_pretrained(options.model)
+    seen = evaluate_closed(assistant, questions, options.images)
+    blank = evaluate_closed(assistant, questions, options.images, blank=True)
+    print(f"{'closed questions':<24}{'asked':>6}{'majority':>10}{'with image':>12}{'blank image':>13}{'unparsed':>10}")
+    for kind in [*sorted(seen.total), None]:
+        of_kind = [question for question in questions if kind is None or question.kind == kind]
+        unparsed = seen.unparsed.total() if kind is None else seen.unparsed[kind]
+        print(
+            f"{kind or 'all':<24}{len(of_kind):>6}{majority_accuracy(of_kind):>10.0%}"
+            f"{seen.accuracy(kind):>12.0%}{blank.accuracy(kind):>13.0%}{unparsed:>10}"
+        )
+    return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    from composer_path.run_report import format_summaries
+
+    print(format_summaries(options.root))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

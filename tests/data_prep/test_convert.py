@@ -1,0 +1,130 @@
+"""The conversion command: exit status, what it prints, and that it runs from anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[2]
+COMMAND = REPO / "data_prep" / "convert.py"
+SECRET = "Miller-Jane-4711"
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    """The command as a module; data_prep is a folder of scripts, not a package."""
+    spec = importlib.util.spec_from_file_location("convert_command", COMMAND)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """Arguments for a data set of one good and one bad record, both about a patient with a name."""
+    (tmp_path / "imgs").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "imgs" / f"{SECRET}.png")
+
+    def record(name: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": f"Is this {SECRET}?"}, {"from": "gpt", "value": f"{SECRET}, yes."}]
+        return {"id": name, "patient": SECRET, "image": f"{name}.png", "conversations": turns, "extra": SECRET}
+
+    (tmp_path / "data.json").write_text(json.dumps([record(SECRET), record(f"{SECRET}-2")]))
+    paths = {"--data": "data.json", "--images": "imgs", "--out": "out"}
+    return [word for option, name in paths.items() for word in (option, str(tmp_path / name))]
+
+
+def test_a_bad_record_fails_the_command_without_a_word_of_the_patient(
+    command: ModuleType, arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 1
+    output = capfd.readouterr()
+    assert output.out == ""
+    assert "record 1: image 1 of 1" in output.err
+    assert "[missing-file]" in output.err
+    assert SECRET not in output.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "imgs"]
+
+
+def test_skip_prints_a_summary_without_a_word_of_the_patient(
+    command: ModuleType, arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([*arguments, "--on-error", "skip"]) == 0
+    output = capfd.readouterr()
+    assert SECRET not in output.out + output.err
+    table = {line[:36].strip(): line[36:] for line in output.out.splitlines()}
+    assert (table["records"], table["records rejected"], table["missing-file"]) == ("1", "1", "1")
+    assert (table["records with one image and no tag"], table["shards"]) == ("1", "1")
+    assert table["ignored key extra"] == "in 2 records"
+    assert table["rejected records listed in"] == str(tmp_path / "rejected.jsonl")
+    assert (tmp_path / "out" / "index.json").exists()
+
+
+def test_every_option_reaches_the_conversion(command: ModuleType, arguments: list[str], tmp_path: Path) -> None:
+    options = {"--on-error": "skip", "--ids": "keep", "--size-limit": "10kb", "--max-pixels": "64"}
+    files = {"--rejected": str(tmp_path / "r.jsonl"), "--key": str(tmp_path / "k.key")}
+    words = [word for option in {**options, **files}.items() for word in option]
+    assert command.main(arguments + words) == 0
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["options"] == {"ids": "keep", "size_limit": "10kb", "hashes": ["xxh64"], "max_pixels": 64}
+    assert (tmp_path / "r.jsonl").exists()
+    assert not (tmp_path / "k.key").exists()  # identifiers that are kept need no key
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["shards"][0]["size_limit"] == 10 * 1024
+
+
+def test_a_place_that_cannot_be_written_ends_in_one_line(
+    command: ModuleType, arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments[-1] = str(tmp_path / "data.json" / "out")
+    assert command.main([*arguments, "--on-error", "skip"]) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_wrong_arguments_end_with_status_2(command: ModuleType, arguments: list[str]) -> None:
+    for wrong in ([], [*arguments, "--ids", "none"], [*arguments, "--compress"], [*arguments, "--max-pixels", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            command.main(wrong)
+        assert caught.value.code == 2
+
+
+def test_progress_is_printed_only_after_ten_seconds(
+    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
+    report = command.every_ten_seconds()
+    for count, seconds in enumerate([1, 9, 11, 12, 20, 22]):
+        now[0] = float(seconds)
+        report("checked", count)
+    assert capfd.readouterr().err == "2 records checked\n5 records checked\n"
+
+
+@pytest.mark.parametrize("path", ["data_prep/convert.py", str(COMMAND)], ids=["repo root", "elsewhere"])
+def test_help_comes_at_once_from_anywhere(path: str, tmp_path: Path) -> None:
+    folder = tmp_path if os.path.isabs(path) else REPO
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, path, "--help"], cwd=folder, capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - start
+    assert shown.returncode == 0
+    assert "--on-error" in shown.stdout
+    assert seconds < 3  # 0.1 s measured; importing the streaming library takes 4 to 6
+
+
+def test_the_command_runs_as_a_script_from_elsewhere(arguments: list[str], tmp_path: Path) -> None:
+    line = [sys.executable, str(COMMAND), *arguments, "--on-error", "skip"]
+    shown = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert SECRET not in shown.stdout + shown.stderr
+    assert (tmp_path / "out" / "index.json").exists()
