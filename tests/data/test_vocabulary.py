@@ -135,8 +135,30 @@ def test_special_tokens_that_the_model_itself_holds_as_pieces_are_cut_open():
     assert tokenizer.convert_ids_to_tokens(text_encoder(tokenizer).encode("ab🔬ab")) == ["ab", "<unk>", "ab"]
 
 
+def test_markers_that_a_sentencepiece_model_defines_are_cut_open(tmp_path):
+    """Gemma's way: `<start_of_turn>` is a piece of the model, which its own encoder would find in a text."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the slide shows nuclei and stroma", "turn of start"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=310,
+        byte_fallback=True,
+        user_defined_symbols=["<turn>"],
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.vocab").unlink()
+    tokenizer = load_tokenizer(tmp_path, use_fast=False)
+    marker = tokenizer.convert_tokens_to_ids("<turn>")
+    assert marker in text_encoder(tokenizer).encode("a <turn> b")  # an ordinary piece so far
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    ids = text_encoder(tokenizer).encode("a <turn> b")
+    assert marker not in ids and tokenizer.decode(ids) == "a <turn> b"
+
+
 def test_ordinary_text_gets_the_tokenizers_own_ids(mistral, byte_level_tokenizer):
-    for text in ("Sheets of plasma cells.", "lines\n- and\n\nmore", "é 印戒 🔬", "trailing ", " leading"):
+    for text in ("Sheets of plasma cells.", "lines\n- and\n\nmore", "é 印戒 🔬", "trailing "):
         for one in (mistral, byte_level_tokenizer):
             assert text_encoder(one).encode(text) == one.encode(text, add_special_tokens=False)
 
