@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.data.vocabulary import save_tokenizer
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.weights.folder import write_folder, write_json
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
@@ -48,7 +49,7 @@ def write_model(
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
     tensors = {key: value if dtype is None else value.to(DTYPES[dtype]) for key, value in weights.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     write_json(folder / PROCESSOR_CONFIG, processor)
     model.save_pretrained(folder, state_dict=tensors)
 

@@ -151,7 +151,8 @@ def test_markers_that_a_sentencepiece_model_defines_are_cut_open(tmp_path):
     (tmp_path / "tokenizer.vocab").unlink()
     tokenizer = load_tokenizer(tmp_path, use_fast=False)
     marker = tokenizer.convert_tokens_to_ids("<turn>")
-    assert marker in text_encoder(tokenizer).encode("a <turn> b")  # an ordinary piece so far
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert marker in own.encode("a <turn> b")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     ids = text_encoder(tokenizer).encode("a <turn> b")
     assert marker not in ids and tokenizer.decode(ids) == "a <turn> b"
