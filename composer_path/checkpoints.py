@@ -1,9 +1,7 @@
-"""Checkpoints for resuming: only what is trained, read only when harmless, the newest few kept."""
+"""Checkpoints for resuming: only what is trained, and the newest few of them."""
 
 from __future__ import annotations
 
-import os
-import pkgutil
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +15,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-HARMLESS = re.compile(
-    r"(datetime\.(timedelta|datetime)|numpy\.(ndarray|dtype)|numpy\.dtypes\.\w+|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
-    r"|torch\.torch_version\.TorchVersion|collections\.OrderedDict)"
-)
-
 
 class TrainedOnly:
     """Keeps frozen weights out of a module's state dict, and doesn't miss them on loading.
@@ -104,35 +96,3 @@ def earlier_checkpoints(folder: Path, sharded: bool) -> list[str]:
         if match and path.is_dir() == sharded and not path.is_symlink():
             found.append((int(match[2]), str(path / f"__{dist.get_global_rank()}_0.distcp") if sharded else str(path)))
     return [path for _, path in sorted(found)]
-
-
-def require_safe_checkpoints() -> None:
-    """Let Composer ask `is_harmless` before it unpickles any checkpoint."""
-    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "composer_path.checkpoints.is_harmless"
-
-
-def read_pickle(path: str | Path) -> Any:
-    """Read a checkpoint file without ever calling what `is_harmless` refuses; tensors are mapped, not copied."""
-    is_harmless(path)
-    named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    allowed = [pkgutil.resolve_name(name) for name in named]
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def is_harmless(path: str | Path, specs: Any = None) -> bool:
-    """Whether a checkpoint's pickle names nothing that could run code when it is loaded.
-
-    Composer loads checkpoints as full pickles; this reads the names a pickle would call, without calling them.
-
-    Raises:
-        ValueError: Lists the names it refuses.
-    """
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    refused = [name for name in unsafe if not HARMLESS.fullmatch(name)]
-    if refused:
-        raise ValueError(
-            f"checkpoint '{path}' would call {', '.join(sorted(refused))} when it is loaded, which no checkpoint of this "
-            "project needs; it is refused. Export the weights to safetensors where it came from, and load those"
-        )
-    return True

@@ -54,7 +54,8 @@ def train(config: DictConfig) -> Trainer:
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
-    from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly, require_safe_checkpoints
+    from composer_path.checkpoint_safety import require_safe_checkpoints
+    from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly
     from composer_path.models import ComposerPathMLLM
     from composer_path.optimizer import build_optimizer, count_parameters
     from composer_path.run_report import RunReport

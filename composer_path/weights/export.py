@@ -58,8 +58,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     """The model's tensors of a Composer checkpoint, a sharded folder or a single file, on one CPU process.
 
     Args:
-        checkpoint: As named by Composer, or its `latest` link. A sharded folder holds pickled metadata: only read those
-            that come from your own runs.
+        checkpoint: As named by Composer, or its `latest` link.
         names: Tensors to take, by the model's names.
 
     Raises:
@@ -70,11 +69,13 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     if checkpoint.is_dir():
         from torch.distributed.checkpoint import FileSystemReader, load
 
+        from composer_path.checkpoint_safety import METADATA, is_harmless
+
+        if not (checkpoint / METADATA).is_file():
+            raise ValueError(f"'{checkpoint}' is no checkpoint: it has no {METADATA}")
+        is_harmless(checkpoint / METADATA)
         reader = FileSystemReader(str(checkpoint))
-        try:
-            stored = reader.read_metadata().state_dict_metadata
-        except FileNotFoundError:
-            raise ValueError(f"'{checkpoint}' is no checkpoint: it has no .metadata") from None
+        stored = reader.read_metadata().state_dict_metadata
         wanted = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name in names
@@ -84,7 +85,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         load(state, storage_reader=reader)
         tensors = wanted
     elif checkpoint.is_file():
-        from composer_path.checkpoints import read_pickle
+        from composer_path.checkpoint_safety import read_pickle
 
         model = read_pickle(checkpoint)["state"]["model"]
         tensors = {name: model[prefix + name] for name in names if prefix + name in model}

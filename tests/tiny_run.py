@@ -1,0 +1,165 @@
+"""A real training run that is small enough for a test, and a witness that notes what it did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+
+if TYPE_CHECKING:
+    from composer import Trainer
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+VISION_ENCODER = "{name: timm/vit_tiny_patch16_224, image_size: 32, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
+POOLER = "{kind: reference, dim: 16, num_queries: 4, num_heads: 2}"
+LANGUAGE_MODEL = (
+    "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 2, vocab_size: 32000, initializer_range: 0.1}"
+)
+# Which records: 24 for training (3 steps of 8), 8 held out.
+CAPTIONS = range(0, 144, 6)
+CONVERSATIONS = (*range(18), 47, 63, 86, 118, 135, 138)  # the last six have no image
+
+
+def convert_shards(folder: Path) -> Path:
+    """Shards of a few records of test_data, made once for all that ask for this folder."""
+    if (folder / "complete").exists():
+        return folder
+    from composer_path.data.shards import convert
+
+    folder.mkdir(parents=True)
+    chosen = {
+        "captions": ("captions.json", CAPTIONS),
+        "train": ("data.json", CONVERSATIONS),
+        "text": ("data.json", CONVERSATIONS[-6:]),
+        "heldout_captions": ("heldout_captions.json", range(8)),
+        "heldout": ("heldout.json", range(8)),
+    }
+    for name, (file, indices) in chosen.items():
+        records = json.loads((REPO_ROOT / "test_data" / file).read_text(encoding="utf-8"))
+        data = folder / f"{name}.json"
+        data.write_text(json.dumps([records[index] for index in indices]), encoding="utf-8")
+        convert(data, REPO_ROOT / "test_data" / "imgs", folder / name)
+    (folder / "complete").touch()
+    return folder
+
+
+def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
+    """What makes a demo YAML tiny: 6 steps of 8 samples in two epochs, a 24-wide ViT, a 32-wide LLaMA."""
+    overrides = [
+        f"save_root={save_root}",
+        f"variables.shards={shards}",
+        f"tokenizer.path={REPO_ROOT / 'test_data' / 'tokenizer'}",
+        f"model.vision_encoder={VISION_ENCODER}",
+        "model.vision_encoder.tokens=all",
+        f"model.projector.pooler={POOLER}",
+        f"model.language_model={{config: {LANGUAGE_MODEL}}}",
+        "train_loader.global_batch_size=8",
+        "train_loader.max_tokens_per_microbatch=700",
+        "eval_loader.global_batch_size=8",
+        "trainer.max_duration=2ep",
+        "callbacks.speed_monitor.window_size=2",
+        "loggers.tensorboard.flush_interval=1",
+        f"train_loader.dataset.max_seq_len={320 if stage == 'finetune' else 128}",
+    ]
+    return overrides if stage == "pretrain" else [*overrides, "scheduler.t_warmup=0.3dur"]
+
+
+def load_tiny_config(stage: str, shards: Path, save_root: Path, more: Iterable[str] = ()) -> Any:
+    """A demo YAML, made tiny."""
+    from composer_path.config import load_config
+
+    path = REPO_ROOT / "yamls" / "demo" / f"{stage}.yaml"
+    return load_config(path, [*tiny_overrides(stage, shards, save_root), *more])
+
+
+class Interrupted(Exception):
+    """A run that was stopped on purpose."""
+
+
+class Witness(LoggerDestination):
+    """Notes losses, gradients' norms, sample order and metrics; can stop the run.
+
+    Args:
+        stop_after: Raise `Interrupted` when so many batches are done (and checkpoints of that moment are written).
+    """
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.stop_after = stop_after
+        self.losses: dict[int, float] = {}
+        self.samples: dict[int, list[int]] = {}
+        self.gradients: dict[str, float] = {}
+        self.metrics: dict[str, list[float]] = {}
+        self.step = 0
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            if isinstance(value, (int, float, torch.Tensor)):
+                self.metrics.setdefault(key, []).append(float(value))
+        if "loss/train/total" in metrics:
+            self.losses[self.step] = float(metrics["loss/train/total"])
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.step = state.timestamp.batch.value
+        self.samples[self.step] = sorted(state.batch["sample_ids"].tolist())
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        if self.step == 0:
+            for name, parameter in state.model.named_parameters():
+                if parameter.grad is not None:
+                    gradient = parameter.grad
+                    gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                    self.gradients[name.removeprefix("model.").removeprefix("module.")] = gradient.norm().item()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.stop_after is not None and state.timestamp.batch.value == self.stop_after:
+            self._stop_unless_epoch_ends(state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if self.stop_after is not None and state.timestamp.batch.value == self.stop_after:
+            raise Interrupted
+
+    def _stop_unless_epoch_ends(self, state: State) -> None:
+        if state.timestamp.batch_in_epoch.value != state.dataloader_len:
+            raise Interrupted
+
+
+@contextmanager
+def witnessed(witness: Witness) -> Iterator[Witness]:
+    """Within it, `composer_path.train.train` also tells this witness."""
+    from composer_path import train as road
+
+    original = road.build_loggers
+    road.build_loggers = lambda *args: [*original(*args), witness]  # type: ignore[assignment]
+    try:
+        yield witness
+    finally:
+        road.build_loggers = original
+
+
+def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
+    """What `composer train.py` does, watched."""
+    from composer_path.train import train
+
+    with witnessed(witness or Witness()) as witness:
+        return train(config), witness
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights as plain tensors by the model's names, also where they are sharded (every rank must call it)."""
+    from composer_path.checkpoints import gather_weights
+
+    model = trainer.state.model.model if hasattr(trainer.state.model, "model") else trainer.state.model.module.model
+    hooks = [hook.__self__ for hook in model._state_dict_hooks.values() if hasattr(hook, "__self__")]
+    del hooks
+    return gather_weights(model, _Everything(), everything=True)
+
+
+class _Everything:
+    pass
