@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
 
 class TrainedOnly:
     """Keeps frozen weights out of a module's state dict, and doesn't miss them on loading.
@@ -62,10 +63,8 @@ def frozen_names(module: nn.Module) -> set[str]:
 def gather_weights(model: nn.Module, trained_only: TrainedOnly, *, everything: bool) -> dict[str, torch.Tensor]:
     """The whole weights of a sharded (or not sharded) module on rank 0's CPU; empty on other ranks. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    if everything:
-        with trained_only.everything():
-            return get_model_state_dict(model, options=options)
-    return get_model_state_dict(model, options=options)
+    with trained_only.everything() if everything else nullcontext():
+        return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]
 
 
 class ResumableCheckpoints(Callback):

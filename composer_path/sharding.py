@@ -44,9 +44,16 @@ def build_parallelism_config(section: Mapping[str, Any] | None, model: PathMLLM)
             warnings.simplefilter("ignore", UserWarning)
             return {"fsdp": FSDP2Config(**fsdp)}
     if not torch.cuda.is_available():
-        raise ValueError("trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section out for DDP")
+        raise ValueError(
+            "trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section "
+            "out for DDP"
+        )
     # Reentrant checkpointing silently loses every gradient behind a frozen embedding.
-    fsdp = {"activation_checkpointing_reentrant": False, "sync_module_states": True, "state_dict_type": "sharded"} | fsdp
+    fsdp = {
+        "activation_checkpointing_reentrant": False,
+        "sync_module_states": True,
+        "state_dict_type": "sharded",
+    } | fsdp
     return {"fsdp": FSDPConfig(**fsdp)}
 
 
@@ -65,7 +72,7 @@ def compute_dtype(precision: str | None, section: Mapping[str, Any] | None) -> t
 def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
     """Change a Trainer section so that bf16 training also starts on a CPU, where Composer only takes fp32.
 
-    With FSDP2 the products are still computed in bf16, by its mixed precision; without it they are in fp32. Either is said.
+    With FSDP2 products are still computed in bf16, by its mixed precision; without it in fp32. Either is said.
     """
     if device_type != "cpu" or trainer.get("precision") != "amp_bf16":
         return
@@ -113,7 +120,9 @@ def mend_gloo_averaging() -> bool:
             "fit this version; use NCCL on GPUs, a single rank, or DDP"
         )
 
-    def divide_by_ranks(group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = "") -> tuple[float, float]:
+    def divide_by_ranks(
+        group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = ""
+    ) -> tuple[float, float]:
         size = group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
         return 1.0, float(size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import warnings
@@ -50,6 +51,7 @@ def train(config: DictConfig) -> Trainer:
     Returns:
         The Trainer, after the last step.
     """
+    import torch
     from composer import Trainer
     from composer.core import Evaluator
     from composer.utils import dist, get_device
@@ -61,11 +63,13 @@ def train(config: DictConfig) -> Trainer:
     from composer_path.run_report import RunReport
     from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
 
-    config = settle(config)
+    given, config = config, settle_on_device(config)
     settings = plain(config)
     run_folder = Path(settings["save_root"]) / settings["trainer"]["run_name"]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
     device = get_device(settings["trainer"].get("device"))
+    if device.name == "gpu":
+        torch.set_float32_matmul_precision("high")  # tf32 for what is not in bf16, as the reference
     dist.initialize_dist(device, settings["trainer"].get("dist_timeout", 300.0))
     mend_gloo_averaging()
     require_safe_checkpoints()
@@ -73,12 +77,11 @@ def train(config: DictConfig) -> Trainer:
     tokenizer = build_tokenizer(config)
     model = build_model(config)
     trained_only = TrainedOnly(model)
-    train_loader = build_loader(settings["train_loader"], model, tokenizer)
+    train_loader, batch_size = build_loader(settings["train_loader"], model, tokenizer)
     evaluators = []
     if settings.get("eval_loader"):
-        held_out = build_loader(settings["eval_loader"], model, tokenizer)
-        batch_size = held_out.dataloader.batch_size
-        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=batch_size)]
+        held_out, eval_batch_size = build_loader(settings["eval_loader"], model, tokenizer)
+        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=eval_batch_size)]
     optimizer = build_optimizer(model, **settings["optimizer"])
     parallelism = build_parallelism_config(settings["trainer"].pop("parallelism_config", None), model)
     report = RunReport(run_folder, count_parameters(model))
@@ -89,20 +92,29 @@ def train(config: DictConfig) -> Trainer:
         eval_dataloader=evaluators or None,
         optimizers=optimizer,
         schedulers=build_named("scheduler", settings["scheduler"].pop("name"), settings["scheduler"]),
-        algorithms=[build_named("algorithms", name, keywords) for name, keywords in settings.get("algorithms", {}).items()],
+        algorithms=[
+            build_named("algorithms", name, keywords) for name, keywords in settings.get("algorithms", {}).items()
+        ],
         callbacks=[
             ResumableCheckpoints(trained_only),
-            *build_callbacks(settings, run_folder, model, trained_only, tokenizer),
+            *build_callbacks(
+                settings.get("callbacks", {}),
+                run_folder=run_folder,
+                model=model,
+                trained_only=trained_only,
+                tokenizer=tokenizer,
+                processor=build_processor(config),
+            ),
             report,
         ],
         loggers=build_loggers(settings, run_folder),
         parallelism_config=parallelism,
-        accumulate_train_batch_on_tokens=True,  # exact for any split: sum over answer tokens / their number in the global batch
-        device_train_microbatch_size=train_loader.dataloader.batch_size,  # split_batch cuts by tokens
+        accumulate_train_batch_on_tokens=True,  # the loss is then the same for any split
+        device_train_microbatch_size=batch_size,  # an upper bound: split_batch cuts by tokens
         seed=settings["seed"],
         **trainer_defaults(run_folder) | settings["trainer"],
     )
-    report.save_config(config)
+    report.save_config(given)
     if evaluators and trainer.state.timestamp.batch == 0:
         trainer.eval()
     if trainer.state.timestamp < trainer.state.max_duration:
@@ -111,7 +123,7 @@ def train(config: DictConfig) -> Trainer:
     return trainer
 
 
-def settle(config: DictConfig) -> DictConfig:
+def settle_on_device(config: DictConfig) -> DictConfig:
     """The configuration with the precision that this machine's device can compute in."""
     import torch
     from omegaconf import OmegaConf
@@ -121,7 +133,9 @@ def settle(config: DictConfig) -> DictConfig:
     trainer = plain(config)["trainer"]
     has_gpu = torch.cuda.is_available() and trainer.get("device") != "cpu"
     settle_precision(trainer, "cuda" if has_gpu else "cpu")
-    return OmegaConf.merge(config, {"trainer": trainer})
+    settled = config.copy()
+    settled.trainer = OmegaConf.create(trainer)
+    return settled
 
 
 def build_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
@@ -132,7 +146,7 @@ def build_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase:
 
 
 def build_model(config: DictConfig) -> PathMLLM:
-    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 will send weights."""
+    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 sends weights."""
     from composer_path.models.assembly import assemble_model
     from composer_path.sharding import compute_dtype, starts_empty
 
@@ -152,21 +166,26 @@ def build_processor(config: DictConfig) -> dict[str, Any]:
 
     dataset = plain(config)["train_loader"]["dataset"]
     keys = ("template", "image_position", "fit", "decoder", "max_seq_len")
-    defaults = ConversationDataset.__init__.__kwdefaults__
-    return {key: dataset.get(key, defaults[key]) for key in keys}
+    parameters = inspect.signature(ConversationDataset.__init__).parameters
+    return {key: dataset.get(key, parameters[key].default) for key in keys}
 
 
-def build_loader(section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase) -> DataSpec:
-    """A loader that prepares samples for this model."""
+def build_loader(section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSpec, int]:
+    """A loader that prepares samples for this model, and how many of them this rank gets in a step."""
+    from composer.utils import dist
+
     from composer_path.data.loader import build_dataloader
+    from composer_path.models.attention import check_attention_supported
 
-    return build_dataloader(
+    check_attention_supported(model.language_model.config, section["dataset"].get("max_seq_len", 4096))
+    loader = build_dataloader(
         **section,
         tokenizer=tokenizer,
         num_image_tokens=model.num_image_tokens(),
         image_size=model.vision_encoder.image_size,
         mean=model.vision_encoder.mean,
     )
+    return loader, section["global_batch_size"] // dist.get_world_size()
 
 
 def build_named(section: str, name: str, keywords: dict[str, Any] | None) -> Any:
@@ -176,31 +195,14 @@ def build_named(section: str, name: str, keywords: dict[str, Any] | None) -> Any
     return named_classes(section)[name](**(keywords or {}))
 
 
-def build_callbacks(
-    settings: dict[str, Any], run_folder: Path, model: PathMLLM, trained_only: Any, tokenizer: PreTrainedTokenizerBase
-) -> list[Any]:
-    """The YAML's callbacks; `save_weights` is also told what it saves."""
-    from omegaconf import OmegaConf
-
+def build_callbacks(section: dict[str, Any], **saved: Any) -> list[Any]:
+    """The YAML's callbacks; `save_weights` is also told what it saves and where."""
     from composer_path.callbacks import SaveWeights
 
-    callbacks = []
-    for name, keywords in settings.get("callbacks", {}).items():
-        if name == "save_weights":
-            processor = build_processor(OmegaConf.create(settings))
-            callbacks.append(
-                SaveWeights(
-                    **(keywords or {}),
-                    run_folder=run_folder,
-                    model=model,
-                    trained_only=trained_only,
-                    tokenizer=tokenizer,
-                    processor=processor,
-                )
-            )
-        else:
-            callbacks.append(build_named("callbacks", name, keywords))
-    return callbacks
+    return [
+        SaveWeights(**(keywords or {}), **saved) if name == "save_weights" else build_named("callbacks", name, keywords)
+        for name, keywords in section.items()
+    ]
 
 
 def build_loggers(settings: dict[str, Any], run_folder: Path) -> list[Any]:

@@ -53,7 +53,9 @@ def test_a_sharded_checkpoint_is_searched_entry_by_entry(tmp_path: Path) -> None
     for folder in (good, bad):
         assert is_harmless(folder / ".metadata")
     entries = {
-        folder: [(entry.offset, entry.length) for entry in FileSystemReader(folder).read_metadata().storage_data.values()]
+        folder: [
+            (entry.offset, entry.length) for entry in FileSystemReader(folder).read_metadata().storage_data.values()
+        ]
         for folder in (good, bad)
     }
     assert is_harmless(good / "__0_0.distcp", entries[good])

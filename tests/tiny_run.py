@@ -84,7 +84,7 @@ class Interrupted(Exception):
 
 
 class Witness(LoggerDestination):
-    """Notes losses, gradients' norms, sample order and metrics; can stop the run.
+    """Notes losses, the first step's gradients, sample order and metrics; can stop the run.
 
     Args:
         stop_after: Raise `Interrupted` when so many batches are done (and checkpoints of that moment are written).
@@ -94,7 +94,7 @@ class Witness(LoggerDestination):
         self.stop_after = stop_after
         self.losses: dict[int, float] = {}
         self.samples: dict[int, list[int]] = {}
-        self.gradients: dict[str, float] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
         self.metrics: dict[str, list[float]] = {}
         self.step = 0
 
@@ -113,20 +113,20 @@ class Witness(LoggerDestination):
         if self.step == 0:
             for name, parameter in state.model.named_parameters():
                 if parameter.grad is not None:
-                    gradient = parameter.grad
-                    gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                    self.gradients[name.removeprefix("model.").removeprefix("module.")] = gradient.norm().item()
+                    self.gradients[plain_name(name)] = _whole(parameter.grad).clone()
+
+    def notes(self) -> dict[str, Any]:
+        """All of it, to be saved."""
+        keys = ("losses", "samples", "gradients", "metrics")
+        return {key: getattr(self, key) for key in keys}
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.stop_after is not None and state.timestamp.batch.value == self.stop_after:
-            self._stop_unless_epoch_ends(state)
-
-    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.stop_after is not None and state.timestamp.batch.value == self.stop_after:
+        at_epoch_end = state.timestamp.batch_in_epoch.value == state.dataloader_len
+        if state.timestamp.batch.value == self.stop_after and not at_epoch_end:
             raise Interrupted
 
-    def _stop_unless_epoch_ends(self, state: State) -> None:
-        if state.timestamp.batch_in_epoch.value != state.dataloader_len:
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch.value == self.stop_after:
             raise Interrupted
 
 
@@ -152,14 +152,38 @@ def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All weights as plain tensors by the model's names, also where they are sharded (every rank must call it)."""
-    from composer_path.checkpoints import gather_weights
-
-    model = trainer.state.model.model if hasattr(trainer.state.model, "model") else trainer.state.model.module.model
-    hooks = [hook.__self__ for hook in model._state_dict_hooks.values() if hasattr(hook, "__self__")]
-    del hooks
-    return gather_weights(model, _Everything(), everything=True)
+    """All parameters as plain tensors by the model's names, also where they are sharded (every rank must call it)."""
+    return {plain_name(name): _whole(parameter).clone() for name, parameter in trainer.state.model.named_parameters()}
 
 
-class _Everything:
-    pass
+def plain_name(name: str) -> str:
+    """A parameter's name in PathMLLM, without what DDP, Composer and checkpointing put around it."""
+    return name.removeprefix("module.").removeprefix("model.").replace("_checkpoint_wrapped_module.", "")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def largest_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Of the tensors by name, the largest difference of norms relative to the norm."""
+    assert ours.keys() == theirs.keys()
+    errors = [((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm().clamp(min=1e-6)).item() for k in ours]
+    return max(errors)
+
+
+def road(folder: Path) -> Path:
+    """Both stages, run once for all tests of a session that give the same folder.
+
+    Returns:
+        A folder with `pretrain`, `finetune`, and for each stage `<stage>.pt`: losses, samples, gradients, metrics and
+        the final weights.
+    """
+    if (folder / "complete").exists():
+        return folder
+    shards = convert_shards(folder / "shards")
+    for stage in ("pretrain", "finetune"):
+        trainer, witness = run(load_tiny_config(stage, shards, folder))
+        torch.save(witness.notes() | {"weights": weights_of(trainer)}, folder / f"{stage}.pt")
+    (folder / "complete").touch()
+    return folder

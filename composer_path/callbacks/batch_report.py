@@ -64,6 +64,8 @@ class BatchReport(Callback):
         for sample_id, problem in zip(batch["sample_ids"].tolist(), batch["problems"], strict=True):
             if problem is not None:
                 if problem not in self.problems:
-                    log.warning("sample %d can't be used and counts nothing: %s (named once a kind)", sample_id, problem)
+                    log.warning(
+                        "sample %d can't be used and counts nothing: %s (named once a kind)", sample_id, problem
+                    )
                 self.problems[problem] += 1
         return sum(self.problems.values())

@@ -62,7 +62,9 @@ class SaveWeights(Callback):
 
     def save(self) -> None:
         """Gather the weights on rank 0 and write them; every rank must call it."""
-        trained = {name for name, child in self.model.named_children() if any(p.requires_grad for p in child.parameters())}
+        trained = {
+            name for name, child in self.model.named_children() if any(p.requires_grad for p in child.parameters())
+        }
         weights = gather_weights(self.model, self.trained_only, everything=trained != {"projector"})
         if dist.get_global_rank() == 0:
             if trained == {"projector"}:

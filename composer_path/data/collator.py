@@ -43,9 +43,9 @@ class PackedCollator:
 
     Args:
         max_tokens_per_microbatch: Limit of a bin, in tokens; None for a single bin. A longer sample has its own.
-        loss_average: What a target weighs: `token` all the same; `sample` each sample the same; `square` a sample by the
-            square root of its answers' length; `rank` the reference's mean of per-rank means, which alone depends on how
-            samples are split over ranks.
+        loss_average: What a target weighs: `token` all the same; `sample` each sample the same; `square` a sample by
+            the square root of its answers' length; `rank` the reference's mean of per-rank means, which alone depends
+            on how samples are split over ranks.
     """
 
     def __init__(self, max_tokens_per_microbatch: int | None = None, loss_average: str = "token") -> None:
@@ -99,33 +99,16 @@ def fewest_bins(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
     """
     if limit is None:
         return [list(range(len(lengths)))]
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    totals: list[int] = []
-    for index in order:  # how many bins it takes
-        for at, total in enumerate(totals):
-            if total + lengths[index] <= limit:
-                totals[at] += lengths[index]
-                break
-        else:
-            totals.append(lengths[index])
-    balanced = _spread(order, lengths, len(totals))
-    if any(sum(lengths[i] for i in indices) > limit and len(indices) > 1 for indices in balanced):
-        balanced = _first_fit(order, lengths, limit)  # evening out broke the limit: keep the tight packing
-    return sorted((sorted(indices) for indices in balanced), key=lambda indices: indices[0])
-
-
-def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest sample first into the emptiest bin: nearly equal bins."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    totals = [0] * num_bins
-    for index in order:
-        at = totals.index(min(totals))
-        bins[at].append(index)
-        totals[at] += lengths[index]
-    return bins
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    tight = _first_fit(longest_first, lengths, limit)
+    bins = _spread(longest_first, lengths, len(tight))
+    if any(sum(lengths[index] for index in indices) > limit and len(indices) > 1 for indices in bins):
+        bins = tight  # evening out broke the limit
+    return sorted(sorted(indices) for indices in bins)
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Each sample into the first bin that has room for it."""
     bins: list[list[int]] = []
     totals: list[int] = []
     for index in order:
@@ -133,6 +116,17 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], limit: int) -> list
         if at == len(bins):
             bins.append([])
             totals.append(0)
+        bins[at].append(index)
+        totals[at] += lengths[index]
+    return bins
+
+
+def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Each sample into the emptiest bin: nearly equal bins."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals = [0] * num_bins
+    for index in order:
+        at = totals.index(min(totals))
         bins[at].append(index)
         totals[at] += lengths[index]
     return bins
@@ -154,7 +148,7 @@ def target_weights(num_targets: Int64[Tensor, " samples"], loss_average: str) ->
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start to stop of a row as a batch of their own; its tensors are views."""
+    """Samples start to stop of a row as a batch of their own; its tensors are views but for the shifted indices."""
     borders = batch["cu_seq_lens"].tolist()
     tokens = slice(borders[start], borders[stop])
     images = _range(batch["num_images"], start, stop)
@@ -182,7 +176,9 @@ def _range(counts: Int64[Tensor, " samples"], start: int, stop: int) -> slice:
     return slice(int(counts[:start].sum()), int(counts[:stop].sum()))
 
 
-def _count_per_sample(index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:
+def _count_per_sample(
+    index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]
+) -> Int64[Tensor, " samples"]:
     """How many of the row's positions fall into each sample."""
     sample = torch.bucketize(index, lengths.cumsum(0), right=True)
     return torch.bincount(sample, minlength=len(lengths))

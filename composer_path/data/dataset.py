@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from streaming import StreamingDataset
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.data.conversation import Conversation
 from composer_path.data.image import PAD_COLOR, ImageError, load_image
 from composer_path.data.prompts import TemplateError, get_template
-from composer_path.data.shards import unpack_images
+from composer_path.data.shards import COLUMNS, unpack_images
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
 
 
@@ -68,45 +70,60 @@ class ConversationDataset(StreamingDataset):
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
         self.image_position = image_position
-        self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder, "pad_color": pad_color}
-        if max_pixels is not None:
-            self.image_keywords["max_pixels"] = max_pixels
+        self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder}
+        self.image_keywords |= {"pad_color": pad_color} | ({} if max_pixels is None else {"max_pixels": max_pixels})
+        for shard in self.shards:
+            columns = getattr(shard, "column_names", [])
+            if not set(COLUMNS) <= set(columns):
+                raise ValueError(
+                    f"shards must have the columns {', '.join(COLUMNS)}, found {', '.join(columns)}; write them with "
+                    "data_prep/convert.py"
+                )
 
-    def __getitem__(self, at: int | slice | list[int] | Any) -> Any:
-        """The sample at a position of the stream (or samples, for a slice or list)."""
-        record = super().__getitem__(at)
-        return self.to_sample(record, int(at)) if isinstance(record, dict) else record
+    def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Sample:
+        """The sample at a position of the stream; iterating and indexing come through here."""
+        return self.to_sample(super().get_item(sample_id, retry), int(sample_id))
 
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
         try:
             images = unpack_images(record["images"])
             conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
+        except ValueError as error:  # the shard is damaged here
+            return self._unusable(sample_id, record, str(error))
+        try:
             tokens = tokenize_conversation(
-                conversation, self.tokenizer, self.template, self.num_image_tokens, self.max_seq_len, self.image_position
+                conversation,
+                self.tokenizer,
+                self.template,
+                self.num_image_tokens,
+                self.max_seq_len,
+                self.image_position,
             )
+            if not tokens.num_answer_tokens:
+                return self._unusable(sample_id, record, f"no answer is left within max_seq_len={self.max_seq_len}")
             pixels = [load_image(image, **self.image_keywords) for image in images[: tokens.num_images]]
         except (TemplateError, ImageError) as error:
             return self._unusable(sample_id, record, str(error))
-        problem = None if tokens.num_answer_tokens else f"no answer is left within max_seq_len={self.max_seq_len}"
         return Sample(
             sample_id=sample_id,
             input_ids=tokens.input_ids,
             labels=tokens.labels,
             pixel_values=torch.stack(pixels) if pixels else self._no_images(),
             is_he=torch.full((len(pixels),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
-            source=str(record["metadata"].get("source") or "all"),
-            problem=problem,
+            source=_source_of(record),
+            problem=None,
         )
 
     def _unusable(self, sample_id: int, record: Mapping[str, Any], problem: str) -> Sample:
+        """One token without a label: it costs next to nothing and weighs nothing."""
         return Sample(
             sample_id=sample_id,
             input_ids=torch.zeros(1, dtype=torch.int64),
             labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
             pixel_values=self._no_images(),
             is_he=torch.zeros(0, dtype=torch.bool),
-            source=str(record["metadata"].get("source") or "all"),
+            source=_source_of(record),
             problem=problem,
         )
 
@@ -118,14 +135,20 @@ class ConversationDataset(StreamingDataset):
         """Where to go on.
 
         At an epoch's end Composer asks for 0 samples while Streaming still stores the finished epoch, whose order the
-        next one would then repeat; the state then names the next epoch.
+        next one would then repeat; the state then names the next epoch. (A state that was loaded but not used yet
+        names the epoch to come itself.)
         """
         state = super().state_dict(num_samples, from_beginning)
         if num_samples == 0 and from_beginning:
-            state["epoch"] = self.next_epoch
+            state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
 
 
 def is_hematoxylin_eosin(stain: str | None) -> bool:
     """Whether a record's stain is named as H&E; a record that doesn't say so doesn't count."""
-    return stain is not None and stain.lower().replace(" ", "") in ("h&e", "he", "h+e", "hande", "hematoxylinandeosin", "haematoxylinandeosin")
+    pattern = r"h(a?ematoxylin)?\W*(and|&|\+)?\W*e(osin)?"
+    return stain is not None and re.fullmatch(pattern, stain.strip().lower()) is not None
+
+
+def _source_of(record: Mapping[str, Any]) -> str:
+    return str(record["metadata"].get("source") or "all")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from composer.utils.device import get_device
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +35,7 @@ def build_dataloader(
     tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int | Callable[[int], int],
     image_size: int,
-    mean: tuple[float, float, float],
+    mean: tuple[float, ...],
 ) -> DataSpec:
     """A loader of padding-free batches.
 
@@ -94,7 +93,10 @@ def build_dataloader(
         loader,
         split_batch=split_batch,
         get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
-        get_num_tokens_in_batch=lambda batch: {"total": len(batch["input_ids"]), "loss_generating": batch["loss_weight"]},
+        get_num_tokens_in_batch=lambda batch: {
+            "total": len(batch["input_ids"]),
+            "loss_generating": batch["loss_weight"],
+        },
     )
 
 
@@ -109,8 +111,8 @@ def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
         EmptyBatchError: No rank has an answer token.
     """
     counts = cap_bins(batch["samples_per_bin"], int(microbatch_size))
-    num_bins, weight = agree_over_ranks(len(counts), batch["loss_weight"])
-    if weight == 0:
+    num_bins, largest_weight = agree_over_ranks(len(counts), batch["loss_weight"])
+    if largest_weight == 0:
         problems = sorted({problem for problem in batch["problems"] if problem})
         raise EmptyBatchError(
             f"a batch of {len(batch['num_images'])} samples a rank has no answer token at all (samples "
@@ -142,7 +144,8 @@ def add_cuts(samples_per_bin: list[int], borders: list[int], num_bins: int) -> l
     while len(counts) < num_bins:
         starts = [sum(counts[:at]) for at in range(len(counts))]
         tokens = [
-            borders[start + count] - borders[start] if count > 1 else 0 for start, count in zip(starts, counts, strict=True)
+            borders[start + count] - borders[start] if count > 1 else 0
+            for start, count in zip(starts, counts, strict=True)
         ]
         at = tokens.index(max(tokens))
         if tokens[at] == 0:
@@ -158,12 +161,11 @@ def add_cuts(samples_per_bin: list[int], borders: list[int], num_bins: int) -> l
 
 
 def agree_over_ranks(num_bins: int, loss_weight: float) -> tuple[int, float]:
-    """Largest number of bins and sum of the loss weights over all ranks."""
+    """The largest number of bins and the largest loss weight of any rank."""
     if dist.get_world_size() == 1:
         return num_bins, loss_weight
-    device = get_device()
-    most = device.tensor_to_device(torch.tensor([num_bins], dtype=torch.int64))
-    weight = device.tensor_to_device(torch.tensor([loss_weight], dtype=torch.float64))
-    dist.all_reduce(most, reduce_operation="MAX")
-    dist.all_reduce(weight, reduce_operation="SUM")
-    return int(most.item()), float(weight.item())
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor([num_bins, loss_weight], dtype=torch.float64, device=device)
+    dist.all_reduce(largest, reduce_operation="MAX")
+    most, weight = largest.tolist()
+    return int(most), weight

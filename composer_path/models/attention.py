@@ -11,14 +11,17 @@ Legend: t = tokens of the row, h = query heads, k = key/value heads, d = width o
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "flash_attn", "torch_flash", "sdpa")
 PADDED = "sdpa"  # transformers' own
@@ -41,13 +44,15 @@ def resolve_attention(backend: str, device_type: str) -> str:
     if backend == "auto":
         backend = "sdpa" if device_type != "cuda" else "flash_attn" if has_flash_attn else "torch_flash"
     if backend == "flash_attn" and not has_flash_attn:
-        raise ValueError("attention: 'flash_attn' needs the package flash-attn (pip install composer_path[gpu]); or use 'auto'")
+        raise ValueError(
+            "attention: 'flash_attn' needs the package flash-attn (pip install composer_path[gpu]); or use 'auto'"
+        )
     if backend != "sdpa" and device_type != "cuda":
         raise ValueError(f"attention: '{backend}' needs a CUDA device, found '{device_type}'; use 'auto' or 'sdpa'")
     return f"packed_{backend}"
 
 
-def pack_attention(language_model: nn.Module) -> None:
+def pack_attention(language_model: PreTrainedModel) -> None:
     """Let calls that say where samples end use padding-free attention, and all others transformers' own.
 
     A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice); one without, such
@@ -57,7 +62,7 @@ def pack_attention(language_model: nn.Module) -> None:
     if not str(chosen).startswith("packed_"):
         chosen = resolve_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
 
-    def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = chosen if kwargs.get("cu_seq_lens_q") is not None else PADDED
         if module.config._attn_implementation != wanted:
             module.config._attn_implementation = wanted
@@ -91,9 +96,12 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
                 f"language model '{config.model_type}' uses {meaning} ({key}={value}), which padding-free attention does "
                 "not compute; choose a model with plain causal attention"
             )
+    positions = getattr(config, "max_position_embeddings", None)
+    if max_seq_len is not None and positions is not None and max_seq_len > positions:
+        log.warning("max_seq_len=%d is more than the %d positions the language model knows", max_seq_len, positions)
     window = getattr(config, "sliding_window", None)
-    in_use = window is not None and getattr(config, "use_sliding_window", True)
-    if in_use and max_seq_len is not None and window < max_seq_len:
+    in_use = getattr(config, "use_sliding_window", True)
+    if window is not None and in_use and max_seq_len is not None and window < max_seq_len:
         raise ValueError(
             f"language model '{config.model_type}' uses a sliding window of {window} tokens, shorter than "
             f"max_seq_len={max_seq_len}, which padding-free attention does not compute; set max_seq_len to at most {window}"
@@ -104,7 +112,9 @@ def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, "borders"], int]:
     """Take the row's borders from the attention call, checking that a sliding window would not cut any sample."""
     cu_seq_lens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if cu_seq_lens is None or max_length is None:
-        raise ValueError("padding-free attention needs cu_seq_lens_q and max_length_q; for padded batches use attention 'sdpa'")
+        raise ValueError(
+            "padding-free attention needs cu_seq_lens_q and max_length_q; for padded batches use attention 'sdpa'"
+        )
     window = kwargs.get("sliding_window")
     if window is not None and window < max_length:
         raise ValueError(f"a sample of {max_length} tokens is longer than the model's sliding window of {window}")

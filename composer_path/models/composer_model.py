@@ -20,6 +20,8 @@ class TokenLoss(Metric):
     """Mean cross entropy over all answer tokens of an evaluation, however they were batched (nats a token)."""
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class ComposerPathMLLM(ComposerModel):
         super().__init__()
         self.model = model
         # In a plain dict, so that the metric is no child module (FSDP would wrap it).
-        self.eval_metrics = {"token_loss": TokenLoss()}
+        self.eval_metrics: dict[str, Metric] = {"token_loss": TokenLoss()}
 
     def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
         """Logits at the supervised positions of a row of samples."""

@@ -37,9 +37,13 @@ def build_language_model(
         ValueError: Neither or both of `path` and `config`, a path that isn't there, or an unsupported architecture.
     """
     if (path is None) == (config is None):
-        raise ValueError("model.language_model: give either 'path' (a folder with weights) or 'config' (random weights)")
+        raise ValueError(
+            "model.language_model: give either 'path' (a folder with weights) or 'config' (random weights)"
+        )
     if path is not None and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"model.language_model.path: no config.json in '{path}'; it must be a Hugging Face model folder")
+        raise ValueError(
+            f"model.language_model.path: no config.json in '{path}'; it must be a Hugging Face model folder"
+        )
     hf_config = load_language_model_config(path if path is not None else config)
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
     if path is not None and not empty:
@@ -70,7 +74,9 @@ def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:
     """The transformer blocks of a Hugging Face causal language model: what FSDP and checkpointing wrap one by one."""
     blocks = getattr(language_model.base_model, "layers", None)
     if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(f"language model {type(language_model).__name__}: its blocks are not found at base_model.layers")
+        raise ValueError(
+            f"language model {type(language_model).__name__}: its blocks are not found at base_model.layers"
+        )
     return blocks
 
 
@@ -94,7 +100,7 @@ def empty_parameters(enabled: bool = True) -> Iterator[None]:
         if param is not None and not param.is_meta:  # one that is already empty may be tied: keep the same object
             module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

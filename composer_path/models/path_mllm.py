@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from composer_path.data.image import normalize_image
 from composer_path.models.attention import pack_attention
@@ -20,7 +21,9 @@ from composer_path.weights.folder import read_folder, write_folder
 
 MODULES = ("vision_encoder", "projector", "language_model")
 MODEL_TYPE = "composer_path"
-Pixels = UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]  # floats are normalised already
+Pixels = (
+    UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
+)  # floats are normalised already
 
 
 class PathMLLM(nn.Module):
@@ -34,7 +37,11 @@ class PathMLLM(nn.Module):
         language_model: A transformers causal language model.
     """
 
-    def __init__(self, vision_encoder: VisionEncoder, projector: Projector, language_model: nn.Module) -> None:
+    vision_encoder: VisionEncoder
+    projector: Projector
+    language_model: PreTrainedModel
+
+    def __init__(self, vision_encoder: VisionEncoder, projector: Projector, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
         self.projector = projector
@@ -82,9 +89,7 @@ class PathMLLM(nn.Module):
         )
         return output.logits[0]
 
-    def embed_images(
-        self, pixel_values: Pixels
-    ) -> Float[Tensor, "images image_tokens hidden"]:
+    def embed_images(self, pixel_values: Pixels) -> Float[Tensor, "images image_tokens hidden"]:
         """Images to vectors in the language model's word space.
 
         A row without images still runs one dummy image through vision encoder and projector: under FSDP every rank
@@ -109,12 +114,14 @@ class PathMLLM(nn.Module):
         image_index: Int64[Tensor, " placeholders"],
     ) -> Float[Tensor, "tokens hidden"]:
         """Word embeddings with the image vectors in the placeholders' stead."""
-        text_embeds = self.language_model.get_input_embeddings()(input_ids.clamp(min=0))
+        embed: nn.Module = self.language_model.get_input_embeddings()
+        text_embeds = embed(input_ids.clamp(min=0))
         vectors = image_embeds.flatten(0, 1).to(text_embeds.dtype)
         if image_index.shape[0] != vectors.shape[0]:
             raise ValueError(
                 f"{image_index.shape[0]} image placeholders for {vectors.shape[0]} image vectors "
-                f"({image_embeds.shape[0]} images of {image_embeds.shape[1]}): the data were tokenized for another projector"
+                f"({image_embeds.shape[0]} images of {image_embeds.shape[1]}): "
+                "the data were tokenized for another projector"
             )
         if image_embeds.shape[0] == 0:  # keep the dummy image's zero gradient in the graph
             return text_embeds + image_embeds.sum().to(text_embeds.dtype)
@@ -147,8 +154,9 @@ class PathMLLM(nn.Module):
         image_index = (input_ids < 0).nonzero()[:, 0]
         embeds = self.embed_tokens(input_ids, self.embed_images(pixel_values.to(device)), image_index)[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=device)
-        defaults = {"do_sample": False, "use_cache": True}
-        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **(defaults | generation))[0]
+        keywords = {"do_sample": False, "use_cache": True} | generation
+        generate: Any = self.language_model.generate
+        return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
     def trainable(self, modules: list[str] | tuple[str, ...], frozen_dtype: torch.dtype | None = None) -> PathMLLM:
         """Train the named modules only; the others lose their gradients and are held in `frozen_dtype`.
@@ -167,13 +175,15 @@ class PathMLLM(nn.Module):
         return self
 
     def kind_of(self, module: nn.Module) -> str | None:
-        """Which unit of sharding and checkpointing a submodule is: `llm_blocks`, `vision_blocks`, one of the parts, or None."""
-        if not hasattr(self, "_kinds"):
-            kinds: dict[nn.Module, str] = {self.vision_encoder: "vision_encoder", self.projector: "projector"}
-            kinds |= {block: "vision_blocks" for block in self.vision_encoder.blocks}
-            kinds |= {block: "llm_blocks" for block in decoder_blocks(self.language_model)}
-            object.__setattr__(self, "_kinds", kinds)
-        return self._kinds.get(module)
+        """Which unit of sharding and checkpointing a submodule is, or None.
+
+        Returns:
+            `llm_blocks`, `vision_blocks`, `vision_encoder` or `projector`.
+        """
+        if module is self.vision_encoder or module is self.projector:
+            return "projector" if module is self.projector else "vision_encoder"
+        kinds = {"llm_blocks": decoder_blocks(self.language_model), "vision_blocks": self.vision_encoder.blocks}
+        return next((kind for kind, blocks in kinds.items() if any(module is block for block in blocks)), None)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.
@@ -223,7 +233,9 @@ class PathMLLM(nn.Module):
         write_folder(Path(folder), self.config(), tensors, max_shard_size)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, attention: str = "auto", dtype: torch.dtype | None = None) -> PathMLLM:
+    def from_pretrained(
+        cls, folder: str | Path, *, attention: str = "auto", dtype: torch.dtype | None = None
+    ) -> PathMLLM:
         """Load a folder written by `save_pretrained`.
 
         Args:

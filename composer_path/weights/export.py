@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_path.data.vocabulary import save_tokenizer
 from composer_path.models.path_mllm import PathMLLM
-from composer_path.weights.folder import write_folder, write_json
+from composer_path.weights.folder import write_json
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 
 PROCESSOR_CONFIG = "processor_config.json"
@@ -68,6 +68,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     prefix = "model."  # the ComposerModel's one child
     if checkpoint.is_dir():
         from torch.distributed.checkpoint import FileSystemReader, load
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         from composer_path.checkpoint_safety import METADATA, is_harmless
 
@@ -79,7 +80,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         wanted = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name in names
-            if (entry := stored.get(f"state.model.{prefix}{name}")) is not None
+            if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
         }
         state = {"state": {"model": {prefix + name: tensor for name, tensor in wanted.items()}}}
         load(state, storage_reader=reader)

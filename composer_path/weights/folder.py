@@ -16,7 +16,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_size: str = "5GB") -> None:
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_size: str = "5GB"
+) -> None:
     """Write weights and configuration; `config.json` comes last, so that a folder that has one is complete.
 
     Args:
@@ -47,7 +49,9 @@ def read_folder(folder: Path, model_type: str) -> tuple[dict[str, Any], dict[str
         ValueError: Not a folder of this `model_type`, or a file of its index is missing.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no config.json in '{folder}'; it must be a folder written by an export or by save_pretrained")
+        raise ValueError(
+            f"no config.json in '{folder}'; it must be a folder written by an export or by save_pretrained"
+        )
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != model_type:
         raise ValueError(

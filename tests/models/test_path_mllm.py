@@ -17,7 +17,11 @@ from composer_path.weights import load_reference_model
 from composer_path.weights.reference import to_reference
 
 NUM_IMAGE_TOKENS = 128
-VISION = {"name": "timm/vit_tiny_patch16_224", "image_size": 32, "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+VISION = {
+    "name": "timm/vit_tiny_patch16_224",
+    "image_size": 32,
+    "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+}
 PROJECTOR = {"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LANGUAGE_MODELS = {
@@ -218,7 +222,9 @@ def test_generation_with_a_cache_equals_asking_for_each_token_anew() -> None:
     new = model.generate(prompt["input_ids"], prompt["pixel_values"], max_new_tokens=6, pad_token_id=0, eos_token_id=-1)
     ids = prompt["input_ids"]
     for _ in range(6):
-        logits = every_logit(model, PackedCollator()([prompt | {"input_ids": ids, "labels": torch.full_like(ids, -100)}]))
+        logits = every_logit(
+            model, PackedCollator()([prompt | {"input_ids": ids, "labels": torch.full_like(ids, -100)}])
+        )
         ids = torch.cat([ids, logits[-1].argmax()[None]])
     assert new.tolist() == ids[-6:].tolist()
 

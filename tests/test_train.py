@@ -1,0 +1,246 @@
+"""The road from a YAML to weights: what a run leaves, what stage 1 leaves alone, exact resuming, equal numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import Interrupted, Witness, convert_shards, largest_error, load_tiny_config, road, run, weights_of
+
+from composer_path.models import PathMLLM
+from composer_path.train import build_model, main
+from composer_path.weights.projector_file import load_projector
+
+# Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
+GOLDEN_LOSSES: list[float] = []
+WITHOUT_EVALUATION = ["trainer.eval_interval=99ep"]  # but for the one before the first step
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return road(tmp_path_factory.getbasetemp() / "road")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
+
+
+@pytest.fixture(scope="module")
+def pretrained(runs: Path) -> dict[str, Any]:
+    return torch.load(runs / "pretrain.pt")
+
+
+@pytest.fixture(scope="module")
+def finetuned(runs: Path) -> dict[str, Any]:
+    return torch.load(runs / "finetune.pt")
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    """What TensorBoard shows of the event files of a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = sorted(folder.glob("events.*"))
+    assert files
+    values: dict[str, list[float]] = {}
+    for file in files:
+        accumulator = EventAccumulator(str(file)).Reload()
+        for tag in accumulator.Tags()["scalars"]:
+            values.setdefault(tag, []).extend(event.value for event in accumulator.Scalars(tag))
+    return values
+
+
+def checkpoint_names(folder: Path) -> set[str]:
+    """Names of all that a sharded checkpoint holds."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    return set(FileSystemReader(str(folder.resolve())).read_metadata().state_dict_metadata)
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_pretraining_leaves_the_projector_the_configuration_and_a_summary(
+    runs: Path, pretrained: dict[str, Any]
+) -> None:
+    folder = runs / "pretrain"
+    names = {path.name for path in folder.iterdir()}
+    assert {"projector.safetensors", "mm_projector.bin", "config.json", "config.yaml", "summary.json"} <= names
+    assert not [name for name in names if name.endswith(".partial")]
+    written = load_file(folder / "projector.safetensors")
+    trained = {key: value for key, value in pretrained["weights"].items() if key.startswith("projector.")}
+    assert {f"projector.{key.removeprefix('projector.')}" for key in written} == set(trained)
+    for key, value in trained.items():
+        assert torch.equal(written.get(key, written.get(key.removeprefix("projector."))), value), key
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["run"], summary["steps"], summary["samples"]) == ("pretrain", 6, 48)
+    assert summary["heldout_token_loss"]["after"] < summary["heldout_token_loss"]["before"]
+    assert summary["parameters"]["trained"] == sum(value.numel() for value in trained.values())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_tensorboard_shows_loss_rates_gradients_speed_and_what_batches_hold(runs: Path, stage: str) -> None:
+    values = scalars(runs / stage / "runs" / stage)
+    notes = torch.load(runs / f"{stage}.pt")
+    assert values["loss/train/total"] == pytest.approx(list(notes["losses"].values()), rel=1e-6)
+    assert len(values["lr-AdamW/group0"]) == 6
+    assert all(value > 0 for value in values["l2_norm/grad/global"])
+    for tag in ("throughput/samples_per_sec", "throughput/tokens_per_sec"):
+        assert values[tag] and min(values[tag]) > 0
+    for tag in ("batch/supervised_share", "batch/padding_avoided"):
+        assert len(values[tag]) == 6 and 0 < min(values[tag]) <= max(values[tag]) < 1
+    assert len(values["metrics/heldout/token_loss"]) == 3  # before, and after each epoch
+
+
+def test_finetuning_starts_from_the_projector_of_pretraining_and_trains_all_but_the_vision_encoder(
+    runs: Path, pretrained: dict[str, Any], finetuned: dict[str, Any]
+) -> None:
+    shards = runs / "shards"
+    start = build_model(load_tiny_config("finetune", shards, runs)).state_dict()
+    projector = [key for key in start if key.startswith("projector.")]
+    assert projector
+    for key in projector:
+        assert torch.equal(start[key], pretrained["weights"][key]), key
+    changed = {key for key, value in finetuned["weights"].items() if not torch.equal(value, start[key])}
+    assert changed == {key for key in finetuned["weights"] if not key.startswith("vision_encoder.")}
+
+
+def test_finetuning_leaves_a_folder_that_loads_to_the_trained_weights(runs: Path, finetuned: dict[str, Any]) -> None:
+    folder = runs / "finetune" / "model"
+    model = PathMLLM.from_pretrained(folder)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, finetuned["weights"][key]), key
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json"} <= names
+    assert json.loads((folder / "processor_config.json").read_text())["template"] == "llava_llama_2"
+
+
+# --- stage 1 leaves the rest alone -----------------------------------------------------------------------------------
+
+
+def test_stage_1_has_gradients_and_checkpoint_entries_of_the_projector_only(
+    runs: Path, pretrained: dict[str, Any]
+) -> None:
+    projector = {key for key in pretrained["weights"] if key.startswith("projector.")}
+    assert set(pretrained["gradients"]) == projector
+    names = checkpoint_names(runs / "pretrain" / "checkpoints" / "latest-rank0.pt")
+    assert {name.removeprefix("state.model.model.") for name in names if name.startswith("state.model.")} == projector
+    optimizer = [name for name in names if name.startswith("state.optimizers.")]
+    assert any("exp_avg_sq" in name for name in optimizer)
+    assert not [name for name in optimizer if "vision_encoder" in name or "language_model" in name]
+
+
+def test_stage_1_leaves_frozen_weights_bit_for_bit(runs: Path, pretrained: dict[str, Any]) -> None:
+    start = build_model(load_tiny_config("pretrain", runs / "shards", runs)).state_dict()
+    for key, value in pretrained["weights"].items():
+        assert torch.equal(value, start[key]) == (not key.startswith("projector.")), key
+
+
+def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequencies_stay_fp32(
+    shards: Path, tmp_path: Path
+) -> None:
+    more = ["trainer.precision=amp_bf16", "trainer.parallelism_config.fsdp.mixed_precision=DEFAULT"]
+    config = load_tiny_config("pretrain", shards, tmp_path, [*more, *WITHOUT_EVALUATION, "trainer.max_duration=2ba"])
+    trainer, witness = run(config)
+    model = trainer.state.model.model
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtypes[name] for name in dtypes if name.startswith("projector.")} == {torch.float32}
+    assert {dtypes[name] for name in dtypes if not name.startswith("projector.")} == {torch.bfloat16}
+    assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
+    assert {gradient.dtype for gradient in witness.gradients.values()} == {torch.float32}
+    start = build_model(load_tiny_config("pretrain", shards, tmp_path)).state_dict()
+    for key, value in weights_of(trainer).items():
+        if not key.startswith("projector."):
+            assert torch.equal(value, start[key].bfloat16()), key
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 5], ids=["mid_epoch", "epoch_end", "second_epoch"])
+def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
+    runs: Path, finetuned: dict[str, Any], tmp_path: Path, stop_after: int
+) -> None:
+    more = [
+        f"model.projector.weights={runs}/pretrain/projector.safetensors",
+        "trainer.save_interval=1ba",
+        "trainer.save_num_checkpoints_to_keep=2",
+        *WITHOUT_EVALUATION,
+    ]
+    config = load_tiny_config("finetune", runs / "shards", tmp_path, more)
+    stopped = Witness(stop_after)
+    with pytest.raises(Interrupted):
+        run(config, stopped)
+    trainer, resumed = run(config)
+    assert list(resumed.losses) == list(range(stop_after, 6))
+    assert stopped.samples | resumed.samples == finetuned["samples"]
+    assert stopped.losses | resumed.losses == finetuned["losses"]
+    weights = weights_of(trainer)
+    assert all(torch.equal(value, finetuned["weights"][key]) for key, value in weights.items())
+    kept = {path.name for path in (tmp_path / "finetune" / "checkpoints").glob("ep*")}
+    assert kept == {"ep1-ba5", "ep2-ba6"}
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_debug_runs_losses_are_the_committed_ones(finetuned: dict[str, Any]) -> None:
+    assert list(finetuned["losses"].values()) == pytest.approx(GOLDEN_LOSSES, rel=1e-4)
+
+
+def test_every_sample_is_seen_once_an_epoch_in_another_order_each(finetuned: dict[str, Any]) -> None:
+    steps = finetuned["samples"]
+    first, second = ([sample for at in epoch for sample in steps[at]] for epoch in (range(3), range(3, 6)))
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert [steps[at] for at in range(3)] != [steps[at] for at in range(3, 6)]
+
+
+@pytest.fixture(scope="module")
+def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
+    def finetune(loss_average: str, max_tokens: int) -> dict[str, Any]:
+        more = [
+            f"model.projector.weights={runs}/pretrain/projector.safetensors",
+            f"train_loader.loss_average={loss_average}",
+            f"train_loader.max_tokens_per_microbatch={max_tokens}",
+            "trainer.max_duration=2ba",
+            "algorithms=null",  # clipping and AdamW both hide a gradient's scale
+            *WITHOUT_EVALUATION,
+        ]
+        trainer, witness = run(load_tiny_config("finetune", runs / "shards", tmp_path_factory.mktemp("run"), more))
+        return witness.notes() | {"weights": weights_of(trainer)}
+
+    return finetune
+
+
+@pytest.mark.parametrize("loss_average", ["token", "sample", "square"])
+def test_the_size_of_microbatches_changes_nothing(
+    two_steps: Callable[[str, int], dict[str, Any]], loss_average: str
+) -> None:
+    small, large = two_steps(loss_average, 320), two_steps(loss_average, 4000)
+    assert min(small["metrics"]["batch/microbatches"]) >= 3
+    assert max(large["metrics"]["batch/microbatches"]) == 1
+    print(small["losses"], large["losses"], largest_error(small["gradients"], large["gradients"]), largest_error(small["weights"], large["weights"]))
+    assert list(small["losses"].values()) == pytest.approx(list(large["losses"].values()), rel=1e-5)
+    assert largest_error(small["gradients"], large["gradients"]) < 1e-5
+    assert largest_error(small["weights"], large["weights"]) < 1e-5
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_mistakes_and_builds_nothing(
+    repo_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = str(repo_root / "yamls" / "demo" / "pretrain.yaml")
+    assert main([]) == 2
+    assert main([yaml, f"save_root={tmp_path}", "optimizer.lrr=1", "trainer.max_duration=soon"]) == 2
+    printed = capsys.readouterr().err
+    assert "usage" in printed and "optimizer.lrr" in printed and "trainer.max_duration" in printed
+    assert main([yaml, f"save_root={tmp_path}", "--check"]) == 0
+    assert "no mistake found" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
