@@ -55,8 +55,8 @@ def resolve_attention(backend: str, device_type: str) -> str:
 def pack_attention(language_model: PreTrainedModel) -> None:
     """Let calls that say where samples end use padding-free attention, and all others transformers' own.
 
-    A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice); one without, such
-    as a padded batch or generation with a cache, is that of a stock transformers model.
+    A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice). One without,
+    such as a padded batch or generation with a cache, is that of a stock transformers model.
     """
     chosen = language_model.config._attn_implementation
     if not str(chosen).startswith("packed_"):
@@ -93,8 +93,8 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
             value = sorted(kinds) if kinds != {"sliding_attention"} else None  # judged by its window below
         if value:
             raise ValueError(
-                f"language model '{config.model_type}' uses {meaning} ({key}={value}), which padding-free attention does "
-                "not compute; choose a model with plain causal attention"
+                f"language model '{config.model_type}' uses {meaning} ({key}={value}), which padding-free attention "
+                "does not compute; choose a model with plain causal attention"
             )
     positions = getattr(config, "max_position_embeddings", None)
     if max_seq_len is not None and positions is not None and max_seq_len > positions:
@@ -104,11 +104,12 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
     if window is not None and in_use and max_seq_len is not None and window < max_seq_len:
         raise ValueError(
             f"language model '{config.model_type}' uses a sliding window of {window} tokens, shorter than "
-            f"max_seq_len={max_seq_len}, which padding-free attention does not compute; set max_seq_len to at most {window}"
+            f"max_seq_len={max_seq_len}, which padding-free attention does not compute; "
+            f"set max_seq_len to at most {window}"
         )
 
 
-def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, "borders"], int]:
+def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, " borders"], int]:
     """Take the row's borders from the attention call, checking that a sliding window would not cut any sample."""
     cu_seq_lens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if cu_seq_lens is None or max_length is None:

@@ -56,7 +56,7 @@ def build_language_model(
 
 
 def load_language_model_config(source: dict[str, Any] | str | None) -> PretrainedConfig:
-    """The configuration from a folder, a `config.json` or YAML keys, refused if padding-free attention can't serve it."""
+    """A configuration from a folder, a `config.json` or YAML keys; refused where padding-free attention can't serve."""
     if isinstance(source, str):
         if not Path(source).exists():
             raise ValueError(f"model.language_model: '{source}' does not exist")
@@ -81,7 +81,7 @@ def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> Any:
-    """Cast the parameters only. `module.to(bfloat16)` would also cast RoPE's `inv_freq`: 5 rad off at position 4,095."""
+    """Cast the parameters only: `module.to(bfloat16)` would cast RoPE's `inv_freq` too, 5 rad off at position 4,095."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
     return module
