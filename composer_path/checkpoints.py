@@ -61,7 +61,7 @@ def frozen_names(module: nn.Module) -> set[str]:
 
 
 def gather_weights(model: nn.Module, trained_only: TrainedOnly, *, everything: bool) -> dict[str, torch.Tensor]:
-    """The whole weights of a sharded (or not sharded) module on rank 0's CPU; empty on other ranks. All ranks call it."""
+    """The whole weights of a module, sharded or not, on rank 0's CPU; empty on other ranks. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     with trained_only.everything() if everything else nullcontext():
         return dict(get_model_state_dict(model, options=options))  # type: ignore[arg-type]

@@ -121,9 +121,9 @@ def mend_gloo_averaging() -> bool:
         )
 
     def divide_by_ranks(
-        group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = ""
+        reduce_scatter_group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = ""
     ) -> tuple[float, float]:
-        size = group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
+        size = reduce_scatter_group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
         return 1.0, float(size)
 
     collectives._get_gradient_divide_factors = divide_by_ranks  # type: ignore[assignment]

@@ -65,7 +65,6 @@ MISTAKES = [
         "train_loader.dataset.template: template: unknown name 'lava_llama_2'",
     ),
     ("train_loader.dataset.template={name: plain, system: x}", "train_loader.dataset.template: template.system: "),
-    ("eval_loader=null", "trainer.eval_interval: does nothing without the section eval_loader"),
     ("optimizer.name=adam", "optimizer.name: found the text 'adam'; did you mean adamw?"),
     (
         "optimizer.lr='2e-3'",
@@ -160,6 +159,16 @@ def problems_of(path: Path, *overrides: str) -> list[str]:
 def test_a_mistake_is_named_with_what_to_do(demo: Path, override: str, line: str) -> None:
     problems = problems_of(demo, override)
     assert any(line in problem for problem in problems), problems
+
+
+def test_an_evaluation_interval_needs_held_out_data_unless_they_are_switched_off(demo: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(demo)
+    del config["eval_loader"]
+    config.trainer.eval_interval = "1ep"
+    OmegaConf.save(config, tmp_path / "without.yaml")
+    line = "trainer.eval_interval: does nothing without the section eval_loader; add it or remove this"
+    assert problems_of(tmp_path / "without.yaml") == [line]
+    assert load_config(demo, ["eval_loader=null", "trainer.eval_interval=1ep"]).eval_loader is None
 
 
 def test_all_mistakes_are_listed_in_one_error_one_a_line(demo: Path) -> None:

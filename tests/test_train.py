@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import Interrupted, Witness, convert_shards, largest_error, load_tiny_config, road, run, weights_of
 
+from composer_path.builders import build_model
 from composer_path.models import PathMLLM
-from composer_path.train import build_model, main
-from composer_path.weights.projector_file import load_projector
+from composer_path.train import main
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
 GOLDEN_LOSSES: list[float] = []
@@ -162,13 +162,22 @@ def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequenci
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_after", [2, 3, 5], ids=["mid_epoch", "epoch_end", "second_epoch"])
+@pytest.mark.parametrize(
+    ("stop_after", "interval", "names"),
+    [
+        (2, "1ba", {"ep1-ba5", "ep1-ba6"}),
+        (3, "1ba", {"ep1-ba5", "ep1-ba6"}),
+        (3, "1ep", {"ep1-ba3", "ep2-ba6"}),
+        (5, "1ba", {"ep1-ba5", "ep1-ba6"}),
+    ],
+    ids=["mid_epoch", "last_batch", "epoch_end", "second_epoch"],
+)
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
-    runs: Path, finetuned: dict[str, Any], tmp_path: Path, stop_after: int
+    runs: Path, finetuned: dict[str, Any], tmp_path: Path, stop_after: int, interval: str, names: set[str]
 ) -> None:
     more = [
         f"model.projector.weights={runs}/pretrain/projector.safetensors",
-        "trainer.save_interval=1ba",
+        f"trainer.save_interval={interval}",
         "trainer.save_num_checkpoints_to_keep=2",
         *WITHOUT_EVALUATION,
     ]
@@ -183,7 +192,12 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     weights = weights_of(trainer)
     assert all(torch.equal(value, finetuned["weights"][key]) for key, value in weights.items())
     kept = {path.name for path in (tmp_path / "finetune" / "checkpoints").glob("ep*")}
-    assert kept == {"ep1-ba5", "ep2-ba6"}
+    assert kept == names  # of both processes together, the newest two
+    assert summary_of(tmp_path)["heldout_token_loss"]["before"] == summary_of(runs)["heldout_token_loss"]["before"]
+
+
+def summary_of(root: Path) -> dict[str, Any]:
+    return json.loads((root / "finetune" / "summary.json").read_text())
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

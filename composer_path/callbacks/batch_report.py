@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 class BatchReport(Callback):
     """Logs, for each batch of this rank, from counts the loader's workers made (nothing is copied from the GPU).
 
-    `batch/supervised_share`: answer tokens over tokens. `batch/padding_avoided`: the share of a batch padded to its longest
-    sample that would have been padding. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's time.
+    `batch/supervised_share`: answer tokens over tokens. `batch/padding_avoided`: the share of padding that the batch
+    would have, padded to its longest sample. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's time.
     `batch/unusable_samples`: so far; each kind of problem is named once, with the sample's position in the stream.
     """
 
@@ -40,7 +40,7 @@ class BatchReport(Callback):
         logger.log_metrics(
             {
                 "batch/tokens": tokens,
-                "batch/images": int(len(batch["pixel_values"])),
+                "batch/images": len(batch["pixel_values"]),
                 "batch/microbatches": len(batch["samples_per_bin"]),
                 "batch/supervised_share": len(batch["targets"]) / tokens,
                 "batch/padding_avoided": 1 - tokens / (samples * batch["max_seq_len"]),
@@ -57,7 +57,7 @@ class BatchReport(Callback):
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Sum up the samples that were skipped."""
         if self.problems:
-            counts = "; ".join(f"{count} × {problem}" for problem, count in self.problems.most_common())
+            counts = "; ".join(f"{count} times: {problem}" for problem, count in self.problems.most_common())
             log.warning("samples that kept their slot with weight 0 so far on this rank: %s", counts)
 
     def _count(self, batch: dict) -> int:

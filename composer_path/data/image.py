@@ -146,7 +146,7 @@ def _decode_jpeg(data: bytes) -> UInt8[Tensor, "3 height width"]:
     try:
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     except RuntimeError as error:
-        if not hasattr(torch.ops.image, "decode_jpeg"):  # not the picture's fault: torchvision was built for another torch
+        if not hasattr(torch.ops.image, "decode_jpeg"):  # torchvision was built for another torch
             raise RuntimeError("decoder: torchvision's JPEG decoder doesn't load here; use 'pil'") from error
         found = f"a JPEG file of {len(data)} bytes that is truncated or damaged"
         raise ImageError("unreadable-image", found, "replace the file") from None

@@ -110,8 +110,8 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
         folder: To write.
         dtype: `bf16`, `fp32`, or None for as trained.
     """
+    from composer_path.builders import build_model, build_processor, build_tokenizer
     from composer_path.checkpoints import frozen_names
-    from composer_path.train import build_model, build_processor, build_tokenizer
 
     tokenizer = build_tokenizer(config)
     model = build_model(config)
