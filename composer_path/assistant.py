@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from composer_path.data.conversation import IMAGE_TAG, Conversation, Turn
-from composer_path.data.image import load_image, pad_color_of
+from composer_path.data.image import ImageError, load_image, pad_color_of
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation, tokenize_prompt
 from composer_path.data.vocabulary import load_tokenizer
 from composer_path.models.path_mllm import PathMLLM
@@ -51,15 +51,24 @@ class Assistant:
         return cls(model, load_tokenizer(folder), processor)
 
     def read_image(self, path: str | Path) -> UInt8[Tensor, "3 height width"]:
-        """A picture as the model sees it, not normalised."""
-        encoder = self.model.vision_encoder
-        return load_image(
-            Path(path).read_bytes(),
-            encoder.image_size,
-            fit=self.processor["fit"],
-            decoder=self.processor["decoder"],
-            pad_color=pad_color_of(encoder.mean),
-        )
+        """A picture as the model sees it, not normalised.
+
+        Raises:
+            ValueError: No such file, or it can't be read as a picture.
+        """
+        path, encoder = Path(path), self.model.vision_encoder
+        if not path.is_file():
+            raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
+        try:
+            return load_image(
+                path.read_bytes(),
+                encoder.image_size,
+                fit=self.processor["fit"],
+                decoder=self.processor["decoder"],
+                pad_color=pad_color_of(encoder.mean),
+            )
+        except ImageError as error:
+            raise ValueError(f"image '{path}': {error}") from None
 
     def answer(
         self,

@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"composer-path {options.verb}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print()
+        return 130  # what a shell reports of a program that was interrupted
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, always takes the likeliest token")
     ask.set_defaults(run=_ask)
 
-    evaluate = verbs.add_parser("evaluate", help="closed questions: right answers, with the images and without")
+    evaluate = verbs.add_parser("evaluate", help="ask closed questions, with their images and with blank ones")
     evaluate.add_argument("model", type=Path)
     evaluate.add_argument("--data", type=Path, required=True, help="records whose meta has options and answer")
     evaluate.add_argument("--images", type=Path, required=True, help="folder of their images")
@@ -75,7 +78,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    if options.question is None and not options.chat:
+    if not (options.question or "").strip() and not options.chat:
         raise ValueError("give a question, or --chat to be asked for one")
     from transformers import TextStreamer
 
@@ -109,28 +112,26 @@ def _next_question() -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from composer_path.assistant import Assistant
-    from composer_path.evaluation.closed_questions import evaluate_closed, majority_accuracy, read_closed_questions
+    from composer_path.evaluation.closed_questions import compare_with_blank, read_closed_questions
 
     questions = read_closed_questions(options.data)
-    assistant = Assistant.from_pretrained(options.model)
-    seen = evaluate_closed(assistant, questions, options.images)
-    blank = evaluate_closed(assistant, questions, options.images, blank=True)
-    print(f"{'closed questions':<24}{'asked':>6}{'majority':>10}{'with image':>12}{'blank image':>13}{'unparsed':>10}")
-    for kind in [*sorted(seen.total), None]:
-        of_kind = [question for question in questions if kind is None or question.kind == kind]
-        unparsed = seen.unparsed.total() if kind is None else seen.unparsed[kind]
-        print(
-            f"{kind or 'all':<24}{len(of_kind):>6}{majority_accuracy(of_kind):>10.0%}"
-            f"{seen.accuracy(kind):>12.0%}{blank.accuracy(kind):>13.0%}{unparsed:>10}"
-        )
+    if not options.images.is_dir():
+        raise ValueError(f"--images {options.images}: there is no such folder")
+
+    from composer_path.assistant import Assistant
+    from composer_path.run_table import EVALUATION, format_closed
+    from composer_path.weights.folder import write_json
+
+    comparison = compare_with_blank(Assistant.from_pretrained(options.model), questions, options.images)
+    print(format_closed(comparison))
+    write_json(options.model / EVALUATION, comparison)
     return 0
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from composer_path.run_report import format_summaries
+    from composer_path.run_table import format_runs
 
-    print(format_summaries(options.root))
+    print(format_runs(options.root))
     return 0
 
 

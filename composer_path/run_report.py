@@ -1,8 +1,7 @@
-"""What a run came to: its configuration and a small `summary.json` in its folder, and a table over several runs."""
+"""What a run came to: its configuration and a small `summary.json` in its folder."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
+from composer_path.run_table import SUMMARY
 from composer_path.weights.folder import write_json
 
-SUMMARY = "summary.json"
 CONFIG = "config.yaml"
 
 
@@ -61,52 +60,10 @@ class RunReport(Callback):
             write_json(self.run_folder / SUMMARY, self.summary)
 
     def state_dict(self) -> dict[str, Any]:
-        """The first held-out loss survives a resume."""
-        return {"heldout_token_loss": dict(self.summary["heldout_token_loss"])}
+        """The first held-out loss survives a resume; its key is always there, as sharded checkpoints only fill known keys."""
+        return {"heldout_token_loss_before": self.summary["heldout_token_loss"].get("before")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it up again."""
-        self.summary["heldout_token_loss"] = dict(state["heldout_token_loss"])
-
-
-def read_summaries(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Summaries of all runs below a folder, pretraining first.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = [(path.parent, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(root.glob(f"*/{SUMMARY}"))]
-    if not found:
-        raise ValueError(f"no {SUMMARY} in a folder below '{root}'; give the save_root of finished runs")
-    return sorted(found, key=lambda run: (run[0] / SUMMARY).stat().st_mtime)
-
-
-def format_summaries(root: Path) -> str:
-    """A table of held-out loss before and after, and speed, and where everything lies."""
-    rows = [("run", "held-out loss before", "after", "samples/s", "tokens/s", "steps")]
-    places = []
-    for folder, summary in read_summaries(root):
-        loss = summary["heldout_token_loss"]
-        rows.append(
-            (
-                summary["run"],
-                f"{loss['before']:.3f}" if "before" in loss else "-",
-                f"{loss['after']:.3f}" if "after" in loss else "-",
-                f"{summary['samples_per_second']:.1f}",
-                f"{summary['tokens_per_second']:.0f}",
-                str(summary["steps"]),
-            )
-        )
-        places += [
-            f"{what + ':':<13} {place}"
-            for what, place in (
-                ("weights", folder / "model"),
-                ("weights", folder / "projector.safetensors"),
-                ("checkpoints", folder / "checkpoints"),
-                ("TensorBoard", folder / "runs"),
-            )
-            if place.exists()
-        ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", *places])
+        if state["heldout_token_loss_before"] is not None:
+            self.summary["heldout_token_loss"]["before"] = state["heldout_token_loss_before"]

@@ -50,8 +50,16 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Save a tokenizer as a Hugging Face folder, with its sentencepiece file (transformers 5 would leave that out)."""
+    """Save a tokenizer as a Hugging Face folder.
+
+    Its sentencepiece file and LLaMA's `legacy` setting are added, which transformers 5 would leave out.
+    """
     tokenizer.save_pretrained(str(folder))
+    settings_file = Path(folder, "tokenizer_config.json")
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    if "legacy" not in settings and getattr(tokenizer, "legacy", None) is not None:
+        settings["legacy"] = tokenizer.legacy
+        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     file = _sentencepiece_file(tokenizer)
     if file is not None and not Path(folder, "tokenizer.model").exists():
         shutil.copyfile(file, Path(folder, "tokenizer.model"))
@@ -63,9 +71,19 @@ def _sentencepiece_file(tokenizer: Tokenizer) -> Path | None:
 
 
 def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, __version__
 
-    return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
+    tokenizer_class: Any = AutoTokenizer
+    file = path / "tokenizer_config.json"
+    if int(__version__.split(".")[0]) < 5 and file.is_file():  # which fails on two words of transformers 5
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        extra = settings.get("extra_special_tokens")
+        if isinstance(extra, list):
+            kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra} | kwargs
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            tokenizer_class = PreTrainedTokenizerFast
+            kwargs.pop("use_fast", None)
+    return tokenizer_class.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
 
 
 def _load_sentencepiece_file(file: Path, **kwargs: Any) -> Tokenizer:

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from composer_path.assistant import Assistant
-from composer_path.data.conversation import Conversation, resolve_image
+from composer_path.data.conversation import Conversation, RecordError, resolve_image
+from composer_path.data.record_file import read_records
+
+if TYPE_CHECKING:
+    from composer_path.assistant import Assistant
 
 
 @dataclass(frozen=True)
 class ClosedQuestion:
-    """One question with its images, its options and the right one."""
+    """One question with its images, its options and the right one.
+
+    Attributes:
+        kind: Questions are counted by it.
+        turns: (role, text) up to the question, which is the last.
+        options: The possible answers.
+        answer: The right one.
+        images: File names, in the order of the tags.
+        system: Instead of the template's system message.
+    """
 
     kind: str
-    question: str
+    turns: tuple[tuple[str, str], ...]
     options: tuple[str, ...]
     answer: str
     images: tuple[str, ...]
@@ -29,37 +41,45 @@ class ClosedQuestion:
 
 @dataclass
 class ClosedResult:
-    """Counts of an evaluation, in all and by kind of question."""
+    """Counts of answers, by kind of question. An answer that names no option, or several, is unparsed and wrong."""
 
-    total: Counter[str] = field(default_factory=Counter)
+    asked: Counter[str] = field(default_factory=Counter)
     correct: Counter[str] = field(default_factory=Counter)
     unparsed: Counter[str] = field(default_factory=Counter)
 
+    def count(self, what: str, kind: str | None = None) -> int:
+        """Number of `asked`, `correct` or `unparsed` questions, of one kind or of all."""
+        counts: Counter[str] = getattr(self, what)
+        return counts.total() if kind is None else counts[kind]
+
     def accuracy(self, kind: str | None = None) -> float:
-        """Share of right answers; an answer that names no option is wrong."""
-        if kind is None:
-            return self.correct.total() / max(1, self.total.total())
-        return self.correct[kind] / max(1, self.total[kind])
+        """Share of right answers, of one kind or of all."""
+        return self.count("correct", kind) / max(1, self.count("asked", kind))
 
 
 def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
-    """Closed questions of a JSON list of records: those whose `meta` has `options` and `answer`.
+    """Closed questions of a file of records (JSON list or JSONL): those whose `meta` has `options` and `answer`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or a record breaks a rule.
     """
     questions = []
-    for record in json.loads(Path(path).read_text(encoding="utf-8")):
-        meta = record.get("meta") or {}
+    for record in read_records(path):
+        try:
+            if isinstance(record.value, RecordError):
+                raise record.value
+            conversation = Conversation.from_record(record.value)
+        except RecordError as error:
+            raise ValueError(f"'{path}': {error.at(record.where)}") from None
+        meta = conversation.metadata.get("meta") or {}
         if "options" not in meta or "answer" not in meta:
             continue
-        conversation = Conversation.from_record(record)
         questions.append(
             ClosedQuestion(
                 kind=str(meta.get("kind", "closed")),
-                question=conversation.turns[-2].text,
-                options=tuple(meta["options"]),
-                answer=meta["answer"],
+                turns=tuple((turn.role, turn.text) for turn in conversation.turns[:-1]),
+                options=tuple(str(option) for option in meta["options"]),
+                answer=str(meta["answer"]),
                 images=conversation.images,
                 system=conversation.system,
             )
@@ -85,12 +105,39 @@ def evaluate_closed(
         images = [assistant.read_image(resolve_image(name, images_dir)) for name in question.images]
         if blank:
             images = [torch.full_like(image, 255) for image in images]
-        said = assistant.answer([("human", question.question)], images, system=question.system, max_new_tokens=16)
+        longest = max(len(assistant.tokenizer(option)["input_ids"]) for option in question.options)
+        said = assistant.answer(question.turns, images, system=question.system, max_new_tokens=longest + 8)
         chosen = parse_answer(said, question.options)
-        result.total[question.kind] += 1
+        result.asked[question.kind] += 1
         result.correct[question.kind] += chosen == question.answer
         result.unparsed[question.kind] += chosen is None
     return result
+
+
+def compare_with_blank(
+    assistant: Assistant, questions: Sequence[ClosedQuestion], images_dir: str | Path
+) -> dict[str, dict[str, Any]]:
+    """Ask every question with its images and with blank ones; a plain mapping for JSON.
+
+    Returns:
+        `{"kinds": {kind: numbers}, "all": numbers}`; numbers are `asked`, `majority` (the share that always giving the
+        most frequent answer gets right), and for `with_image` and `blank_image` how many answers were `correct` and
+        `unparsed`.
+    """
+    results = {
+        "with_image": evaluate_closed(assistant, questions, images_dir),
+        "blank_image": evaluate_closed(assistant, questions, images_dir, blank=True),
+    }
+
+    def numbers(kind: str | None) -> dict[str, Any]:
+        of_kind = [question for question in questions if kind in (None, question.kind)]
+        counts = {
+            name: {"correct": result.count("correct", kind), "unparsed": result.count("unparsed", kind)}
+            for name, result in results.items()
+        }
+        return {"asked": len(of_kind), "majority": majority_accuracy(of_kind), **counts}
+
+    return {"kinds": {kind: numbers(kind) for kind in sorted({q.kind for q in questions})}, "all": numbers(None)}
 
 
 def majority_accuracy(questions: Sequence[ClosedQuestion]) -> float:
@@ -102,13 +149,20 @@ def majority_accuracy(questions: Sequence[ClosedQuestion]) -> float:
 
 
 def parse_answer(said: str, options: Sequence[str]) -> str | None:
-    """The option that an answer names: the whole answer, else the only option found in it as a word; else None."""
+    """The option that an answer names: the whole answer, else the only option found in it as a word; else None.
+
+    An option of one letter must begin the answer and be marked as one (`B.`, `(B)`, `B: ...`): "a" is a word, too.
+    """
     plain = _normalise(said)
     for option in options:
         if plain == _normalise(option):
             return option
-    found = [option for option in options if re.search(rf"(?<!\w){re.escape(_normalise(option))}(?!\w)", plain)]
+    found = [option for option in options if re.search(_pattern(_normalise(option)), plain)]
     return found[0] if len(found) == 1 else None
+
+
+def _pattern(option: str) -> str:
+    return rf"^\(?{re.escape(option)}[.):,]" if len(option) == 1 else rf"(?<!\w){re.escape(option)}(?!\w)"
 
 
 def _normalise(text: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from composer_path.models.attention import check_attention_supported, resolve_attention
+from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, read_rope_parameters
 
 
 def build_language_model(
@@ -48,7 +49,12 @@ def build_language_model(
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
     if path is not None and not empty:
         return AutoModelForCausalLM.from_pretrained(
-            path, torch_dtype=dtype, attn_implementation=implementation, local_files_only=True, trust_remote_code=False
+            path,
+            config=hf_config,
+            attn_implementation=implementation,
+            local_files_only=True,
+            trust_remote_code=False,
+            **{"dtype" if TRANSFORMERS_MAJOR >= 5 else "torch_dtype": dtype},
         )
     with empty_parameters(enabled=empty):
         model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation)
@@ -66,6 +72,7 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
         if "model_type" not in keys:
             raise ValueError("model.language_model.config: 'model_type' is missing (llama, mistral, qwen2, ...)")
         hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    read_rope_parameters(hf_config)
     check_attention_supported(hf_config)
     return hf_config
 

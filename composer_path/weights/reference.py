@@ -14,6 +14,7 @@ from torch import Tensor
 from composer_path.models.language_model import build_language_model, empty_parameters
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.models.projector import Projector, build_projector
+from composer_path.models.rope_keys import old_rope_keys
 from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
 from composer_path.weights.folder import write_folder
 from composer_path.weights.projector_file import MARKER, from_reference_projector, to_reference_projector
@@ -118,7 +119,9 @@ def save_reference_model(
     tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
     if language_config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    config = json.loads(language_config.to_json_string(use_diff=False)) | {
+    language_keys = json.loads(language_config.to_json_string(use_diff=False))
+    rope_parameters = language_keys.pop("rope_parameters", None)  # the reference runs on transformers 4
+    config = language_keys | (old_rope_keys(rope_parameters) if rope_parameters else {}) | {
         "model_type": MODEL_TYPE,
         "architectures": ["LlavaLlamaForCausalLM"],
         "use_mm_proj": True,

@@ -6,7 +6,7 @@ import json
 import math
 import random
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,12 @@ def test_cuts_reach_any_number_of_bins_up_to_the_number_of_samples() -> None:
 
 
 def test_cuts_go_through_the_middle_of_the_largest_bin() -> None:
-    lengths = [30, 30, 10, 40, 20, 20]
-    borders = [0, *accumulate(lengths)]
+    borders = [0, *accumulate([30, 30, 10, 40, 20, 20])]
     assert add_cuts([2, 4], borders, 2) == [2, 4]
     assert add_cuts([2, 4], borders, 3) == [2, 2, 2]  # 60 | 10 40 | 20 20, not 60 | 10 | 80
     assert add_cuts([2, 4], borders, 4) == [1, 1, 2, 2]
-    assert add_cuts([1, 5], [0, 500, *(500 + border for border in borders[1:6])], 3) == [
-        1,
-        3,
-        2,
-    ]  # one sample stays whole
+    borders = [0, *accumulate([500, 10, 20, 40])]
+    assert add_cuts([1, 3], borders, 3) == [1, 2, 1]  # a single sample stays whole, however long
 
 
 def test_more_bins_than_samples_is_an_error_that_says_what_to_do() -> None:
@@ -144,7 +140,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(rank_answers, (port, str(folder)), nprocs=2)
+    # Forked, because a new process would import everything again.
+    torch.multiprocessing.start_processes(rank_answers, (port, str(folder)), nprocs=2, start_method="fork")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -152,7 +149,7 @@ def test_ranks_with_different_bins_make_equally_many_microbatches(two_ranks: lis
     first, second = (found["one bin against three"] for found in two_ranks)
     assert len(text_batch([30] * 4, limit=100)["samples_per_bin"]) == 2
     assert len(first) == len(second) == 3
-    assert first == [[0], [1], [2, 3]]
+    assert first == [[0], [2], [1, 3]]  # its row is 0 2 | 1 3
     assert sorted(sample_id for part in second for sample_id in part) == [0, 1, 2, 3]
 
 
@@ -197,7 +194,7 @@ def tokenizer(mistral_tokenizer_path: Path) -> Any:
 
 def build_loader(shards: Path, tokenizer: Any, dataset: dict[str, Any] | None = None, **keywords: Any) -> DataSpec:
     section = {"local": str(shards), "template": "llava_llama_2", "shuffle": True, "shuffle_seed": 3}
-    section |= {"num_canonical_nodes": 2, "max_seq_len": 512} | (dataset or {})
+    section |= {"num_canonical_nodes": 1, "max_seq_len": 512} | (dataset or {})
     settings = {"global_batch_size": BATCH_SIZE, "max_tokens_per_microbatch": 512, "num_workers": 0} | keywords
     model = {"num_image_tokens": 4, "image_size": 28, "mean": (0.5, 0.25, 0.75)}
     return build_dataloader(dataset=section, tokenizer=tokenizer, **model, **settings)
@@ -209,15 +206,18 @@ Epochs = list[list[list[int]]]  # epochs, batches, sample ids
 def stream(
     shards: Path, tokenizer: Any, num_workers: int, state: dict | None = None
 ) -> Iterator[tuple[Any, list[int]]]:
-    """A loader's dataset and the sample ids of a batch, again and again; None at the end of an epoch."""
+    """A loader's dataset and the sample ids of a batch, again and again; no ids at the end of an epoch."""
     spec = build_loader(shards, tokenizer, num_workers=num_workers)
     dataset = spec.dataloader.dataset
     if state is not None:
         dataset.load_state_dict(state)
-    while True:
-        for batch in spec.dataloader:
-            yield dataset, sorted(batch["sample_ids"].tolist())
-        yield dataset, []
+    try:
+        while True:
+            for batch in spec.dataloader:
+                yield dataset, sorted(batch["sample_ids"].tolist())
+            yield dataset, []
+    finally:
+        spec.dataloader._iterator = None  # ends the workers; the garbage collector would wait 5 s for each
 
 
 def take(batches: Iterator[tuple[Any, list[int]]], num_epochs: int) -> Epochs:
@@ -271,14 +271,10 @@ RESUMES = {
 def test_a_run_goes_on_exactly_where_it_stopped(name: str, undisturbed: Epochs, shards: Path, tokenizer: Any) -> None:
     done, epoch, workers_before, workers_after = RESUMES[name]
     batches = stream(shards, tokenizer, workers_before)
-    seen = [0]  # samples, by epoch
-    dataset = None
-    while (done, epoch) != (0, len(seen) - 1) if done == 0 else True:
-        dataset, sample_ids = next(batches)
-        seen = [*seen[:-1], seen[-1] + len(sample_ids)] if sample_ids else [*seen, 0]
-        if done and len(seen) - 1 == epoch and seen[-1] >= min(done * BATCH_SIZE, NUM_RECORDS):
-            break
-    state = json.loads(json.dumps(dataset.state_dict(seen[-1], True)))  # what Composer asks for and stores
+    for _ in range(epoch * (NUM_BATCHES + 1) + done):  # an epoch's end counts as one more
+        dataset, _ = next(batches)
+    num_samples = min(done * BATCH_SIZE, NUM_RECORDS)
+    state = json.loads(json.dumps(dataset.state_dict(num_samples, True)))  # what Composer asks for and stores
     batches.close()
     rest = [undisturbed[epoch][done:], *undisturbed[epoch + 1 :]]
     assert take(stream(shards, tokenizer, workers_after, state), len(rest)) == rest
@@ -294,6 +290,13 @@ def test_a_resumed_run_can_be_resumed(undisturbed: Epochs, shards: Path, tokeniz
         found.append(sample_ids)
         batches.close()
     assert found == [*undisturbed[0], []]
+
+
+def test_canonical_nodes_that_do_not_divide_the_samples_repeat_some(shards: Path, tokenizer: Any) -> None:
+    spec = build_loader(shards, tokenizer, {"num_canonical_nodes": 8})
+    found = [sample_id for batch in spec.dataloader for sample_id in batch["sample_ids"].tolist()]
+    assert len(found) == 24  # 8 nodes of 3
+    assert set(found) == set(range(NUM_RECORDS))
 
 
 def test_drop_last_leaves_the_smaller_batch_out(shards: Path, tokenizer: Any, undisturbed: Epochs) -> None:
@@ -326,7 +329,7 @@ def test_a_batch_without_an_answer_names_its_samples_and_no_text(
     num_workers: int, shards: Path, tokenizer: Any, records: list
 ) -> None:
     dataset = {"max_seq_len": 8, "shuffle": False}
-    spec = build_loader(shards, tokenizer, dataset, num_workers=num_workers)
+    spec = build_loader(shards, tokenizer, dataset, num_workers=num_workers, persistent_workers=False)
     batch = next(iter(spec.dataloader))
     with pytest.raises(
         EmptyBatchError, match=r"4 samples .* \(samples \[0, 1, 2, 3\] here: no answer is left"
@@ -345,7 +348,7 @@ def test_a_microbatch_must_have_room_for_the_longest_sample(shards: Path, tokeni
         build_loader(shards, tokenizer, max_tokens_per_microbatch=511)
     build_loader(shards, tokenizer, max_tokens_per_microbatch=512)
     build_loader(shards, tokenizer, max_tokens_per_microbatch=None)
-    with pytest.raises(ValueError, match="less than dataset.max_seq_len=4096"):  # where the default is meant
+    with pytest.raises(ValueError, match=r"is less than dataset[.]max_seq_len=4096"):  # where the default is meant
         build_dataloader(
             dataset={"local": str(shards)},
             global_batch_size=1,
@@ -361,7 +364,7 @@ def test_a_microbatch_must_have_room_for_the_longest_sample(shards: Path, tokeni
 def test_settings_of_workers_fit_any_number_of_them(
     num_workers: int, persistent: bool, shards: Path, tokenizer: Any
 ) -> None:
-    spec = build_loader(shards, tokenizer, num_workers=num_workers, persistent_workers=persistent, timeout=30)
+    spec = build_loader(shards, tokenizer, num_workers=num_workers, persistent_workers=persistent, timeout=30.0)
     assert spec.dataloader.num_workers == num_workers
     assert spec.dataloader.persistent_workers is (persistent and num_workers > 0)
     assert spec.dataloader.batch_size == spec.dataloader.dataset.batch_size == BATCH_SIZE

@@ -1,0 +1,129 @@
+"""Loss and held-out loss: weighted means over answer tokens that don't depend on how samples are batched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
+from composer_path.data.loader import split_batch
+from composer_path.models import ComposerPathMLLM
+from composer_path.models.assembly import assemble_model
+from composer_path.models.composer_model import TokenLoss
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+ANSWERS = (5, 1, 9, 0, 3, 2)  # answer tokens of each sample
+
+
+@pytest.fixture(scope="module")
+def adapter() -> ComposerPathMLLM:
+    return ComposerPathMLLM(
+        assemble_model(
+            vision_encoder={
+                "name": "timm/vit_tiny_patch16_224",
+                "image_size": 32,
+                "kwargs": {"embed_dim": 24, "depth": 1, "num_heads": 2},
+            },
+            projector={"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}},
+            language_model={"config": {"model_type": "llama", **SIZES}},
+            trainable=["projector"],
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index, answers in enumerate(ANSWERS):
+        ids = torch.randint(3, 96, (14 + index,), generator=generator)
+        images = index % 2
+        ids[1 : 1 + 4 * images] = -200
+        labels = torch.full_like(ids, -100)
+        labels[len(ids) - answers :] = ids[len(ids) - answers :]
+        made.append(
+            {
+                "sample_id": index,
+                "input_ids": ids,
+                "labels": labels,
+                "pixel_values": torch.randint(0, 256, (images, 3, 32, 32), generator=generator, dtype=torch.uint8),
+                "is_he": torch.zeros(images, dtype=torch.bool),
+                "source": "all",
+                "problem": None,
+            }
+        )
+    return made
+
+
+@pytest.mark.parametrize("loss_average", LOSS_AVERAGES)
+@pytest.mark.parametrize("limit", [20, 40, 1000])
+def test_microbatch_losses_times_their_share_sum_to_the_weighted_mean(
+    adapter: ComposerPathMLLM, samples: list[dict[str, Any]], loss_average: str, limit: int
+) -> None:
+    weigh = {"token": lambda n: 1.0, "rank": lambda n: 1.0, "sample": lambda n: 1 / n, "square": lambda n: n**-0.5}
+    total = weights = 0.0
+    for sample, answers in zip(samples, ANSWERS, strict=True):
+        if answers:
+            row = PackedCollator()([sample])
+            losses = F.cross_entropy(adapter(row), row["targets"], reduction="none")
+            total += weigh[loss_average](answers) * losses.sum().item()
+            weights += weigh[loss_average](answers) * answers
+    batch = PackedCollator(limit, loss_average)(samples)
+    parts = split_batch(batch, len(samples))
+    assert (len(parts) > 1) == (limit < 1000)
+    loss = sum(adapter.loss(adapter(part), part).item() * part["loss_weight"] / batch["loss_weight"] for part in parts)
+    assert loss == pytest.approx(total / weights, rel=1e-5)
+
+
+def test_a_microbatch_without_answers_has_loss_0_and_finite_gradients(
+    adapter: ComposerPathMLLM, samples: list[dict[str, Any]]
+) -> None:
+    row = PackedCollator()([samples[3]])
+    assert len(row["targets"]) == 0
+    loss = adapter.loss(adapter(row), row)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in adapter.parameters())
+    adapter.zero_grad()
+
+
+def test_the_held_out_loss_is_the_mean_over_tokens_however_they_are_batched(
+    adapter: ComposerPathMLLM, samples: list[dict[str, Any]]
+) -> None:
+    values = []
+    for batches in ([samples], [samples[:1], samples[1:]], [[sample] for sample in samples]):
+        metric = TokenLoss()
+        for batch in batches:
+            row = PackedCollator(loss_average="sample")(batch)  # what training averages over doesn't matter here
+            adapter.update_metric(row, adapter.eval_forward(row), metric)
+        values.append(metric.compute().item())
+    row = PackedCollator()(samples)
+    expected = F.cross_entropy(adapter(row), row["targets"]).item()
+    assert values == pytest.approx([expected] * 3, rel=1e-6)
+
+
+def test_token_loss_counts_tokens_not_batches() -> None:
+    metric = TokenLoss()
+    metric.update(torch.tensor([1.0, 2.0, 3.0]))
+    metric.update(torch.tensor([10.0]))
+    metric.update(torch.zeros(0))
+    assert metric.compute().item() == 4.0
+    metric.reset()
+    assert math.isnan(metric.compute().item())
+
+
+def test_losses_are_computed_in_fp32_from_bf16_logits(adapter: ComposerPathMLLM) -> None:
+    logits = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    losses = adapter.token_losses(logits, {"targets": torch.tensor([1, 2, 3])})
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, F.cross_entropy(logits.float(), torch.tensor([1, 2, 3]), reduction="none"))
+
+
+def test_the_adapter_has_one_child_and_a_metric_for_evaluation_only(adapter: ComposerPathMLLM) -> None:
+    assert [name for name, _ in adapter.named_children()] == ["model"]
+    assert adapter.get_metrics(is_train=True) == {}
+    assert set(adapter.get_metrics()) == {"token_loss"}
