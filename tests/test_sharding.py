@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import REPO_ROOT, convert_shards, largest_error, load_tiny_config, road, run, weights_of
+from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_tiny_config, road, run, weights_of
 
 from composer_path import sharding
 from composer_path.builders import build_model
@@ -60,7 +58,12 @@ def two_ranks(
     """All runs that need two processes, in one start of them; the last one loses a rank."""
     folder = tmp_path_factory.mktemp("two_ranks")
     projector = f"model.projector.weights={one_rank}/pretrain/projector.safetensors"
-    whole = [projector, "trainer.save_interval=1ba", "trainer.save_num_checkpoints_to_keep=-1", "trainer.eval_interval=99ep"]
+    whole = [
+        projector,
+        "trainer.save_interval=1ba",
+        "trainer.save_num_checkpoints_to_keep=-1",
+        "trainer.eval_interval=99ep",
+    ]
     short = [projector, *TWO_STEPS, "trainer.max_duration=1ba"]
     legs = [
         {"name": "unmended", "stage": "finetune", "overrides": short, "unmended": True},
@@ -69,19 +72,31 @@ def two_ranks(
         {"name": "ddp", "stage": "finetune", "overrides": [projector, *TWO_STEPS, *DDP]},
         {"name": "stage1_bf16", "stage": "pretrain", "overrides": [*TWO_STEPS, *BF16]},
         {"name": "text_fsdp2", "stage": "finetune", "overrides": [projector, *TWO_STEPS, *ALTERNATING, alternating]},
-        {"name": "text_ddp", "stage": "finetune", "overrides": [projector, *TWO_STEPS, *ALTERNATING, alternating, *DDP]},
+        {
+            "name": "text_ddp",
+            "stage": "finetune",
+            "overrides": [projector, *TWO_STEPS, *ALTERNATING, alternating, *DDP],
+        },
         {"name": "killed", "stage": "finetune", "overrides": [projector, *TWO_STEPS], "dies": True},
     ]
     for leg in legs:
         leg["overrides"].append("trainer.dist_timeout=60")  # a hang is then an error
     plan = folder / "plan.json"
     plan.write_text(json.dumps({"shards": str(shards), "root": str(folder), "out": str(folder), "legs": legs}))
-    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", str(REPO_ROOT / "tests" / "two_ranks.py"), str(plan)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    command = [
+        str(Path(sys.executable).parent / "composer"),
+        "-n",
+        "2",
+        str(REPO_ROOT / "tests" / "two_ranks.py"),
+        str(plan),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=400)
     finally:
-        end_group(process.pid)
+        left_over = end_group(process.pid)
     notes = {
         leg["name"]: [torch.load(folder / f"{leg['name']}-rank{rank}.pt") for rank in range(2)]
         for leg in legs
@@ -89,15 +104,7 @@ def two_ranks(
     }
     missing = {leg["name"] for leg in legs} - set(notes)
     assert missing == {"killed"}, output[-6000:]
-    return notes | {"folder": folder, "returncode": process.returncode, "output": output}
-
-
-def end_group(leader: int) -> None:
-    """Kill what a command may have left running."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    return notes | {"folder": folder, "returncode": process.returncode, "left_over": left_over}
 
 
 def on_one_rank(shards: Path, root: Path, stage: str, overrides: list[str]) -> dict[str, Any]:
@@ -121,9 +128,8 @@ def test_a_whole_run_on_two_ranks_equals_one_rank(one_rank: Path, two_ranks: dic
     for step, samples in expected["samples"].items():
         assert sorted(first["samples"][step] + second["samples"][step]) == samples
         assert len(first["samples"][step]) == len(second["samples"][step])
-    print(first["losses"], expected["losses"], largest_error(first["weights"], expected["weights"]))
-    assert list(first["losses"].values()) == pytest.approx(list(expected["losses"].values()), rel=1e-5)
-    assert largest_error(first["weights"], expected["weights"]) < 1e-4
+    assert list(first["losses"].values()) == pytest.approx(list(expected["losses"].values()), rel=1e-5)  # 1e-7
+    assert largest_error(first["weights"], expected["weights"]) < 1e-5  # measured 3e-6
 
 
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
@@ -131,10 +137,9 @@ def test_losses_gradients_and_weights_of_two_ranks_equal_one_ranks(
     two_ranks: dict[str, Any], baseline: dict[str, Any], kind: str
 ) -> None:
     first = two_ranks[kind][0]
-    print(first["losses"], baseline["losses"], largest_error(first["gradients"], baseline["gradients"]), largest_error(first["weights"], baseline["weights"]))
-    assert list(first["losses"].values()) == pytest.approx(list(baseline["losses"].values()), rel=1e-5)
-    assert largest_error(first["gradients"], baseline["gradients"]) < 1e-5
-    assert largest_error(first["weights"], baseline["weights"]) < 1e-5
+    assert list(first["losses"].values()) == pytest.approx(list(baseline["losses"].values()), rel=1e-5)  # 1e-7
+    assert largest_error(first["gradients"], baseline["gradients"]) < 1e-5  # measured 2e-7
+    assert largest_error(first["weights"], baseline["weights"]) < 1e-5  # measured 1e-7
 
 
 @pytest.mark.parametrize("kind", ["text_fsdp2", "text_ddp"])
@@ -148,7 +153,8 @@ def test_a_rank_without_images_neither_hangs_nor_changes_the_result(
     expected = on_one_rank(shards, tmp_path, "finetune", [projector, *TWO_STEPS, *ALTERNATING, alternating])
     first = two_ranks[kind][0]
     assert list(first["losses"].values()) == pytest.approx(list(expected["losses"].values()), rel=1e-5)
-    assert largest_error(first["gradients"], expected["gradients"]) < 1e-5
+    # measured 2e-5, on a gradient of 1e-5; 2e-7 on the others
+    assert largest_error(first["gradients"], expected["gradients"]) < 1e-4
 
 
 def test_under_fsdp_only_rank_0_starts_with_weights_and_every_rank_trains_them(
@@ -167,8 +173,8 @@ def test_under_fsdp_only_rank_0_starts_with_weights_and_every_rank_trains_them(
 def test_stage_1_in_bf16_equals_one_rank(two_ranks: dict[str, Any], shards: Path, tmp_path: Path) -> None:
     expected = on_one_rank(shards, tmp_path, "pretrain", [*TWO_STEPS, *BF16])
     first = two_ranks["stage1_bf16"][0]
-    print(first["losses"], expected["losses"], largest_error(first["gradients"], expected["gradients"]))
-    assert list(first["losses"].values()) == pytest.approx(list(expected["losses"].values()), rel=1e-3)
+    assert list(first["losses"].values()) == pytest.approx(list(expected["losses"].values()), rel=1e-3)  # 3e-5
+    assert largest_error(first["gradients"], expected["gradients"]) < 5e-2  # bf16's own steps: measured 1e-2
 
 
 def test_a_sharded_checkpoint_of_two_ranks_goes_on_on_one(
@@ -183,11 +189,12 @@ def test_a_sharded_checkpoint_of_two_ranks_goes_on_on_one(
     assert list(resumed["losses"]) == [2, 3, 4, 5]
     assert resumed["samples"] == {step: expected["samples"][step] for step in range(2, 6)}
     assert list(resumed["losses"].values()) == pytest.approx(list(expected["losses"].values())[2:], rel=1e-5)
-    assert largest_error(resumed["weights"], expected["weights"]) < 1e-4
+    assert largest_error(resumed["weights"], expected["weights"]) < 1e-5
 
 
 def test_a_killed_rank_ends_the_other_with_an_error(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["returncode"] != 0
+    assert not two_ranks["left_over"]
 
 
 # --- gloo's fault ----------------------------------------------------------------------------------------------------
@@ -284,7 +291,9 @@ def test_checkpointing_by_kind_of_block_becomes_composers_switch(
     assert tiny_model.checkpointed_kinds == kinds
     assert built["fsdp"].activation_checkpointing == bool(kinds)
     assert built["fsdp"].reshard_after_forward is False
-    checkpointed = {name for name, module in tiny_model.named_modules() if tiny_model.activation_checkpointing_fn(module)}
+    checkpointed = {
+        name for name, module in tiny_model.named_modules() if tiny_model.activation_checkpointing_fn(module)
+    }
     prefixes = {"llm_blocks": "language_model.model.layers.", "vision_blocks": "vision_encoder."}
     assert len(checkpointed) == 2 * len(kinds)
     assert all(name.startswith(prefixes[kinds[0]]) for name in checkpointed)
@@ -312,7 +321,9 @@ def test_fsdp_1_without_a_gpu_is_refused(tiny_model: PathMLLM) -> None:
         (None, None, torch.float32),
     ],
 )
-def test_frozen_weights_are_held_in_the_dtype_of_products(precision: str | None, mixed: Any, dtype: torch.dtype) -> None:
+def test_frozen_weights_are_held_in_the_dtype_of_products(
+    precision: str | None, mixed: Any, dtype: torch.dtype
+) -> None:
     section = None if mixed is None else {"fsdp": {"mixed_precision": mixed}}
     assert compute_dtype(precision, section) == dtype
 

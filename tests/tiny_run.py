@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,8 +170,20 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def largest_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """Of the tensors by name, the largest difference of norms relative to the norm."""
     assert ours.keys() == theirs.keys()
-    errors = [((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm().clamp(min=1e-6)).item() for k in ours]
+    errors = [
+        ((ours[k].double() - theirs[k].double()).norm() / theirs[k].double().norm().clamp(min=1e-6)).item()
+        for k in ours
+    ]
     return max(errors)
+
+
+def end_group(leader: int) -> bool:
+    """Kill what a command, started in a session of its own, left running; returns whether there was anything."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def road(folder: Path) -> Path:
@@ -187,3 +201,47 @@ def road(folder: Path) -> Path:
         torch.save(witness.notes() | {"weights": weights_of(trainer)}, folder / f"{stage}.pt")
     (folder / "complete").touch()
     return folder
+
+
+SHORT_RUNS = {
+    "full_tied": [
+        "trainer.parallelism_config.fsdp.state_dict_type=full",
+        "model.language_model.config.tie_word_embeddings=true",
+    ],
+    "ddp": ["trainer.parallelism_config=null"],
+}
+
+
+def short_run(folder: Path, kind: str) -> dict[str, Any]:
+    """Two steps of stage 2 whose checkpoints are single files, once undisturbed and once stopped after the first step.
+
+    Args:
+        folder: Of `road`.
+        kind: One of `SHORT_RUNS`.
+
+    Returns:
+        `root`, of the run that was stopped and resumed, and `undisturbed`, `stopped`, `resumed`: what each noted.
+    """
+    if not (folder / f"{kind}.pt").exists():
+        overrides = [
+            f"model.projector.weights={road(folder)}/pretrain/projector.safetensors",
+            "trainer.max_duration=2ba",
+            "trainer.save_interval=1ba",
+            "trainer.eval_interval=99ep",
+            *SHORT_RUNS[kind],
+        ]
+        notes: dict[str, Any] = {"root": str(folder / kind)}
+        trainer, witness = run(
+            load_tiny_config("finetune", folder / "shards", folder / f"{kind}_undisturbed", overrides)
+        )
+        notes["undisturbed"] = witness.notes() | {"weights": weights_of(trainer)}
+        config = load_tiny_config("finetune", folder / "shards", folder / kind, overrides)
+        stopped = Witness(stop_after=1)
+        try:
+            run(config, stopped)
+        except Interrupted:
+            notes["stopped"] = stopped.notes()
+        trainer, witness = run(config)
+        notes["resumed"] = witness.notes() | {"weights": weights_of(trainer)}
+        torch.save(notes, folder / f"{kind}.pt")
+    return torch.load(folder / f"{kind}.pt")

@@ -42,7 +42,9 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
 
         mend, sharding.mend_gloo_averaging = sharding.mend_gloo_averaging, lambda: False  # type: ignore[assignment]
     try:
-        config = load_tiny_config(leg["stage"], Path(plan["shards"]), Path(plan["root"]) / leg["name"], leg["overrides"])
+        config = load_tiny_config(
+            leg["stage"], Path(plan["shards"]), Path(plan["root"]) / leg["name"], leg["overrides"]
+        )
         trainer, witness = run(config, DyingWitness() if leg.get("dies") else Witness())
     finally:
         road.build_model = build_model

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from composer_path.data.slide_region import SlideRegion
+
 IMAGE_TAG = "<image>"
 
 # Public sets say 'gpt' or 'user'; everything after this table knows two roles only.
@@ -59,6 +61,8 @@ RULES = {
     "unsupported-image": "an image must have pixels of a kind that can be shown",
     "too-many-pixels": "an image must not have more pixels than the limit",
     "too-narrow": "the sides of an image must not differ too much",
+    "unknown-level": "a region's level must be one of its slide's",
+    "region-outside": "a region must lie on its slide, in part at least",
 }
 
 
@@ -103,7 +107,8 @@ class Conversation:
 
     Attributes:
         turns: alternating human and assistant turns, human first.
-        images: file names under the image folder; empty strings when the conversation was read from a shard.
+        images: file names under the image folder, or regions of slides there; empty strings when the conversation
+            was read from a shard.
         system: system message of this record, or None for the prompt template's own.
         id: the record's id, or None.
         metadata: those given of source, organ, stain, magnification, mpp, meta, patient, slide.
@@ -112,7 +117,7 @@ class Conversation:
     """
 
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[str | SlideRegion, ...] = ()
     system: str | None = None
     id: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -136,7 +141,7 @@ class Conversation:
         turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
         dropped_turns = int(turns[0].role == "assistant")
         turns = turns[dropped_turns:]
-        images = _image_names(record)
+        images = _images(record)
         image_without_tag = len(images) == 1 and _num_tags(turns) == 0
         if image_without_tag:
             turns[0] = Turn("human", f"{IMAGE_TAG}\n{turns[0].text}")
@@ -200,6 +205,9 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "system": ((str,), "a string"),
     **_METADATA_TYPES,
 }
+# A region of a slide: the least value of each number. Left and top edge may lie outside of the scan.
+_REGION_NUMBERS = {"x": None, "y": None, "width": 1, "height": 1, "level": 0}
+_REGION_KEYS = ("file", *_REGION_NUMBERS)
 RECORD_KEYS = frozenset(_TYPES) | {"image", "conversations"}
 
 
@@ -267,10 +275,10 @@ def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         yield _wrong_type("a number that is not above 0", _TYPES["mpp"][1], "mpp")
     image = record.get("image")
     if isinstance(image, list):
-        for index, name in enumerate(image):
-            yield from _value_problems(name, (str,), "a file name", f"image[{index}]", required=True)
-    else:
-        yield from _value_problems(image, (str,), "a file name or a list of them", "image")
+        for index, value in enumerate(image):
+            yield from _image_problems(value, f"image[{index}]", "a file name or a region of a slide")
+    elif image is not None:
+        yield from _image_problems(image, "image", "a file name, a region of a slide, or a list of them")
 
     turns = record.get("conversations")
     if turns is None:
@@ -280,6 +288,22 @@ def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
     else:
         for index, turn in enumerate(turns):
             yield from _turn_type_problems(turn, f"conversations[{index}]")
+
+
+def _image_problems(image: object, where: str, expected: str) -> Iterator[RecordError]:
+    """Problems of one image: a file name, or a region {'file', 'x', 'y', 'width', 'height', 'level'} of a slide."""
+    if not isinstance(image, dict):
+        yield from _value_problems(image, (str,), expected, where, required=True)
+        return
+    yield from _value_problems(image.get("file"), (str,), "a file name", f"{where}.file")
+    for key, least in _REGION_NUMBERS.items():
+        value, expected = image.get(key), f"a whole number{'' if least is None else f' of {least} or more'}"
+        yield from _value_problems(value, (int,), expected, f"{where}.{key}")
+        if _has_type(value, (int,)) and least is not None and value < least:
+            yield _wrong_type(f"a number below {least}", expected, f"{where}.{key}")
+    yield from (_missing_key(f"{where}.{key}") for key in _REGION_KEYS if key != "level" and image.get(key) is None)
+    if num_others := len(image.keys() - set(_REGION_KEYS)):
+        yield _wrong_type(f"{num_others} other keys", "a region with file, x, y, width, height and level only", where)
 
 
 def _turn_type_problems(turn: object, where: str) -> Iterator[RecordError]:
@@ -332,7 +356,7 @@ def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         if index >= leading and not turn.text.strip():
             found = "blanks only" if turn.text else "an empty string"
             yield RecordError("empty-answer", found, "write the answer or leave the turns out", where)
-    num_images, num_tags = len(_image_names(record)), _num_tags(turns)
+    num_images, num_tags = len(_images(record)), _num_tags(turns)
     if num_tags != num_images and not (num_images == 1 and num_tags == 0):
         fix = "give every image its tag, in order (only a single image may go without)"
         yield RecordError("tag-count", f"tags: {num_tags}, images: {num_images}", fix, "conversations")
@@ -380,9 +404,10 @@ def _missing_key(where: str) -> RecordError:
     return RecordError("missing-key", "no such key", f"add '{where.split('.')[-1]}'", where)
 
 
-def _image_names(record: dict[str, Any]) -> tuple[str, ...]:
+def _images(record: dict[str, Any]) -> tuple[str | SlideRegion, ...]:
     image = record.get("image")
-    return () if image is None else (image,) if isinstance(image, str) else tuple(image)
+    images = image if isinstance(image, list) else [] if image is None else [image]
+    return tuple(SlideRegion.from_record(value) if isinstance(value, dict) else value for value in images)
 
 
 def _num_tags(turns: list[Turn]) -> int:

@@ -29,6 +29,7 @@ from composer_path.data.image_file import (
     orientation_of,
     to_rgb,
 )
+from composer_path.data.resized import ResizedMismatch, Square, is_square, pack_square, unpack_square
 
 __all__ = [
     "IMAGE_MEAN",
@@ -36,10 +37,13 @@ __all__ = [
     "MAX_PIXELS",
     "PAD_COLOR",
     "ImageError",
+    "ResizedMismatch",
     "check_image",
     "load_image",
+    "load_stored_image",
     "normalize_image",
     "pad_color_of",
+    "resize_image",
 ]
 
 Fit = Literal["pad", "crop"]
@@ -95,6 +99,44 @@ def load_image(
     if decoder == "torchvision" and _suits_torchvision(open_image(data, max_pixels), image_size, fit):
         return _fit_with_torchvision(_decode_jpeg(data), image_size, fit, (red, green, blue))
     return _fit_with_pil(to_rgb(decode_pixels(data, max_pixels)), image_size, fit, (red, green, blue))
+
+
+def resize_image(
+    data: bytes,
+    image_size: int,
+    fit: Fit = "pad",
+    pad_color: Sequence[int] = PAD_COLOR,
+    max_pixels: int = MAX_PIXELS,
+) -> bytes:
+    """Make the finished square that `--resize` stores in place of the file: `load_image`'s exact pixels.
+
+    Raises:
+        ImageError: As `load_image`.
+    """
+    pixels = load_image(data, image_size, fit, "pil", pad_color, max_pixels)
+    return pack_square(pixels, Square.of(image_size, fit, pad_color))
+
+
+def load_stored_image(
+    data: bytes,
+    image_size: int,
+    fit: Fit = "pad",
+    decoder: Decoder = "pil",
+    pad_color: Sequence[int] = PAD_COLOR,
+    max_pixels: int = MAX_PIXELS,
+) -> UInt8[Tensor, "3 size size"]:
+    """Load an image of a shard, be it a file or a finished square; the same pixels for `decoder="pil"`.
+
+    A square holds the `pil` decoder's pixels whatever `decoder` says.
+
+    Raises:
+        ImageError: As `load_image`, and for a square that is damaged.
+        ResizedMismatch: The shards were resized for another size, fit or padding colour. Not an ImageError, because
+            no other sample is better.
+    """
+    if is_square(data):
+        return unpack_square(data, Square.of(image_size, fit, pad_color))
+    return load_image(data, image_size, fit, decoder, pad_color, max_pixels)
 
 
 def normalize_image(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from composer_path.models.attention import check_attention_supported, resolve_attention
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, read_rope_parameters
@@ -68,11 +75,17 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
             raise ValueError(f"model.language_model: '{source}' does not exist")
         hf_config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     else:
-        keys = dict(source or {})
+        keys = deepcopy(dict(source or {}))  # transformers 5 writes into nested settings
         if "model_type" not in keys:
             raise ValueError("model.language_model.config: 'model_type' is missing (llama, mistral, qwen2, ...)")
         hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
     read_rope_parameters(hf_config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise ValueError(
+            f"language model '{hf_config.model_type}' does not go through transformers' attention interface: the samples "
+            "of a padding-free row would see each other; choose one that does (LLaMA, Mistral, Qwen, ...)"
+        )
     check_attention_supported(hf_config)
     return hf_config
 

@@ -105,7 +105,8 @@ class PathMLLM(nn.Module):
         trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.vision_encoder(images)
-        return self.projector(features)
+        weight = next(self.projector.parameters(), features)
+        return self.projector(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
 
     def embed_tokens(
         self,

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +269,18 @@ def test_damaged_files_raise_image_errors_without_quoting_the_file(kind: str, de
         assert error.value.__cause__ is None
         with pytest.raises(ImageError):
             check_image(damaged)
+
+
+def test_a_torchvision_that_does_not_load_is_not_taken_for_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*args: object, **keywords: object) -> None:
+        raise RuntimeError("Couldn't load the image extension.")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace())
+    data = encode(picture(200, 150), "JPEG")
+    with pytest.raises(RuntimeError, match=r"torchvision's JPEG decoder doesn't load here; use 'pil'"):
+        load_image(data, 96, decoder="torchvision")
+    load_image(data, 96, decoder="pil")
 
 
 def test_image_error_survives_the_way_out_of_a_worker() -> None:

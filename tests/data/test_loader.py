@@ -109,7 +109,7 @@ def test_more_bins_than_samples_is_an_error_that_says_what_to_do() -> None:
 # ---------------------------------------------------------------------------------------------- two ranks
 
 
-def rank_answers(rank: int, port: int, folder: str) -> None:
+def rank_answers(rank: int, port: int, folder: Path, tokenizer: Any) -> None:
     """What a rank sees, written as JSON; runs in a process of its own."""
     torch.set_num_threads(1)
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
@@ -126,22 +126,27 @@ def rank_answers(rank: int, port: int, folder: str) -> None:
         except EmptyBatchError as error:
             found[name] = str(error)
     try:
-        build_loader(Path("nowhere"), None, global_batch_size=7)
+        build_loader(Path("nowhere"), tokenizer, global_batch_size=7)
     except ValueError as error:
         found["uneven"] = str(error)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def tokenizer(mistral_tokenizer_path: Path) -> Any:
+    return load_tokenizer(mistral_tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     # Forked, because a new process would import everything again.
-    torch.multiprocessing.start_processes(rank_answers, (port, str(folder)), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(rank_answers, (port, folder, tokenizer), nprocs=2, start_method="fork")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -185,11 +190,6 @@ def shards(records: list, repo_root: Path, tmp_path_factory: pytest.TempPathFact
     # Small shards, so that the order crosses their borders.
     convert(folder / "data.json", repo_root / "test_data" / "imgs", folder / "shards", size_limit="64kb")
     return folder / "shards"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(mistral_tokenizer_path: Path) -> Any:
-    return load_tokenizer(mistral_tokenizer_path)
 
 
 def build_loader(shards: Path, tokenizer: Any, dataset: dict[str, Any] | None = None, **keywords: Any) -> DataSpec:

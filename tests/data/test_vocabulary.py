@@ -69,6 +69,34 @@ def test_a_tokenizer_of_a_bare_file_can_be_saved_and_loaded_again(mistral_tokeni
     assert str(tmp_path) not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
 
 
+def test_a_saved_tokenizer_treats_text_after_a_special_token_as_before(mistral_tokenizer_path, tmp_path):
+    """Transformers 5 leaves LLaMA's `legacy` setting out, and reads its own folder otherwise."""
+    tokenizer = load_tokenizer(mistral_tokenizer_path)
+    save_tokenizer(tokenizer, tmp_path)
+    assert text_encoder(tokenizer).prefix_after_special
+    assert text_encoder(load_tokenizer(tmp_path)).prefix_after_special
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["legacy"] is True
+
+
+def test_a_folder_that_transformers_5_wrote_is_read(byte_level_tokenizer, mistral_tokenizer_path, tmp_path):
+    for name, tokenizer in {"bpe": byte_level_tokenizer, "llama": load_tokenizer(mistral_tokenizer_path)}.items():
+        folder = tmp_path / name
+        save_tokenizer(tokenizer, folder)
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+            settings.pop(key, None)
+        settings |= {"backend": "tokenizers", "extra_special_tokens": ["<|im_end|>"] if name == "bpe" else ["<s>"]}
+        settings |= {"tokenizer_class": "TokenizersBackend"} if name == "bpe" else {}
+        file.write_text(json.dumps(settings))
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        ours, again = text_encoder(tokenizer), text_encoder(load_tokenizer(folder))
+        text = "plasma cells <|im_end|>\nand </s>"
+        assert again.encode(text) == ours.encode(text)
+        assert again.special_tokens == ours.special_tokens
+        assert again.tokenizer.eos_token_id == tokenizer.eos_token_id
+
+
 def test_the_demo_tokenizer_is_complete_for_transformers_alone(mistral_tokenizer_path):
     from transformers import AutoTokenizer
 

@@ -11,7 +11,11 @@ from composer_path.models import PathMLLM
 from composer_path.models.assembly import assemble_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-VISION = {"name": "timm/vit_tiny_patch16_224", "image_size": 32, "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2}}
+VISION = {
+    "name": "timm/vit_tiny_patch16_224",
+    "image_size": 32,
+    "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+}
 PROJECTOR = {"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}}
 
 
@@ -28,7 +32,11 @@ def build(**changes: Any) -> PathMLLM:
 def differing(first: PathMLLM, second: PathMLLM) -> set[str]:
     """Modules whose weights differ."""
     states = first.state_dict(), second.state_dict()
-    return {key.split(".")[0] for key in states[0].keys() & states[1].keys() if not torch.equal(states[0][key], states[1][key])}
+    return {
+        key.split(".")[0]
+        for key in states[0].keys() & states[1].keys()
+        if not torch.equal(states[0][key], states[1][key])
+    }
 
 
 def test_a_modules_random_weights_depend_on_the_seed_alone_not_on_its_neighbours() -> None:

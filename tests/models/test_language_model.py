@@ -49,9 +49,7 @@ def test_a_model_from_a_folder_equals_transformers_own(folder: Path, dtype: torc
     ours = build_language_model(path=str(folder), dtype=dtype)
     theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
     assert ours.config._attn_implementation.startswith("packed_")
-    for (name, value), (other, expected) in zip(
-        ours.state_dict().items(), theirs.state_dict().items(), strict=True
-    ):
+    for (name, value), (other, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
         assert name == other and torch.equal(value, expected), name
 
 
@@ -115,7 +113,10 @@ def test_what_can_not_be_built_is_said(keywords: dict[str, Any], message: str) -
 
 def test_code_of_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "config.json").read_text())
-    content |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
+    content |= {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(ValueError):

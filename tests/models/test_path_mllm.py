@@ -211,6 +211,27 @@ def test_a_saved_folder_loads_to_the_same_logits(tmp_path: Path, kind: str) -> N
     assert torch.equal(every_logit(model, batch), every_logit(again, batch))
 
 
+def test_frozen_parts_in_bf16_work_beside_trained_ones_in_fp32(tmp_path: Path) -> None:
+    model = assemble_model(
+        vision_encoder=VISION,
+        projector=PROJECTOR,
+        language_model={"config": LANGUAGE_MODELS["llama_3_gqa"]},
+        trainable=["projector"],
+        frozen_dtype=torch.bfloat16,
+    )
+    assert model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    adapter = ComposerPathMLLM(model)
+    batch = PackedCollator()([random_sample(0, 20, 1, 3, torch.Generator().manual_seed(0))])
+    adapter.loss(adapter(batch), batch).backward()
+    assert {p.grad.dtype for p in model.projector.parameters() if p.grad is not None} == {torch.float32}
+    model.save_pretrained(tmp_path)
+    again = PathMLLM.from_pretrained(tmp_path)
+    assert torch.equal(every_logit(model, batch), every_logit(again, batch))
+    prompt = random_sample(0, 14, 1, 1, torch.Generator().manual_seed(5))
+    keywords = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": -1}
+    assert len(again.generate(prompt["input_ids"], prompt["pixel_values"], **keywords)) == 4
+
+
 def test_generation_with_a_cache_equals_asking_for_each_token_anew() -> None:
     model = assemble_model(
         vision_encoder=VISION,

@@ -94,6 +94,15 @@ def test_the_written_config_has_the_references_keys(golden: Path, tmp_path: Path
         assert written[key] == config[key], key
 
 
+def test_the_written_config_names_rope_in_the_references_words(golden: Path, tmp_path: Path) -> None:
+    """Also under transformers 5, whose own word for it the reference's older transformers would pass over."""
+    model = load_reference_model(golden / "model", **SIZES)
+    save_reference_model(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == 10000.0 and written["rope_scaling"] is None
+    assert "rope_parameters" not in written
+
+
 @pytest.mark.parametrize("projector_type", ["attn_pool+linear", "linear", "mlp3x_gelu", "identity"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_other_projectors_and_tied_embeddings_make_the_round_trip(

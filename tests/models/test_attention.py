@@ -1,0 +1,276 @@
+"""Padding-free attention equals attention under a block-causal mask; what it can't compute is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from composer_path.models import attention
+from composer_path.models.attention import (
+    check_attention_supported,
+    pack_attention,
+    packed_flash_attn,
+    packed_sdpa,
+    packed_torch_flash,
+    resolve_attention,
+)
+from composer_path.models.language_model import build_language_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+LENGTHS = (5, 1, 11, 7)
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+
+
+def row(num_heads: int, num_kv_heads: int, width: int = 8, **keywords: Any) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(LENGTHS), width) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    tensors = [torch.randn(shape, generator=generator).to(**keywords).requires_grad_() for shape in shapes]
+    return tuple(tensors)
+
+
+def borders(device: str = "cpu") -> dict[str, Any]:
+    cu_seq_lens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32).to(device)
+    return {"cu_seq_lens_q": cu_seq_lens, "max_length_q": max(LENGTHS)}
+
+
+def block_causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The definition: softmax of masked scores, heads of keys repeated, [1, t, h, d]."""
+    sample = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    position = torch.arange(sum(LENGTHS))
+    mask = (sample[:, None] == sample[None]) & (position[:, None] >= position[None])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("scaling", [8**-0.5, 0.25])
+def test_packed_sdpa_equals_a_block_causal_mask_in_output_and_gradients(heads: str, scaling: float) -> None:
+    ours, theirs = row(*HEADS[heads]), row(*HEADS[heads])
+    output, weights = packed_sdpa(nn.Module(), *ours, None, scaling=scaling, **borders())
+    expected = block_causal(*theirs, scaling)
+    assert weights is None
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)  # measured 5e-7
+    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    output.backward(pull)
+    expected.backward(pull)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_a_change_in_one_sample_changes_no_other_and_nothing_before_it() -> None:
+    query, key, value = (tensor.detach() for tensor in row(4, 2))
+    before, _ = packed_sdpa(nn.Module(), query, key, value, None, **borders())
+    at = LENGTHS[0] + LENGTHS[1] + 4  # the fifth token of the third sample
+    key[:, :, at], value[:, :, at] = 3.0, -3.0
+    after, _ = packed_sdpa(nn.Module(), query, key, value, None, **borders())
+    changed = (before != after).flatten(2).any(2)[0].nonzero()[:, 0].tolist()
+    assert changed == list(range(at, sum(LENGTHS[:3])))
+
+
+def test_dropout_is_applied_when_asked_for() -> None:
+    query, key, value = row(4, 4)
+    torch.manual_seed(0)
+    dropped, _ = packed_sdpa(nn.Module(), query, key, value, None, dropout=0.5, **borders())
+    whole, _ = packed_sdpa(nn.Module(), query, key, value, None, dropout=0.0, **borders())
+    assert not torch.equal(dropped, whole)
+
+
+def test_under_autocast_queries_keys_and_values_come_to_one_dtype() -> None:
+    query, key, value = row(4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = packed_sdpa(nn.Module(), query, key, value.bfloat16(), None, **borders())
+    assert output.dtype == torch.bfloat16
+    output, _ = packed_sdpa(nn.Module(), query, key, value.bfloat16(), None, **borders())
+    assert output.dtype == torch.bfloat16
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"cu_seq_lens_q": None}, "needs cu_seq_lens_q and max_length_q"),
+        ({"max_length_q": None}, "needs cu_seq_lens_q and max_length_q"),
+        ({"sliding_window": 10}, "a sample of 11 tokens is longer than the model's sliding window of 10"),
+        ({"softcap": 50.0}, "soft-capped"),
+    ],
+)
+@pytest.mark.parametrize("function", [packed_sdpa, packed_torch_flash])
+def test_a_call_that_it_does_not_compute_is_refused(function: Any, kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(nn.Module(), *row(4, 4), None, **(borders() | kwargs))
+
+
+def test_a_sliding_window_that_cuts_nothing_is_accepted() -> None:
+    output, _ = packed_sdpa(nn.Module(), *row(4, 4), None, sliding_window=11, **borders())
+    assert output.shape == (1, sum(LENGTHS), 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "named"),
+    [
+        ("gemma2", {}, "attn_logit_softcapping=50.0"),
+        ("gemma3_text", {"sliding_window": 128}, "sliding window of 128"),
+        ("cohere2", {"sliding_window": 128}, "sliding window of 128"),
+        ("minimax", {}, "layer_types"),
+        ("llama4_text", {}, "attention_chunk_size=8192"),
+        ("falcon", {"alibi": True}, "alibi=True"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 128}, "sliding window of 128"),
+        ("mistral", {"sliding_window": 128}, "sliding window of 128 tokens, shorter than max_seq_len=256"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 128}, "sliding window of 128"),
+    ],
+)
+def test_models_that_attend_in_another_way_are_refused_by_name(
+    model_type: str, keys: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"language model '{model_type}' uses .*{named}"):
+        check_attention_supported(AutoConfig.for_model(model_type, **keys), max_seq_len=256)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 256}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"sliding_window": 16}),  # not in use
+        ("qwen3", {}),
+    ],
+)
+def test_models_that_attend_causally_are_accepted(model_type: str, keys: dict[str, Any]) -> None:
+    check_attention_supported(AutoConfig.for_model(model_type, **keys), max_seq_len=256)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon", "gptj"])
+def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model_type: str) -> None:
+    with pytest.raises(ValueError, match=f"language model '{model_type}' does not go through"):
+        build_language_model(config={"model_type": model_type})
+
+
+# --- which function runs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "installed", "expected"),
+    [
+        ("auto", "cpu", True, "packed_sdpa"),
+        ("auto", "cuda", True, "packed_flash_attn"),
+        ("auto", "cuda", False, "packed_torch_flash"),
+        ("auto", "mps", False, "packed_sdpa"),
+        ("sdpa", "cpu", False, "packed_sdpa"),
+        ("sdpa", "cuda", True, "packed_sdpa"),
+        ("torch_flash", "cuda", True, "packed_torch_flash"),
+        ("flash_attn", "cuda", True, "packed_flash_attn"),
+    ],
+)
+def test_each_backend_becomes_its_function(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, installed: bool, expected: str
+) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if installed else None)
+    assert resolve_attention(backend, device) == expected
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "installed", "message"),
+    [
+        ("eager", "cpu", False, "unknown backend 'eager'; choose one of auto, flash_attn, torch_flash, sdpa"),
+        ("flash_attn", "cuda", False, "needs the package flash-attn"),
+        ("flash_attn", "cpu", True, "'flash_attn' needs a CUDA device, found 'cpu'"),
+        ("torch_flash", "cpu", True, "'torch_flash' needs a CUDA device, found 'cpu'"),
+    ],
+)
+def test_backends_that_can_not_run_here_are_refused(
+    monkeypatch: pytest.MonkeyPatch, backend: str, device: str, installed: bool, message: str
+) -> None:
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(ValueError, match=message):
+        resolve_attention(backend, device)
+
+
+def test_rows_with_borders_take_the_packed_function_and_others_transformers_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    calls = []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["cu_seq_lens_q"])
+        return packed_sdpa(*args, **kwargs)
+
+    model = build_language_model(config={"model_type": "llama", **SIZES})
+    pack_attention(model)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_sdpa", count)
+    ids = torch.arange(3, 27)[None]
+    model(input_ids=ids)
+    assert calls == []
+    model(input_ids=ids, use_cache=False, **borders())
+    assert len(calls) == SIZES["num_hidden_layers"]
+    model(input_ids=ids)
+    assert len(calls) == SIZES["num_hidden_layers"]
+
+
+# --- the private operator --------------------------------------------------------------------------------------------
+
+
+def test_torchs_flash_operator_has_the_arguments_that_are_given_by_position() -> None:
+    """Tells when torch changes its private operator; the installed package needs no GPU for that."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in schema.arguments]
+    assert names[:10] == [
+        "query",
+        "key",
+        "value",
+        "cum_seq_q",
+        "cum_seq_k",
+        "max_q",
+        "max_k",
+        "dropout_p",
+        "is_causal",
+        "return_debug_mask",
+    ]
+    assert "scale" in names and next(a for a in schema.arguments if a.name == "scale").kwarg_only
+    assert all(a.has_default_value() for a in schema.arguments[10:])
+    assert schema.returns[0].name == "output"
+    backward = [argument.name for argument in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    assert backward[:6] == ["grad_out", "query", "key", "value", "out", "logsumexp"]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_torchs_flash_operator_takes_and_returns_these_shapes_forward_and_backward(
+    monkeypatch: pytest.MonkeyPatch, heads: str
+) -> None:
+    """On torch's shape-only device, which knows the operator but not autocast."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    tensors = [tensor.detach().requires_grad_() for tensor in row(*HEADS[heads], device="meta", dtype=torch.bfloat16)]
+    output, weights = packed_torch_flash(nn.Module(), *tensors, None, scaling=0.5, **borders("meta"))
+    assert output.shape == (1, sum(LENGTHS), HEADS[heads][0], 8) and output.dtype == torch.bfloat16
+    assert weights is None
+    output.sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("function", [packed_torch_flash, packed_flash_attn])
+def test_the_kernels_of_a_gpu_equal_a_block_causal_mask(function: Any, heads: str) -> None:
+    if function is packed_flash_attn:
+        pytest.importorskip("flash_attn")
+    num_heads, num_kv_heads = HEADS[heads]
+    ours = row(num_heads, num_kv_heads, 64, device="cuda", dtype=torch.bfloat16)
+    theirs = tuple(tensor.detach().float().cpu().requires_grad_() for tensor in ours)
+    output, _ = function(nn.Module(), *ours, None, scaling=0.125, **borders("cuda"))
+    expected = block_causal(*theirs, 0.125)
+    torch.testing.assert_close(output.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    output.backward(pull.to(output))
+    expected.backward(pull)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad.float().cpu(), other.grad, rtol=5e-2, atol=5e-2)
