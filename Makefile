@@ -3,7 +3,9 @@
 PYTHON ?= python3.11
 READY := .venv/.ready
 DEMO := runs/demo
-HELDOUT_IMAGE := test_data/imgs/cmu_x1760_y1960_160.jpg
+# Tiles that training never sees: one of H&E tissue, one of immunohistochemistry.
+HE_TILE := test_data/imgs/cmu_x1120_y1960_160.jpg
+IHC_TILE := test_data/imgs/ihc_x0264_y0352_160.jpg
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
@@ -23,12 +25,13 @@ demo: $(READY)
 	python data_prep/convert.py --data test_data/data.json --images test_data/imgs --out $(DEMO)/shards/train
 	python data_prep/convert.py --data test_data/heldout_captions.json --images test_data/imgs --out $(DEMO)/shards/heldout_captions
 	python data_prep/convert.py --data test_data/heldout.json --images test_data/imgs --out $(DEMO)/shards/heldout
-	composer -n 1 train.py yamls/demo/pretrain.yaml
-	composer -n 1 train.py yamls/demo/finetune.yaml
+	composer train.py yamls/demo/pretrain.yaml
+	composer train.py yamls/demo/finetune.yaml
 	composer-path export $(DEMO)/finetune/checkpoints/latest-rank0.pt $(DEMO)/exported
-	composer-path ask $(DEMO)/exported --image $(HELDOUT_IMAGE) "Is this tile mostly tissue or mostly background?"
-	composer-path ask $(DEMO)/exported --image $(HELDOUT_IMAGE) "Which stain was used here, H&E or IHC?"
-	composer-path evaluate $(DEMO)/exported --data test_data/heldout.json --images test_data/imgs
+	composer-path ask $(DEMO)/exported --image $(HE_TILE) "Is this tile mostly tissue or mostly background?"
+	composer-path ask $(DEMO)/exported --image $(HE_TILE) "Which stain was used here, H&E or IHC?"
+	composer-path ask $(DEMO)/exported --image $(IHC_TILE) "Which stain was used here, H&E or IHC?"
+	composer-path evaluate $(DEMO)/exported --data test_data/heldout.json --images test_data/imgs > /dev/null
 	composer-path summary $(DEMO)
 
 test: $(READY)

@@ -60,7 +60,7 @@ class RunReport(Callback):
             write_json(self.run_folder / SUMMARY, self.summary)
 
     def state_dict(self) -> dict[str, Any]:
-        """The first held-out loss survives a resume; its key is always there, as sharded checkpoints only fill known keys."""
+        """The first held-out loss survives a resume. Always with its key: sharded checkpoints only fill those there are."""
         return {"heldout_token_loss_before": self.summary["heldout_token_loss"].get("before")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import warnings
@@ -112,9 +113,20 @@ def mend_gloo_averaging() -> bool:
         return False
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
-    original = getattr(collectives, "_get_gradient_divide_factors", None)
+    original: Any = getattr(collectives, "_get_gradient_divide_factors", None)
+    found = list(inspect.signature(original).parameters) if original is not None else []
     expected = ["reduce_scatter_group", "all_reduce_group", "reduce_dtype", "device_type"]
-    if original is None or list(inspect.signature(original).parameters) != expected:
+    if found == [*expected, "factor", "force_sum_reduction_for_comms"]:  # later torch can be told to
+
+        @functools.wraps(original)
+        def sum_and_divide(*arguments: Any, **keywords: Any) -> Any:
+            bound = inspect.signature(original).bind(*arguments, **keywords)
+            bound.arguments["force_sum_reduction_for_comms"] = True
+            return original(*bound.args, **bound.kwargs)
+
+        collectives._get_gradient_divide_factors = sum_and_divide
+        return True
+    if found != expected:
         raise RuntimeError(
             f"gloo sums gradients instead of averaging them in torch {torch.__version__}, and the known cure does not "
             "fit this version; use NCCL on GPUs, a single rank, or DDP"

@@ -22,6 +22,7 @@ from composer_path.builders import (
     trainer_defaults,
 )
 from composer_path.config import ConfigError, load_config
+from composer_path.start_check import check_start
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     if "--check" in arguments:
         print(f"{words[0]}: no mistake found")
         return 0
+    problems = check_start(plain(config))
+    if problems:
+        print(ConfigError(words[0], problems), file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     train(config)
     return 0
@@ -74,6 +79,7 @@ def train(config: DictConfig) -> Trainer:
     settings = plain(config)
     run_folder = Path(settings["save_root"]) / settings["trainer"]["run_name"]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own checkpoint writer
     device = get_device(settings["trainer"].get("device"))
     if device.name == "gpu":
         torch.set_float32_matmul_precision("high")  # tf32 for what is not in bf16, as the reference
@@ -126,5 +132,7 @@ def train(config: DictConfig) -> Trainer:
         trainer.eval()
     if trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
+    else:
+        log.warning("this run has ended before; its results lie in %s (trainer.max_duration says how long)", run_folder)
     trainer.close()
     return trainer

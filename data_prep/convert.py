@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("composer_path") is None:  # run from a clone that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+_EPILOG = """Exit status: 0 written, 1 nothing published because of the input or a place, 2 wrong arguments,
+130 interrupted. 'convert.py merge OUT' publishes a data set that was converted with --part."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -18,86 +22,147 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="convert.py",
         description="Check all records and images, list every problem together, and write MDS shards.",
-        epilog="Exit status: 0 written, 1 nothing written because of the input, 2 wrong arguments.",
+        epilog=_EPILOG,
     )
-    parser.add_argument(
-        "--data", required=True, help="JSON list or JSONL of {id, image, conversations: [{from, value}]}"
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        help="JSON list or JSONL of {id, image, conversations: [{from, value}]}; a file or an address (s3://...)",
     )
-    parser.add_argument("--images", required=True, help="folder of the images that the records name")
-    parser.add_argument(
-        "--out", required=True, help="folder for the shards, empty or not there yet, or a URI (s3://...)"
-    )
-    parser.add_argument(
+    add("--images", required=True, help="folder or address of the images that the records name")
+    add("--out", required=True, help="folder or address for the shards, empty or not there yet")
+    add(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
         help="fail: write nothing if a record is bad; skip: write the good, list the bad (default: fail)",
     )
-    parser.add_argument(
+    add(
         "--ids",
         choices=("hash", "keep"),
         default="hash",
         help="hash: ids, patients, slides and file names become keyed hashes; keep: plainly (default: hash)",
     )
-    parser.add_argument("--size-limit", default="64mb", help="size of a shard (default: 64mb)")
-    parser.add_argument(
+    add(
+        "--check",
+        choices=("full", "header"),
+        default="full",
+        help="full: decode every image once; header: only read its structure, faster, misses damaged pixels "
+        "(default: full)",
+    )
+    add("--size-limit", default="64mb", help="size of a shard; 8 to 16 MB for small sets (default: 64mb)")
+    add(
         "--max-pixels",
         type=int,
         help="refuse images with more pixels, unread (default: 268435456, 16384 x 16384)",
     )
-    parser.add_argument(
+    add(
+        "--resize",
+        metavar="SIDE",
+        type=int,
+        help="store finished squares of this many pixels a side instead of the files, so that training decodes nothing",
+    )
+    add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
+    add(
+        "--pad-color",
+        metavar="R,G,B",
+        help="0 to 255 each; of --resize --fit pad (default: the reference's mean colour, 123,116,103)",
+    )
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: as many as cores)")
+    add("--partition-size", type=int, help="records converted together (default: 256 to 8192, by number and kind)")
+    add("--resume", action="store_true", help="go on where the same command was interrupted")
+    add("--overwrite", action="store_true", help="delete what an earlier conversion wrote to --out")
+    add("--part", metavar="i/N", help="convert only the i-th of N parts; 'convert.py merge OUT' joins them")
+    add("--engine", choices=("local", "spark"), default="local", help="who converts the partitions (default: local)")
+    add("--master", help="address of Spark, such as spark://host:7077 (default: what spark-submit or its files say)")
+    add(
         "--rejected",
         metavar="FILE",
         help="list what is wrong with each record here, ids included (default: rejected.jsonl beside the "
         "data with --on-error skip, nowhere with fail)",
     )
-    parser.add_argument(
+    add(
         "--key",
         metavar="FILE",
         help="secret key of the hashes, made if it isn't there; the mapping from hashes to values is written "
         "beside it (default: identifiers.key beside the data)",
     )
+    options = parser.parse_args(arguments)
+    try:
+        options.pad_color = [int(value) for value in (options.pad_color or "123,116,103").split(",")]
+    except ValueError:
+        options.pad_color = []
+    if len(options.pad_color) != 3 or not all(0 <= value <= 255 for value in options.pad_color):
+        parser.error("argument --pad-color: must be three numbers from 0 to 255, such as 123,116,103")
+    return options
+
+
+def parse_merge_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line of ``merge``; exits with 2 on a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="convert.py merge", description="Check that all parts are there and whole, and write the index."
+    )
+    parser.add_argument("out", help="folder or address that the parts were written to")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="files read at once")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = parse_arguments(arguments)
-    # Only now: importing the streaming library takes seconds, and --help should not.
+    arguments = sys.argv[1:] if arguments is None else arguments
+    merging = list(arguments[:1]) == ["merge"]
+    options = parse_merge_arguments(arguments[1:]) if merging else parse_arguments(arguments)
+    # Only now: --help should come at once.
+    from composer_path.data.convert_progress import ConvertProgress
     from composer_path.data.rejections import ConvertError
-    from composer_path.data.shards import MAX_PIXELS, convert
+    from composer_path.data.shards import MAX_PIXELS, convert, merge
 
+    progress = ConvertProgress(sys.stderr)
     try:
-        summary = convert(
-            options.data,
-            options.images,
-            options.out,
-            on_error=options.on_error,
-            ids=options.ids,
-            size_limit=options.size_limit,
-            max_pixels=MAX_PIXELS if options.max_pixels is None else options.max_pixels,
-            rejected=options.rejected,
-            key=options.key,
-            progress=every_ten_seconds(),
-        )
-    except (ConvertError, OSError) as error:  # OSError: no space left, no right to write there
+        if merging:
+            summary = merge(options.out, workers=options.workers, progress=progress)
+        else:
+            summary = convert(
+                options.data,
+                options.images,
+                options.out,
+                on_error=options.on_error,
+                ids=options.ids,
+                size_limit=options.size_limit,
+                max_pixels=MAX_PIXELS if options.max_pixels is None else options.max_pixels,
+                check=options.check,
+                resized=resized_of(options),
+                rejected=options.rejected,
+                key=options.key,
+                workers=options.workers,
+                partition_size=options.partition_size,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                part=options.part,
+                engine=options.engine,
+                master=options.master,
+                progress=progress,
+            )
+    except (ConvertError, OSError, ImportError) as error:  # OSError: no space left, no right to write, no network
+        progress.close()
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        progress.close()
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    progress.close()
     print(summary)
     return 0
 
 
-def every_ten_seconds() -> Callable[[str, int], None]:
-    """Make a progress report that prints at most once in ten seconds; short conversions stay silent."""
-    last = time.monotonic()
-
-    def report(done: str, count: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            print(f"{count} records {done}", file=sys.stderr, flush=True)
-
-    return report
+def resized_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return how finished squares are made, None without --resize."""
+    if options.resize is None:
+        return None
+    pad_color = options.pad_color if options.fit == "pad" else None
+    return {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from composer import Trainer
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
-VISION_ENCODER = "{name: timm/vit_tiny_patch16_224, image_size: 32, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
+VISION_ENCODER = (
+    "{name: timm/vit_tiny_patch16_224, image_size: 32, tokens: all, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
+)
 POOLER = "{kind: reference, dim: 16, num_queries: 4, num_heads: 2}"
 LANGUAGE_MODEL = (
     "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 4, "
@@ -53,24 +55,31 @@ def convert_shards(folder: Path) -> Path:
 
 
 def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
-    """What makes a demo YAML tiny: 6 steps of 8 samples in two epochs, a 24-wide ViT, a 32-wide LLaMA."""
-    overrides = [
+    """What makes a demo YAML tiny, and independent of how the demo is tuned.
+
+    6 steps of 8 samples in two epochs, a 24-wide ViT, a 32-wide LLaMA.
+    """
+    jitter = ", stain_jitter: {strength: 0.1, shift: 0.01, probability: 0.5}" if stage == "finetune" else ""
+    return [
         f"save_root={save_root}",
         f"variables.shards={shards}",
         f"tokenizer.path={REPO_ROOT / 'test_data' / 'tokenizer'}",
         f"model.vision_encoder={VISION_ENCODER}",
-        "model.vision_encoder.tokens=all",
-        f"model.projector.pooler={POOLER}",
+        f"model.projector={{pooler: {POOLER}, mlp: {{depth: 2}}}}",
         f"model.language_model={{config: {LANGUAGE_MODEL}}}",
-        "train_loader.global_batch_size=8",
-        "train_loader.max_tokens_per_microbatch=700",
-        "eval_loader.global_batch_size=8",
-        "trainer.max_duration=2ep",
-        "callbacks.speed_monitor.window_size=2",
-        "loggers.tensorboard.flush_interval=1",
         f"train_loader.dataset.max_seq_len={320 if stage == 'finetune' else 128}",
+        "train_loader.dataset={image_position: front, fit: pad, decoder: pil, shuffle: true, num_canonical_nodes: 1}",
+        "train_loader={global_batch_size: 8, max_tokens_per_microbatch: 700, loss_average: token, num_workers: 0}",
+        "eval_loader={global_batch_size: 8, num_workers: 0}",
+        "optimizer={lr: 2.0e-3, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0, fused: false}",
+        f"scheduler={{t_warmup: {'0.3dur' if stage == 'finetune' else '0dur'}, alpha_f: 0.0}}",
+        "algorithms=null",
+        f"algorithms={{gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}{jitter}}}",
+        "callbacks.speed_monitor.window_size=2",
+        "callbacks.save_weights.interval=1ep",
+        "loggers.tensorboard.flush_interval=1",
+        "trainer={max_duration: 2ep, eval_interval: 1ep, save_interval: 1ep, save_num_checkpoints_to_keep: 1}",
     ]
-    return overrides if stage == "pretrain" else [*overrides, "scheduler.t_warmup=0.3dur"]
 
 
 def load_tiny_config(stage: str, shards: Path, save_root: Path, more: Iterable[str] = ()) -> Any:
@@ -155,6 +164,9 @@ def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All parameters as plain tensors by the model's names, also where they are sharded (every rank must call it)."""
+    for module in trainer.state.model.modules():
+        if hasattr(module, "reshard"):  # after an evaluation FSDP2's root unit still shows its bf16 copies
+            module.reshard()
     return {plain_name(name): _whole(parameter).clone() for name, parameter in trainer.state.model.named_parameters()}
 
 

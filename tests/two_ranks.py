@@ -1,7 +1,8 @@
-"""What two processes do for test_sharding.py: `composer -n 2 two_ranks.py PLAN.json` makes its runs one after another."""
+"""What two processes do for test_sharding.py: `composer -n 2 two_ranks.py PLAN.json` makes the plan's runs in turn."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -54,7 +55,15 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
     torch.save(notes, Path(plan["out"]) / f"{leg['name']}-rank{dist.get_global_rank()}.pt")
 
 
+def number_shared_memory_from(first: int) -> None:
+    """Keep clear of other processes on this machine: Streaming's ranks each look for the first free number."""
+    from streaming.base.shared import prefix
+
+    prefix._each_prefix_int = lambda: itertools.count(first)
+
+
 if __name__ == "__main__":
     the_plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    number_shared_memory_from(the_plan["first_shared_memory"])
     for the_leg in the_plan["legs"]:
         make_run(the_plan, the_leg)

@@ -67,6 +67,8 @@ class PackedCollator:
         num_images = torch.tensor([len(sample["pixel_values"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
         weights = target_weights(num_targets, self.loss_average)
+        source_weights = torch.tensor([sample.get("loss_weight", 1.0) for sample in ordered])
+        weights = weights * source_weights.repeat_interleave(num_targets)
         return {
             "input_ids": input_ids,
             "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()]),

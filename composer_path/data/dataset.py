@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int64, UInt8
-from streaming import StreamingDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.data.conversation import Conversation
-from composer_path.data.image import PAD_COLOR, ImageError, load_image
+from composer_path.data.guarded import GuardedStreamingDataset
+from composer_path.data.image import PAD_COLOR, ImageError, load_stored_image
+from composer_path.data.mixture import Source, build_streams, check_streams
 from composer_path.data.prompts import TemplateError, get_template
-from composer_path.data.shards import COLUMNS, unpack_images
+from composer_path.data.sample_format import COLUMNS, unpack_images
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
 
 
@@ -28,12 +29,13 @@ class Sample(TypedDict):
     labels: Int64[Tensor, " tokens"]  # not shifted
     pixel_values: UInt8[Tensor, "images 3 height width"]
     is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
-    source: str
+    source: str  # the stream's name, or the record's own source
     problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
+    loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
 
 
-class ConversationDataset(StreamingDataset):
-    """Conversations over images, streamed from MDS shards on disk or in a bucket.
+class ConversationDataset(GuardedStreamingDataset):
+    """Conversations over images, streamed from MDS shards on disk or in a bucket, or from a mixture of several.
 
     Args:
         tokenizer: Of the language model.
@@ -46,7 +48,8 @@ class ConversationDataset(StreamingDataset):
         fit: `pad` to a square, or `crop` the centre.
         decoder: `pil` is exact, `torchvision` about twice as fast and within a grey level.
         max_pixels: Larger images are refused; None for the default of `load_image`.
-        **streaming: Keywords of `streaming.StreamingDataset`, passed through.
+        streams: A mixture: name -> keywords of `composer_path.data.mixture.build_stream`, in place of `local`.
+        **streaming: Keywords of `GuardedStreamingDataset` and `streaming.StreamingDataset`, passed through.
     """
 
     def __init__(
@@ -62,11 +65,15 @@ class ConversationDataset(StreamingDataset):
         fit: str = "pad",
         decoder: str = "pil",
         max_pixels: int | None = None,
+        streams: Mapping[str, Mapping[str, Any]] | None = None,
         **streaming: Any,
     ) -> None:
+        self.sources = [Source(None, get_template(template))]
+        if streams is not None:
+            check_streams(streams)
+            streaming["streams"], self.sources = build_streams(streams, template)
         super().__init__(**streaming)
         self.tokenizer = tokenizer
-        self.template = get_template(template)
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
         self.image_position = image_position
@@ -91,18 +98,19 @@ class ConversationDataset(StreamingDataset):
             conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
         except ValueError as error:  # the shard is damaged here
             return self._unusable(sample_id, record, str(error))
+        source = self._source(sample_id)
         try:
             tokens = tokenize_conversation(
                 conversation,
                 self.tokenizer,
-                self.template,
+                source.template,
                 self.num_image_tokens,
                 self.max_seq_len,
                 self.image_position,
             )
             if not tokens.num_answer_tokens:
                 return self._unusable(sample_id, record, f"no answer is left within max_seq_len={self.max_seq_len}")
-            pixels = [load_image(image, **self.image_keywords) for image in images[: tokens.num_images]]
+            pixels = [load_stored_image(image, **self.image_keywords) for image in images[: tokens.num_images]]
         except (TemplateError, ImageError) as error:
             return self._unusable(sample_id, record, str(error))
         return Sample(
@@ -111,8 +119,9 @@ class ConversationDataset(StreamingDataset):
             labels=tokens.labels,
             pixel_values=torch.stack(pixels) if pixels else self._no_images(),
             is_he=torch.full((len(pixels),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
-            source=_source_of(record),
+            source=source.name or _source_of(record),
             problem=None,
+            loss_weight=source.loss_weight,
         )
 
     def _unusable(self, sample_id: int, record: Mapping[str, Any], problem: str) -> Sample:
@@ -123,9 +132,14 @@ class ConversationDataset(StreamingDataset):
             labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
             pixel_values=self._no_images(),
             is_he=torch.zeros(0, dtype=torch.bool),
-            source=_source_of(record),
+            source=self._source(sample_id).name or _source_of(record),
             problem=problem,
         )
+
+    def _source(self, sample_id: int) -> Source:
+        """The stream that a position belongs to."""
+        shard_id, _ = self.spanner[sample_id]
+        return self.sources[int(self.stream_per_shard[shard_id])]
 
     def _no_images(self) -> UInt8[Tensor, "0 3 height width"]:
         size = self.image_keywords["image_size"]

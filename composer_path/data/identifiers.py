@@ -11,10 +11,13 @@ import hmac
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
 from composer_path.data.rejections import ConvertError
+from composer_path.data.spill import SpilledRows
+from composer_path.data.storage import TEMPORARY_SUFFIX
 
 KEY_NAME = "identifiers.key"
 MAPPING_SUFFIX = ".idmap.jsonl"
@@ -43,27 +46,27 @@ class KeyedHashes:
     """Hashes identifying values and remembers which value each hash stands for.
 
     Args:
-        key_file: file with the secret key; made, readable by its owner only, when it does not exist. Who has
-            it can test whether a name they guess is in the shards: keep it as safe as the names themselves.
-        mapping_file: JSONL file of ``{kind, value, hash}`` that ``save_mapping`` writes.
+        key: the secret, from ``read_or_make_key``. Who has it can test whether a name they guess is in the
+            shards: keep it as safe as the names themselves.
+
+    Attributes:
+        values: (kind, value) -> hash, of all that were hashed.
     """
 
-    def __init__(self, key_file: Path, mapping_file: Path) -> None:
-        self.key_file = key_file
-        self.mapping_file = mapping_file
-        self._key = _read_or_make_key(key_file)
-        self._values: dict[tuple[str, str], str] = {}
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self.values: dict[tuple[str, str], str] = {}
 
     def hash(self, kind: str, value: str) -> str:
         """Return the hash of ``value``, 32 hexadecimal digits: HMAC-SHA256 of kind and value, cut.
 
         The kind ('id', 'patient', 'slide', 'image') is part of it: a slide named like a patient has another.
         """
-        digest = self._values.get((kind, value))
+        digest = self.values.get((kind, value))
         if digest is None:
             message = f"{kind}\0{value}".encode()
             digest = hmac.new(self._key, message, hashlib.sha256).hexdigest()[:_HASH_HEX_DIGITS]
-            self._values[kind, value] = digest
+            self.values[kind, value] = digest
         return digest
 
     def hash_meta(self, meta: Any) -> Any:
@@ -83,26 +86,56 @@ class KeyedHashes:
             return {key: self._hash_nested(item, _kind_of(key)) for key, item in value.items()}
         return value
 
-    def save_mapping(self) -> None:
-        """Add this run's values to the mapping file, readable by its owner only; older entries stay."""
-        if self.mapping_file.exists():
-            for line in self.mapping_file.read_text("utf-8").splitlines():
-                entry = json.loads(line)
-                self._values.setdefault((entry["kind"], entry["value"]), entry["hash"])
+
+class MappingFile:
+    """The file that leads from hashes back to values: one line of ``{kind, value, hash}`` for each.
+
+    Entries go through temporary files, so that millions need no memory; those of earlier conversions stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows = SpilledRows()
+
+    def add(self, values: dict[tuple[str, str], str]) -> None:
+        """Add what a ``KeyedHashes`` has hashed."""
+        for (kind, value), digest in values.items():
+            self._add({"kind": kind, "value": value, "hash": digest})
+
+    def save(self) -> None:
+        """Write the file, readable by its owner only, each entry once."""
+        if self.path.exists():
+            with open(self.path, encoding="utf-8") as file:
+                for line in file:
+                    self._add(json.loads(line))
         # Written beside and renamed: a full disk must not cost the mapping of an earlier conversion.
-        unfinished = self.mapping_file.with_name(self.mapping_file.name + ".unfinished")
+        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            for (kind, value), digest in self._values.items():
-                file.write(json.dumps({"kind": kind, "value": value, "hash": digest}) + "\n")
-        unfinished.replace(self.mapping_file)
+        try:
+            with open(descriptor, "wb") as written:
+                for group in self._rows.groups():
+                    written.writelines(sorted(set(group.splitlines(keepends=True))))
+            unfinished.replace(self.path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._rows.close()
+
+    def _add(self, entry: dict[str, str]) -> None:
+        entry = {key: entry[key] for key in ("kind", "value", "hash")}
+        self._rows.add(int(entry["hash"], 16), (json.dumps(entry) + "\n").encode("ascii"))
 
 
 def _kind_of(key: str) -> str | None:
     return IDENTIFYING_KEYS.get(key.lower().replace("-", "_").replace(" ", "_"))
 
 
-def _read_or_make_key(key_file: Path) -> bytes:
+def read_or_make_key(key_file: Path) -> bytes:
+    """Read the secret key; made, readable by its owner only, where the file does not exist.
+
+    Raises:
+        ConvertError: the file holds no key.
+    """
     try:
         # O_EXCL: of two conversions that start together one makes the key and the other reads it.
         descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -111,10 +144,15 @@ def _read_or_make_key(key_file: Path) -> bytes:
     else:
         with open(descriptor, "w", encoding="ascii") as file:
             file.write(secrets.token_hex(32) + "\n")
-    try:
-        key = bytes.fromhex(key_file.read_text("ascii").strip())
-    except ValueError:
-        key = b""
+    key, tries = b"", 20
+    while not key and tries:  # the other one may not have written it yet
+        try:
+            key = bytes.fromhex(key_file.read_text("ascii").strip())
+        except ValueError:
+            break
+        if not key:
+            time.sleep(0.05)
+            tries -= 1
     if len(key) < 32:
         raise ConvertError(
             f"{key_file}: a key must be 64 hexadecimal digits, found something else; put the right file "

@@ -66,6 +66,8 @@ _PLAIN_JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 # PNG: what pixels are made of. Everything else (text, eXIf, iCCP, tIME, gAMA, animation) is left out.
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+# Where an orientation may stand. Pillow finds it by decoding, so a file without these words is not asked.
+_PNG_MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 class ImageError(ValueError):
@@ -156,7 +158,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         _in_plain_mode(image)
 
 
-def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
+def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
     """Make the bytes that are stored in a shard: the same pixels, and nothing else.
 
     1. Upright JPEG: metadata segments and whatever follows its end are dropped; coded data stay bit for bit.
@@ -166,6 +168,8 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
     Args:
         data: The file's bytes.
         max_pixels: The most pixels (width times height) that may be decoded.
+        decode: Decode also what is kept bit for bit, which finds damage inside its compressed data. Without, only
+            its structure is read, from the header to the end marker.
 
     Returns:
         A JPEG or PNG file of which `decode_pixels` gives exactly the pixels it gives of `data`.
@@ -176,8 +180,11 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
     data = bytes(data)
     image = open_image(data, max_pixels)
     if isinstance(image, JpegImageFile) and orientation_of(image) == 1:
-        check_image(data, max_pixels)
-        return _strip_jpeg(data)
+        if decode:
+            check_image(data, max_pixels)
+        return _strip_jpeg(data, whole=not decode)
+    if not decode and isinstance(image, PngImageFile) and not any(word in data for word in _PNG_MAY_BE_TURNED):
+        return _strip_png(data, whole=True)
     _load(image, data)
     pixels = _in_plain_mode(_upright(image))
     if isinstance(image, PngImageFile) and orientation_of(image) == 1:
@@ -266,13 +273,18 @@ def _scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
     return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded; 65535 = 257 * 255
 
 
-def _strip_jpeg(data: bytes) -> bytes:
-    """Copy a JPEG's coding segments and scans, and nothing that lies before, between or after them."""
+def _strip_jpeg(data: bytes, whole: bool = False) -> bytes:
+    """Copy a JPEG's coding segments and scans, and nothing that lies before, between or after them.
+
+    With `whole` its end marker must be there; decoders do without it if the pixels are complete.
+    """
     kept = [b"\xff\xd8"]
     position = 2
+    ended = not whole
     while match := _MARKER.search(data, position):
         marker, position = match[1][0], match.end()
         if marker == _EOI:
+            ended = True
             break
         if marker in _STAND_ALONE:
             continue
@@ -291,6 +303,9 @@ def _strip_jpeg(data: bytes) -> bytes:
             end_position = end.start() if end else len(data)
             kept.append(data[position:end_position])
             position = end_position
+    if not ended:
+        found = f"a JPEG file of {len(data)} bytes that has no end"
+        raise ImageError("unreadable-image", found, "replace the file")
     return b"".join([*kept, b"\xff\xd9"])
 
 
@@ -306,7 +321,7 @@ def _color_segment(marker: int, payload: bytes) -> bytes:
     return b""
 
 
-def _strip_png(data: bytes) -> bytes:
+def _strip_png(data: bytes, whole: bool = False) -> bytes:
     kept = [_PNG_SIGNATURE]
     position = len(_PNG_SIGNATURE)
     while position + 12 <= len(data):
@@ -316,5 +331,8 @@ def _strip_png(data: bytes) -> bytes:
         if kind in _PNG_PIXEL_CHUNKS:
             kept.append(chunk)
         if kind == b"IEND":
+            whole = False
             break
+    if whole:
+        raise ImageError("unreadable-image", f"a PNG file of {len(data)} bytes that has no end", "replace the file")
     return b"".join(kept)

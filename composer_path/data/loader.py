@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +18,51 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.data.collator import Batch, PackedCollator, slice_batch
 from composer_path.data.dataset import ConversationDataset
 from composer_path.data.image import pad_color_of
+from composer_path.data.stream_error import StreamError
 
 
 class EmptyBatchError(ValueError):
     """A global batch without a single answer token: there is nothing to learn from and nothing to divide by."""
+
+
+class WholeEpochLoader(DataLoader):
+    """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch, or the rest of a resumed one."""
+        dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
+        dataset.raise_failure()
+        expected, seen = dataset.samples_to_come(), 0
+        try:
+            for batch in super().__iter__():
+                seen += len(batch["num_images"])
+                yield batch
+        except StreamError:
+            dataset.raise_failure()  # without the worker's traceback around it
+            raise
+        except RuntimeError as error:  # such as a worker that the kernel killed
+            if (failure := dataset.failure()) is not None:
+                raise failure from error
+            raise
+        # A worker keeps its own, exact count; here at most its last, incomplete batch may be missing.
+        dropped = (self.batch_size or 1) * max(1, self.num_workers) if self.drop_last else 0
+        if dataset.batching_method == "random" and seen < expected - dropped:
+            found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
+            where = ", ".join(stream.where for stream in dataset.streams)
+            raise StreamError.of("", "samples-missing", where, found, "please report this")
+
+
+def end_with_parent(worker_id: int) -> None:
+    """Let a loader's worker end when the training process does, even by SIGKILL: it may be waiting for a shard."""
+    parent = multiprocessing.parent_process()
+    pid = os.getppid() if parent is None else parent.pid
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def build_dataloader(
@@ -49,7 +94,7 @@ def build_dataloader(
         prefetch_factor: Batches each of them prepares ahead.
         persistent_workers: Keep them from epoch to epoch.
         pin_memory: Page-locked batches, which copy faster to a GPU; without effect where there is none.
-        timeout: Seconds to wait for a batch before giving up; 0 waits for ever.
+        timeout: Seconds to wait for a batch before giving up; 0 waits for as long as dataset.fault_timeout allows.
         tokenizer: Of the language model.
         num_image_tokens: Asked of the model.
         image_size: Of the vision encoder, pixels.
@@ -78,7 +123,7 @@ def build_dataloader(
         pad_color=pad_color_of(mean),
         batch_size=global_batch_size // world_size,
     )
-    loader = DataLoader(
+    loader = WholeEpochLoader(
         samples,
         batch_size=global_batch_size // world_size,
         collate_fn=PackedCollator(max_tokens_per_microbatch, loss_average),
@@ -88,6 +133,7 @@ def build_dataloader(
         persistent_workers=persistent_workers and num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
         timeout=timeout if num_workers else 0,
+        worker_init_fn=end_with_parent,
     )
     return DataSpec(
         loader,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from composer_path.data.conversation import RecordError
+from composer_path.data.storage import open_file
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -19,31 +23,47 @@ class RawRecord:
         position: its number from 0, blank lines not counted; None for a problem of the whole file.
         line: its line from 1 in a JSONL file, else None.
         value: the decoded JSON, or the problem that kept it from being decoded.
+        start: its first byte in the file.
+        end: the byte after its last one (after the line's end in a JSONL file).
     """
 
     position: int | None
     line: int | None
     value: Any
+    start: int = 0
+    end: int = 0
 
     @property
     def where(self) -> str:
         """Its place as errors show it."""
-        if self.position is None:
-            return "the whole file"
-        return f"record {self.position}" + (f" (line {self.line})" if self.line is not None else "")
+        return place_of(self.position, self.line)
 
 
-def read_records(path: str | Path) -> Iterator[RawRecord]:
+def place_of(position: int | None, line: int | None) -> str:
+    """Say where a record stands as errors show it."""
+    if position is None:
+        return "the whole file"
+    return f"record {position}" + (f" (line {line})" if line is not None else "")
+
+
+def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
     """Yield the records of a JSON list (read whole) or of a JSONL file (read line by line).
 
     What the file is shows in its first character, not in its name: '[' begins a list. Lines that can't be
     decoded are yielded as problems, so that all of them are found in one pass.
+
+    Args:
+        path: a file, or an address in a bucket.
+        hash: a hashlib object that is fed the whole file on the way.
     """
-    with open(path, "rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    hash = hash or hashlib.md5(usedforsecurity=False)
+    with open_file(path) as file:
+        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
         file.seek(0)
         if start == b"[":
-            yield from _read_list(file.read())
+            data = file.read()
+            hash.update(data)
+            yield from _read_list(data)
             return
         if Path(path).suffix != ".jsonl" and isinstance(_decode(file.readline(), first_line=1), RecordError):
             file.seek(0)
@@ -54,11 +74,27 @@ def read_records(path: str | Path) -> Iterator[RawRecord]:
                 yield RawRecord(None, None, error)
                 return
         file.seek(0)
-        position = 0
-        for line, data in enumerate(file, start=1):
-            if data.strip():
-                yield RawRecord(position, line, _decode(data, line))
-                position += 1
+        yield from _read_lines(file, hash)
+
+
+def read_range(path: str | Path, start: int, end: int, position: int, line: int | None) -> Iterator[RawRecord]:
+    """Yield the records between two bytes of a file, as a first reading of it has found them.
+
+    Args:
+        path: a file, or an address in a bucket.
+        start: first byte of the first record.
+        end: byte after the last record.
+        position: the first record's.
+        line: the first record's line in a JSONL file, None for a list.
+    """
+    with open_file(path) as file:
+        file.seek(start)
+        if line is not None:
+            yield from _read_lines(file, None, start, end, position, line)
+            return
+        elements = file.read(end - start).rstrip(b" \t\r\n").removesuffix(b",")
+        for index, value in enumerate(decode_json(b"[" + elements + b"]")):
+            yield RawRecord(position + index, None, value)
 
 
 def decode_json(data: bytes, first_line: int = 1) -> Any:
@@ -78,7 +114,7 @@ def decode_json(data: bytes, first_line: int = 1) -> Any:
         found = f"byte 0x{data[error.start]:02x} at line {line}, byte {error.start} of {len(data)}"
         raise RecordError("not-utf8", found, "save the file as UTF-8") from None
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         found = f"'{error.msg}' at line {first_line + error.lineno - 1}, column {error.colno}"
     except RecursionError:
@@ -92,13 +128,48 @@ def _refuse_constant(name: str) -> None:
     raise ValueError("constant")  # Python reads NaN and Infinity, which JSON does not have
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _read_lines(
+    file: BinaryIO, hash: Any, start: int = 0, end: int | None = None, position: int = 0, line: int = 1
+) -> Iterator[RawRecord]:
+    for data in file:
+        if hash is not None:
+            hash.update(data)
+        stop = start + len(data)
+        if data.strip():
+            yield RawRecord(position, line, _decode(data, line), start, stop)
+            position += 1
+        start, line = stop, line + 1
+        if end is not None and start >= end:
+            return
+
+
 def _read_list(data: bytes) -> Iterator[RawRecord]:
     values = _decode(data, first_line=1)
     if isinstance(values, RecordError):
         yield RawRecord(None, None, values)
         return
-    for position, value in enumerate(values):
-        yield RawRecord(position, None, value)
+    for position, (value, (start, end)) in enumerate(zip(values, _places_in_list(data), strict=True)):
+        yield RawRecord(position, None, value, start, end)
+
+
+def _places_in_list(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield first byte and end of each element of a valid JSON list."""
+    text = data.decode("utf-8-sig")
+    offset = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)
+    at, counted = text.index("[") + 1, 0
+    while True:
+        while text[at] in " \t\r\n,":
+            at += 1
+        if text[at] == "]":
+            return
+        _, stop = _DECODER.raw_decode(text, at)
+        start = offset + len(text[counted:at].encode())
+        offset = start + len(text[at:stop].encode())
+        yield start, offset
+        at = counted = stop
 
 
 def _decode(data: bytes, first_line: int) -> Any:

@@ -1,161 +1,171 @@
-"""Writes MDS shards so that an index only ever appears beside a complete data set.
+"""Writes the MDS shards of one partition, each verified by reading it back.
 
-Streaming's own writer publishes an index even when the program failed half-way (its context manager calls
-`finish` on an exception) or when a shard could not be uploaded. A reader then trains on a part unknowingly.
+The files are byte for byte what streaming's MDSWriter makes of the same samples (a test compares them). It isn't used
+itself because it publishes an index after an exception, holds a shard three times in memory while it writes it, and
+takes seconds to import in every process.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
-import os
-import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlparse
 
-from composer_path.data.rejections import ConvertError
+import numpy as np
+import xxhash
 
-INFO_NAME = "dataset.json"
+from composer_path.data.storage import Bucket, Folder, StorageError
 
-
-def is_remote(out: str) -> bool:
-    """Whether ``out`` is a URI (``s3://bucket/folder``) and not a local folder."""
-    return urlparse(out).scheme != ""
-
-
-def refuse_used_output(out: str) -> None:
-    """Check, before any work, that nothing lies where the shards will go.
-
-    Raises:
-        ConvertError: files lie there. Old shards would stay as orphans or be trained on.
-    """
-    if is_remote(out):
-        from streaming.base.storage.upload import CloudUploader
-
-        try:
-            uploader = CloudUploader.get(out)
-            shutil.rmtree(uploader.local)  # a temporary folder; the writer makes its own
-            used = bool(uploader.list_objects())
-        except NotImplementedError:  # some object stores can't be listed through streaming
-            used = False
-        except Exception as error:  # each store has its own errors; all mean that nothing can be written
-            raise ConvertError(f"--out {out}: must be a writable place, found {error!r}") from error
-    else:
-        folder = Path(out)
-        used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if used:
-        raise ConvertError(f"--out {out}: must be empty, found files; empty it or choose another one")
+# Streaming knows more; these are those that anybody should choose, by their names in an index.
+HASHES: dict[str, Callable[[], Any]] = {
+    "md5": lambda: hashlib.md5(usedforsecurity=False),
+    "sha1": lambda: hashlib.sha1(usedforsecurity=False),
+    "sha256": hashlib.sha256,
+    "sha512": hashlib.sha512,
+    "xxh128": xxhash.xxh128,
+    "xxh32": xxhash.xxh32,
+    "xxh3_128": xxhash.xxh3_128,
+    "xxh3_64": xxhash.xxh3_64,
+    "xxh64": xxhash.xxh64,
+}
+_ENCODERS: dict[str, Callable[[Any], bytes]] = {
+    "bytes": lambda value: value,
+    "json": lambda value: json.dumps(value).encode(),
+    "str": lambda value: value.encode(),
+}
+# Offsets within a shard are uint32.
+_MAX_SHARD_BYTES = 2**32 - 1
 
 
 class ShardWriter:
-    """Context manager around streaming's MDSWriter: complete on ``finish``, nothing readable otherwise.
-
-    A local data set is written to a folder beside ``out`` and renamed at the end (a killed process leaves
-    that hidden folder). A remote one is uploaded shard by shard, and its index when every shard has arrived.
+    """Cuts samples into shards of a size and writes each one whole.
 
     Args:
-        out: local folder (empty or not there) or URI.
-        columns: MDS encoding of each column.
-        size_limit: size of a shard in bytes, or text such as "64mb".
-        hashes: checksums kept in the index, for ``StreamingDataset(validate_hash=...)``.
+        place: where the data set lies.
+        prefix: folder within it for these shards.
+        columns: encoding of each column: bytes, json or str.
+        size_limit: size of a shard in bytes; one sample that is larger gets its own shard.
+        hashes: checksums kept in the index, keys of ``HASHES``.
+
+    Attributes:
+        shards: index entries of the shards written so far.
+        files: name below the prefix, bytes and xxh64 of each file written so far.
     """
 
-    def __init__(self, out: str, columns: dict[str, str], size_limit: int | str, hashes: Sequence[str]) -> None:
-        from streaming import MDSWriter
-
-        class NonEmptyShards(MDSWriter):
-            """MDSWriter that makes no shard of 0 samples before a first sample larger than the size limit."""
-
-            def flush_shard(self) -> None:
-                if self.new_samples:
-                    super().flush_shard()
-
-        self._out = out
-        self._unfinished: Path | None = None
-        target = out
-        if not is_remote(out):
-            final = Path(out).absolute()
-            # The process id keeps two conversions apart; a leading dot keeps the folder out of sight.
-            self._unfinished = final.with_name(f".{final.name}.unfinished-{os.getpid()}")
-            shutil.rmtree(self._unfinished, ignore_errors=True)
-            target = str(self._unfinished)
-        # No compression: zstd saves nothing on JPEG and takes three times as long.
-        keywords: dict[str, Any] = {"size_limit": size_limit, "hashes": sorted(hashes)}
-        self._writer = NonEmptyShards(columns=columns, out=target, **keywords)
-        self._done = False
+    def __init__(
+        self, place: Folder | Bucket, prefix: str, columns: Mapping[str, str], size_limit: int, hashes: Sequence[str]
+    ) -> None:
+        self._place, self._prefix = place, prefix
+        self._names = sorted(columns)
+        self._encoders = [_ENCODERS[columns[name]] for name in self._names]
+        self._config: dict[str, Any] = {
+            "version": 2,
+            "format": "mds",
+            "compression": None,  # zstd saves nothing on JPEG and takes three times as long
+            "hashes": sorted(hashes),
+            "size_limit": size_limit,
+            "column_names": self._names,
+            "column_encodings": [columns[name] for name in self._names],
+            "column_sizes": [None] * len(columns),
+        }
+        self._config_bytes = json.dumps(self._config, sort_keys=True).encode()
+        self._samples: list[bytes] = []
+        self._num_bytes = self._empty_bytes
+        self.shards: list[dict[str, Any]] = []
+        self.files: list[dict[str, Any]] = []
+        self._sender = ThreadPoolExecutor(1)  # one shard travels while the next one is made
+        self._sending: Future[None] | None = None
 
     @property
-    def shards(self) -> list[dict[str, Any]]:
-        """The index entries of the shards written so far."""
-        return self._writer.shards
+    def _empty_bytes(self) -> int:
+        return 4 + 4 + len(self._config_bytes)
 
-    def write(self, sample: dict[str, Any]) -> None:
-        """Add a sample.
-
-        Raises:
-            ConvertError: an earlier shard could not be uploaded.
-        """
-        if self._writer.event.is_set():
-            raise self._upload_error()
-        self._writer.write(sample)
-
-    def finish(self, info: dict[str, Any]) -> None:
-        """Write the last shard, ``dataset.json`` with ``info``, then the index, and put all in place.
+    def write(self, sample: Mapping[str, Any]) -> int:
+        """Add a sample and return its size in bytes.
 
         Raises:
-            ConvertError: a file could not be uploaded; there is no index then.
+            StorageError: an earlier shard could not be written.
+            ValueError: the sample is too large for any shard.
         """
-        writer = self._writer
-        writer.flush_shard()
-        writer.new_samples = []
-        writer.executor.shutdown(wait=True)
-        if writer.event.is_set():
-            raise self._upload_error()
-        info_file = Path(writer.local, INFO_NAME)
-        info_file.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        writer.executor = ThreadPoolExecutor(max_workers=1)  # for the index; the old one took the shards
-        try:
-            writer.cloud_writer.upload_file(INFO_NAME)
-            writer.finish()
-        except Exception as error:  # the store's own error, or the bare Exception that streaming raises
-            if self._unfinished is not None:
-                raise
-            raise self._upload_error() from error
-        if self._unfinished is not None:
-            _put_in_place(self._unfinished, Path(self._out))
-        self._done = True
+        values = [encode(sample[name]) for encode, name in zip(self._encoders, self._names, strict=True)]
+        row = b"".join([np.array([len(value) for value in values], np.uint32).tobytes(), *values])
+        size = 4 + len(row)
+        if self._empty_bytes + size > _MAX_SHARD_BYTES:
+            raise ValueError(f"a sample must be smaller than 4 GB, found {len(row)} bytes; give it fewer images")
+        if self._samples and self._num_bytes + size > self._config["size_limit"]:
+            self._flush()
+        self._samples.append(row)
+        self._num_bytes += size
+        return len(row)
 
-    def __enter__(self) -> ShardWriter:
-        """Return the writer."""
-        return self
+    def finish(self) -> None:
+        """Write the last shard and wait until all are verified."""
+        if self._samples:
+            self._flush()
+        self._wait()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Throw away what was not finished. Shards already uploaded stay, without an index."""
-        if not self._done:
-            self._writer.executor.shutdown(wait=True, cancel_futures=True)
-            shutil.rmtree(self._writer.local, ignore_errors=True)
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write another file of the partition, verified as well."""
+        self._send(name, [data], xxhash.xxh64(data).hexdigest(), len(data))
 
-    def _upload_error(self) -> ConvertError:
-        return ConvertError(
-            f"--out {self._out}: every shard must be uploaded, found one that was not (the cause is "
-            "above); there is no index, so nothing can train on a part; empty the folder and convert again"
+    def write_marker(self, name: str, data: bytes) -> None:
+        """Write the file that says that all others are there."""
+        self._place.write(f"{self._prefix}/{name}", [data])
+
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._sender.shutdown(wait=True, cancel_futures=True)
+
+    def _flush(self) -> None:
+        samples, self._samples = self._samples, []
+        self._num_bytes = self._empty_bytes
+        offsets = np.zeros(len(samples) + 1, np.uint32)
+        offsets[1:] = np.cumsum([len(sample) for sample in samples])
+        offsets += np.uint32(4 + offsets.nbytes + len(self._config_bytes))
+        parts = [np.uint32(len(samples)).tobytes(), offsets.tobytes(), self._config_bytes, *samples]
+        hashes = {name: _hash(name, parts) for name in self._config["hashes"]}
+        name, size = f"shard.{len(self.shards):05}.mds", sum(map(len, parts))
+        raw = {"basename": f"{self._prefix}/{name}", "bytes": size, "hashes": hashes}
+        entry = {"samples": len(samples), "raw_data": raw, "zip_data": None}
+        self.shards.append({**self._config, **entry})
+        self._wait()
+        xxh64 = hashes.get("xxh64") or _hash("xxh64", parts)
+        self._sending = self._sender.submit(self._send, name, parts, xxh64, size)
+
+    def _wait(self) -> None:
+        if self._sending is not None:
+            sending, self._sending = self._sending, None
+            sending.result()
+
+    def _send(self, name: str, parts: list[bytes], xxh64: str, size: int) -> None:
+        path = f"{self._prefix}/{name}"
+        self._place.write(path, parts)
+        verify(self._place, path, size, xxh64)
+        self.files.append({"name": name, "bytes": size, "xxh64": xxh64})
+
+
+def verify(place: Folder | Bucket, name: str, size: int, xxh64: str) -> None:
+    """Read a file back and compare it with what was written.
+
+    Raises:
+        StorageError: it isn't there or differs.
+    """
+    try:
+        found_size, found_hash = place.digest(name)
+    except FileNotFoundError:
+        raise StorageError(f"{place}: {name} must be there, found nothing; convert again with --resume") from None
+    if (found_size, found_hash) != (size, xxh64):
+        found = f"{found_size} bytes and another hash" if found_size == size else f"{found_size} bytes"
+        raise StorageError(
+            f"{place}: {name} must be the {size} bytes that were written, found {found}; check the disk or the store "
+            "and convert again with --resume"
         )
 
 
-def _put_in_place(unfinished: Path, final: Path) -> None:
-    try:
-        os.replace(unfinished, final)  # also replaces an empty folder
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise
-        # `final` is an (empty) mount point: file by file then, and the index last.
-        files = sorted(unfinished.iterdir(), key=lambda path: path.name == "index.json")
-        for path in files:
-            shutil.move(path, final / path.name)
-        unfinished.rmdir()
+def _hash(name: str, parts: Iterable[bytes]) -> str:
+    hash = HASHES[name]()
+    for part in parts:
+        hash.update(part)
+    return hash.hexdigest()

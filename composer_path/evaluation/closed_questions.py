@@ -16,6 +16,8 @@ from composer_path.data.record_file import read_records
 
 if TYPE_CHECKING:
     from composer_path.assistant import Assistant
+else:
+    Assistant = Any  # importing it takes seconds, and bad records are found without it
 
 
 @dataclass(frozen=True)

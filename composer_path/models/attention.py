@@ -134,6 +134,12 @@ def _one_dtype(
     return query.to(value.dtype), key.to(value.dtype), value
 
 
+def _no_flash(query: Float[Tensor, "1 h t d"]) -> bool:
+    """Flash kernels take half precision on a GPU only; an fp32 run, or one on a GPU machine's CPU, does without."""
+    half = query.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(query.device.type)
+    return query.device.type == "cpu" or not half
+
+
 def packed_sdpa(
     module: nn.Module,
     query: Float[Tensor, "1 h t d"],
@@ -169,7 +175,7 @@ def packed_torch_flash(
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 t h d"], None]:
     """Torch's own variable-length flash kernel (CUDA); its operator's schema is pinned by a test."""
-    if query.device.type == "cpu":  # a CPU run on a machine with a GPU
+    if _no_flash(query):
         return packed_sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     cu_seq_lens, max_length = _borders(kwargs)
     query, key, value = _one_dtype(query, key, value)
@@ -191,7 +197,7 @@ def packed_flash_attn(
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 t h d"], None]:
     """The flash-attn package's variable-length kernel (CUDA)."""
-    if query.device.type == "cpu":
+    if _no_flash(query):
         return packed_sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     from flash_attn import flash_attn_varlen_func
 

@@ -83,8 +83,8 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
         raise ValueError(
-            f"language model '{hf_config.model_type}' does not go through transformers' attention interface: the samples "
-            "of a padding-free row would see each other; choose one that does (LLaMA, Mistral, Qwen, ...)"
+            f"language model '{hf_config.model_type}' does not go through transformers' attention interface: the "
+            "samples of a padding-free row would see each other; choose one that does (LLaMA, Mistral, Qwen, ...)"
         )
     check_attention_supported(hf_config)
     return hf_config

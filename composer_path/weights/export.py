@@ -47,7 +47,10 @@ def write_model(
     """Write everything that `composer-path ask` needs: weights, configuration, tokenizer, how inputs are prepared."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
-    tensors = {key: value if dtype is None else value.to(DTYPES[dtype]) for key, value in weights.items()}
+    tensors = {
+        key: value if dtype is None or not value.is_floating_point() else value.to(DTYPES[dtype])
+        for key, value in weights.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
     write_json(folder / PROCESSOR_CONFIG, processor)
@@ -83,7 +86,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
             if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
         }
         state = {"state": {"model": {prefix + name: tensor for name, tensor in wanted.items()}}}
-        load(state, storage_reader=reader)
+        load(state, storage_reader=reader, no_dist=True)
         tensors = wanted
     elif checkpoint.is_file():
         from composer_path.checkpoint_safety import read_pickle

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,7 +75,10 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if Path(name).name != name:
             raise ValueError(f"'{folder}/{INDEX}' names a file outside of its folder")
-        tensors |= load_file(folder / name)
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(f"'{folder / name}' is damaged ({error}); export the model again") from None
     return tensors
 
 

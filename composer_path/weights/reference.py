@@ -119,9 +119,9 @@ def save_reference_model(
     tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
     if language_config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    language_keys = json.loads(language_config.to_json_string(use_diff=False))
-    rope_parameters = language_keys.pop("rope_parameters", None)  # the reference runs on transformers 4
-    config = language_keys | (old_rope_keys(rope_parameters) if rope_parameters else {}) | {
+    config = json.loads(language_config.to_json_string(use_diff=False))
+    config |= old_rope_keys(config.pop("rope_parameters", None) or {})  # the reference runs on transformers 4
+    config |= {
         "model_type": MODEL_TYPE,
         "architectures": ["LlavaLlamaForCausalLM"],
         "use_mm_proj": True,

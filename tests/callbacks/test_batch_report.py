@@ -82,7 +82,7 @@ def test_unusable_samples_are_counted_and_each_kind_is_named_once(
         caplog.clear()
         report.epoch_end(bench.state, bench.logger)
     (summary,) = caplog.records
-    assert "2 × image is damaged" in summary.getMessage() and "1 × no answer is left" in summary.getMessage()
+    assert summary.getMessage().endswith(": 2 times: image is damaged; 1 times: no answer is left")
 
 
 def test_nothing_is_said_at_an_epochs_end_where_all_samples_were_used(

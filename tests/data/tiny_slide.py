@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-_TILE = 32  # pixels a side: 3,072 bytes a tile; libtiff refuses sizes that are no multiple of 1,024
+_TILE = 32  # pixels a side; with 16 (768 bytes a tile) libtiff reads 1,024 bytes and refuses them
 _SHORT, _LONG, _RATIONAL = 3, 4, 5
 
 

@@ -1,0 +1,236 @@
+"""The command that looks into shards: what it prints, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from composer_path.data.conversation import Conversation
+from composer_path.data.image import load_image
+from composer_path.data.shard_view import ShardView
+from composer_path.data.shards import convert
+
+REPO = Path(__file__).resolve().parents[2]
+COMMAND = REPO / "data_prep" / "view_shards.py"
+IMAGES = REPO / "test_data" / "imgs"
+NUM_RECORDS = 24
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    """The command as a module; data_prep is a folder of scripts, not a package."""
+    spec = importlib.util.spec_from_file_location("view_shards_command", COMMAND)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict[str, Any]]:
+    return json.loads((REPO / "test_data" / "data.json").read_text())[:NUM_RECORDS]
+
+
+def convert_records(folder: Path, records: list[dict[str, Any]], **options: Any) -> Path:
+    folder.mkdir()
+    (folder / "data.json").write_text(json.dumps(records))
+    convert(folder / "data.json", IMAGES, folder / "set", partition_size=10, **options)
+    return folder / "set"
+
+
+@pytest.fixture(scope="module")
+def shards(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three parts, with plain ids."""
+    folder = convert_records(tmp_path_factory.mktemp("view") / "kept", records, ids="keep")
+    assert sorted(path.name for path in folder.glob("part-*")) == ["part-00000", "part-00001", "part-00002"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resized(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    square = {"image_size": 56, "fit": "pad", "pad_color": [9, 8, 7]}
+    return convert_records(tmp_path_factory.mktemp("view") / "resized", records, resized=square)
+
+
+def with_one_image(records: list[dict[str, Any]]) -> int:
+    return next(n for n, record in enumerate(records) if isinstance(record.get("image"), str))
+
+
+def texts(records: list[dict[str, Any]]) -> list[str]:
+    """Turns that are long enough not to stand in a table by chance."""
+    found = [turn["value"] for record in records for turn in record["conversations"] if len(turn["value"]) > 20]
+    assert found
+    return found
+
+
+def test_the_summary_counts_and_never_prints_text(
+    command: ModuleType, shards: Path, records: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(shards), "summary", "--workers", "1"]) == 0
+    output = capfd.readouterr().out
+    table = {line[:36].strip(): line[36:] for line in output.splitlines()}
+    conversations = [Conversation.from_record(record) for record in records]
+    assert table["records"] == str(NUM_RECORDS) == table["card: records"]
+    assert table["images"] == str(sum(conversation.num_images for conversation in conversations))
+    assert (table["shards"], table["card: partitions"]) == ("3", "3")
+    assert json.loads(table["card: options"])["ids"] == "keep"
+    assert sum(int(count) for name, count in table.items() if name.startswith("source ")) == NUM_RECORDS
+    assert [text for text in texts(records) if text in output] == []
+    assert [record["id"] for record in records if str(record["id"]) in output] == []
+
+
+def test_show_prints_one_record_and_writes_its_picture(
+    command: ModuleType, shards: Path, records: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    number = with_one_image(records)
+    for words in ([str(number)], [records[number]["id"]], [records[number]["id"], "--id"]):
+        assert command.main([str(shards), "show", *words, "--out", str(tmp_path / "pictures")]) == 0
+        output = capfd.readouterr().out
+        assert f"position        {number}\n" in output
+        assert all(turn["value"] in output for turn in records[number]["conversations"])
+        (picture,) = (tmp_path / "pictures").iterdir()
+        assert str(picture) in output
+        shown, original = Image.open(picture), Image.open(IMAGES / records[number]["image"])
+        assert np.array_equal(np.asarray(shown), np.asarray(original))
+
+
+def test_show_writes_a_finished_square_as_a_picture(
+    command: ModuleType, resized: Path, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    number = with_one_image(records)
+    assert command.main([str(resized), "show", str(number), "--out", str(tmp_path)]) == 0
+    shown = np.asarray(Image.open(tmp_path / f"sample-{number}-image-1.png"))
+    data = (IMAGES / records[number]["image"]).read_bytes()
+    assert np.array_equal(shown, load_image(data, 56, pad_color=(9, 8, 7)).permute(1, 2, 0).numpy())
+
+
+def test_show_takes_hashed_ids_and_names_no_record_that_is_not_there(
+    command: ModuleType, resized: Path, records: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hashed = ShardView(resized).sample(3).id
+    assert command.main([str(resized), "show", hashed, "--out", str(tmp_path)]) == 0
+    assert "position        3\n" in capfd.readouterr().out
+    for words in ([records[3]["id"]], [str(NUM_RECORDS)], ["3", "--id"]):
+        assert command.main([str(resized), "show", *words, "--out", str(tmp_path)]) == 1
+        output = capfd.readouterr()
+        assert output.out == ""
+        assert "no sample has this id (ids are stored as keyed hashes)" in output.err or "0 to 23" in output.err
+
+
+def test_a_terminal_does_not_obey_a_records_text(
+    command: ModuleType, records: list[dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"from": "human", "value": "a\x1b[2Jb\rc\x9b"}, {"from": "assistant", "value": "two\nlines\tand a tab"}]
+    folder = convert_records(tmp_path / "set", [{"conversations": turns}])
+    assert command.main([str(folder), "show", "0"]) == 0
+    output = capfd.readouterr().out
+    assert re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", output) is None
+    assert "two\nlines\tand a tab" in output
+
+
+@pytest.mark.parametrize("name", ["shards", "resized"])
+def test_a_whole_set_passes_and_a_damaged_one_is_listed_with_exit_status_1(
+    command: ModuleType, name: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(request.getfixturevalue(name), folder)
+    template = ["--template", "llava_llama_2", "--tokenizer", str(REPO / "test_data" / "tokenizer")]
+    assert command.main([str(folder), "verify", "--workers", "2", *template, "--image-tokens", "4"]) == 0
+    assert capfd.readouterr().out.startswith("3 shards, 24 samples and ")
+
+    shard = folder / "part-00001" / "shard.00000.mds"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (folder / "part-00002" / "shard.00000.mds").unlink()
+    assert command.main([str(folder), "verify", "--workers", "2"]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("part-00001/shard.00000.mds: hash: xxh64 ")
+    assert any(line.startswith("part-00002/shard.00000.mds: unreadable: there is no such file") for line in lines)
+    assert re.search(r"[2-4] problems$", lines[-1])
+
+
+def test_conditions_and_draws_make_new_sets(
+    command: ModuleType, shards: Path, records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    source = next(record["source"] for record in records if "source" in record)
+    expected = [record["id"] for record in records if record.get("source") == source]
+    assert 0 < len(expected) < NUM_RECORDS
+    chosen = tmp_path / "chosen"
+    assert command.main([str(shards), "filter", f"source={source}", "--out", str(chosen)]) == 0
+    view = ShardView(chosen)
+    assert [view.sample(n).id for n in range(len(view))] == expected
+
+    # Conditions may stand before and after the options.
+    for number, words in enumerate((["2", f"source={source}"], ["2"])):
+        out = tmp_path / str(number)
+        after = [] if len(words) == 2 else [f"source={source}"]
+        assert command.main([str(shards), "sample", *words, "--out", str(out), "--seed", "5", *after]) == 0
+        drawn = [sample.id for sample in ShardView(out).samples(0)]
+        assert len(drawn) == 2
+        assert set(drawn) <= set(expected)
+        assert command.main([str(out), "verify", "--workers", "1"]) == 0
+    assert (tmp_path / "0" / "index.json").read_bytes() == (tmp_path / "1" / "index.json").read_bytes()
+
+
+def test_a_choice_of_nothing_writes_nothing(
+    command: ModuleType, shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for words, message in (
+        (["filter", "source=nowhere", "--out", str(tmp_path / "out")], "no sample fits"),
+        (["filter", "colour=red", "--out", str(tmp_path / "out")], "must be one of id, source"),
+        (["sample", "99", "--out", str(tmp_path / "out")], "24 samples to draw from, not 99"),
+        (["sample", "2", "--out", str(shards)], "must be empty"),
+    ):
+        assert command.main([str(shards), *words]) == 1
+        assert message in capfd.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["DIR"],
+        ["DIR", "shout"],
+        ["DIR", "show"],
+        ["DIR", "filter", "--out", "x"],
+        ["DIR", "filter", "source=cmu"],
+        ["DIR", "sample", "three", "--out", "x"],
+        ["DIR", "verify", "--template", "plain"],
+        ["DIR", "verify", "--workers", "0"],
+        ["DIR", "summary", "source=cmu"],
+        ["DIR", "sample", "3", "--out", "x", "--sed", "4", "--quick"],
+    ],
+)
+def test_wrong_arguments_end_with_exit_status_2(
+    command: ModuleType, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(words)
+    assert caught.value.code == 2
+    assert "usage: view_shards.py" in capfd.readouterr().err
+
+
+def test_what_is_no_set_is_told_in_one_line(
+    command: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([str(tmp_path), "summary"]) == 1
+    assert "must hold index.json, found none" in capfd.readouterr().err
+
+
+def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(COMMAND), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "verify" in done.stdout
