@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from composer_path.data.conversation import IMAGE_TAG, Conversation, Turn
 from composer_path.data.image import ImageError, load_image, pad_color_of
+from composer_path.data.slide_region import SlideRegion, region_png
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation, tokenize_prompt
 from composer_path.data.vocabulary import load_tokenizer
 from composer_path.models.path_mllm import PathMLLM
@@ -36,7 +37,9 @@ class Assistant:
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None) -> Assistant:
+    def from_pretrained(
+        cls, folder: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+    ) -> Assistant:
         """Load a folder written by an export or at the end of a finetuning run.
 
         Raises:
@@ -50,8 +53,8 @@ class Assistant:
         processor = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
         return cls(model, load_tokenizer(folder), processor)
 
-    def read_image(self, path: str | Path) -> UInt8[Tensor, "3 height width"]:
-        """A picture as the model sees it, not normalised.
+    def read_image(self, path: str | Path, region: SlideRegion | None = None) -> UInt8[Tensor, "3 height width"]:
+        """A picture, or a region of the slide at `path`, as the model sees it, not normalised.
 
         Raises:
             ValueError: No such file, or it can't be read as a picture.
@@ -61,7 +64,7 @@ class Assistant:
             raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
         try:
             return load_image(
-                path.read_bytes(),
+                path.read_bytes() if region is None else region_png(path, region),
                 encoder.image_size,
                 fit=self.processor["fit"],
                 decoder=self.processor["decoder"],
@@ -104,7 +107,9 @@ class Assistant:
         )
         room = self.processor["max_seq_len"] - len(prompt)
         if room < 1:
-            raise ValueError(f"the conversation takes {len(prompt)} tokens of {self.processor['max_seq_len']}; start a new one")
+            raise ValueError(
+                f"the conversation takes {len(prompt)} tokens of {self.processor['max_seq_len']}; start a new one"
+            )
         pixel_values = torch.stack(list(images)) if images else None
         new = self.model.generate(
             prompt,

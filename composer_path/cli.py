@@ -12,13 +12,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; mistakes of the user end in one line and exit code 2."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse closes optional positionals at the first flag: `ask MODEL --image a.jpg "question"` leaves the question over
-    if options.verb == "ask" and options.question is None and len(rest) == 1 and not rest[0].startswith("-"):
-        options.question = rest.pop()
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parse(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from files
     try:
         return options.run(options)
@@ -28,6 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print()
         return 130  # what a shell reports of a program that was interrupted
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; exits with 2 on a mistake."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse closes optional positionals at the first flag: `ask MODEL --image a.jpg "question"` leaves one word over
+    if options.verb == "ask" and options.question is None and len(rest) == 1 and not rest[0].startswith("-"):
+        options.question = rest.pop()
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -44,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     ask = verbs.add_parser("ask", help="ask an exported model about images")
     ask.add_argument("model", type=Path, help="a folder written by export, or a finetuning run's model folder")
     ask.add_argument("question", nargs="?", help="read from the terminal with --chat")
-    ask.add_argument("--image", type=Path, action="append", default=[], help="may be repeated, in the order of the tags")
+    ask.add_argument(
+        "--image", type=Path, action="append", default=[], help="may be repeated, in the order of the tags"
+    )
     ask.add_argument("--system", help="instead of the template's system message")
     ask.add_argument("--chat", action="store_true", help="keep asking; an empty line ends")
     ask.add_argument("--max-new-tokens", type=int, default=512)
@@ -85,8 +93,11 @@ def _ask(options: argparse.Namespace) -> int:
     from composer_path.assistant import Assistant
 
     assistant = Assistant.from_pretrained(options.model)
+    tokenizer: Any = assistant.tokenizer  # transformers annotates the streamer's argument with a factory class
     images = [assistant.read_image(path) for path in options.image]
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": options.temperature} if options.temperature > 0 else {}
+    )
     turns: list[tuple[str, str]] = []
     question = options.question or _next_question()
     while question:
@@ -96,7 +107,7 @@ def _ask(options: argparse.Namespace) -> int:
             images,
             system=options.system,
             max_new_tokens=options.max_new_tokens,
-            streamer=TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             **sampling,
         )
         turns.append(("assistant", answer))

@@ -35,6 +35,8 @@ def _check_section(values: Any, section: Section, path: str, problems: list[str]
             problems.append(f"{where}: is not set here; {section.refused[key]}")
         elif key in section.keys:
             checked[key] = _check(value, section.keys[key], where, problems)
+        elif section.members is not None:
+            checked[key] = _check(value, section.members, where, problems)
         elif section.open:
             checked[key] = value
         else:
@@ -43,6 +45,13 @@ def _check_section(values: Any, section: Section, path: str, problems: list[str]
         if node.required and key not in values:
             near = difflib.get_close_matches(key, [str(name) for name in values if name not in section.keys], n=1)
             problems.append(f"{join(path, key)}: is missing; {_wanted(node)}{f' (is it {near[0]}?)' if near else ''}")
+    if section.check is not None and all(isinstance(value, Mapping) for value in values.values()):
+        try:
+            section.check(values)
+        except ValueError as error:
+            problems.append(f"{path.removesuffix('.streams')}.{error}")
+        except TypeError:  # a value of the wrong type, which is already reported
+            pass
     return checked
 
 
@@ -156,6 +165,14 @@ def _check_agreement(config: dict[str, Any], problems: list[str]) -> None:
             "is frozen (it runs without gradients); remove it"
         )
     for name in ("train_loader", "eval_loader"):
+        # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
+        dataset = get(f"{name}.dataset")
+        if isinstance(dataset, Mapping) and (dataset.get("local") is None) == (dataset.get("streams") is None):
+            both = dataset.get("local") is not None
+            problems.append(
+                f"{name}.dataset.local: {'is given beside streams; remove one of them' if both else 'is missing'}"
+                f"{'' if both else '; it must be text: the folder of the shards, or of their cache (or give streams)'}"
+            )
         most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len", 0)
         if isinstance(most, int) and isinstance(longest, int) and most < longest:
             problems.append(

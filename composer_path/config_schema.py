@@ -31,6 +31,8 @@ class Section:
     required: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     open: bool = False
+    members: Section | None = None  # what stands under any other key, where names are free
+    check: Callable[[Any], None] | None = None  # of the whole mapping, once its parts are right; raises ValueError
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,9 @@ def _loader(required: bool) -> Section:
 
     from composer_path.data.collator import LOSS_AVERAGES
     from composer_path.data.dataset import ConversationDataset
+    from composer_path.data.guarded import GuardedStreamingDataset
     from composer_path.data.loader import build_dataloader
+    from composer_path.data.mixture import build_stream, check_streams
 
     built = {
         key: "leave it out; it is read from the model"
@@ -219,11 +223,14 @@ def _loader(required: bool) -> Section:
         StreamingDataset,
         refused={
             "batch_size": "use global_batch_size",
-            "streams": "give one set of shards, as local and remote",
+            "download_retry": "use fault_timeout, the seconds in which a file must have arrived",
+            "stream_name": "use streams",
+            "stream_config": "use streams",
         },
-        # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
-        changes={"local": Key(str, required=True), "num_canonical_nodes": Key(int | None, at_least=1)},
+        changes={"num_canonical_nodes": Key(int | None, at_least=1)},
     )
+    guarded = section_of(GuardedStreamingDataset, changes={"fault_timeout": Key(float, check=_check_above_zero)})
+    stream = section_of(build_stream, leave_out=("name",), changes={"template": Key(str | dict, check=_check_template)})
     own = section_of(
         ConversationDataset,
         refused=built,
@@ -235,9 +242,11 @@ def _loader(required: bool) -> Section:
             "image_position": Key(str, choices=("front", "inline")),
             "fit": Key(str, choices=("pad", "crop")),
             "decoder": Key(str, choices=("pil", "torchvision")),
+            "streams": Section({}, members=stream, check=check_streams),
         },
     )
-    dataset = replace(own, keys={**streamed.keys, **own.keys}, refused={**streamed.refused, **own.refused}, open=False)
+    keys = {**streamed.keys, **guarded.keys, **own.keys}
+    dataset = replace(own, keys=keys, refused={**streamed.refused, **own.refused}, open=False)
     loader = section_of(build_dataloader)
     return section_of(
         build_dataloader,
@@ -251,6 +260,11 @@ def _loader(required: bool) -> Section:
             "loss_average": Key(str, choices=LOSS_AVERAGES),
         },
     )
+
+
+def _check_above_zero(value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"found {value}; it must be above 0")
 
 
 def _check_template(template: str | dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ class RunReport(Callback):
         self.summary: dict[str, Any] = {"parameters": parameters, "heldout_token_loss": {}}
 
     def save_config(self, config: DictConfig) -> None:
-        """Keep the configuration as given, interpolations unresolved: it may name environment variables, not their values."""
+        """Keep the configuration as given: it may name environment variables, but never holds their values."""
         if dist.get_global_rank() == 0:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(config, self.run_folder / CONFIG)
@@ -60,7 +60,7 @@ class RunReport(Callback):
             write_json(self.run_folder / SUMMARY, self.summary)
 
     def state_dict(self) -> dict[str, Any]:
-        """The first held-out loss survives a resume. Always with its key: sharded checkpoints only fill those there are."""
+        """The first held-out loss survives a resume. Its key is always there, as sharded checkpoints need."""
         return {"heldout_token_loss_before": self.summary["heldout_token_loss"].get("before")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

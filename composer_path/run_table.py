@@ -29,7 +29,7 @@ def format_runs(root: Path) -> str:
     models = sorted(path.parent for path in [*root.glob(f"*/{EVALUATION}"), *root.glob(f"*/model/{EVALUATION}")])
     exported = [path.parent for path in sorted(root.glob("*/processor_config.json"))]
     parts = [_table_of_losses([summary for _, summary in runs])]
-    parts += [f"{format_closed(_read(model / EVALUATION))}\n({model})" for model in models]
+    parts += [f"{format_closed(_read(model / EVALUATION))}\n(asked of {model})" for model in models]
     places = [(summary["run"], name, folder / what) for folder, summary in runs for name, what in PLACES.items()]
     places += [("exported", "model", folder) for folder in exported]
     found = [(run, name, str(place)) for run, name, place in places if place.exists()]

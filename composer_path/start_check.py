@@ -28,14 +28,19 @@ def check_start(settings: Mapping[str, Any]) -> list[str]:
 def _missing_shards(settings: Mapping[str, Any]) -> Iterator[str]:
     for section in ("train_loader", "eval_loader"):
         dataset = (settings.get(section) or {}).get("dataset") or {}
-        if not dataset or dataset.get("remote"):
-            continue  # streaming fetches the index
-        folder = Path(dataset["local"], dataset.get("split") or "")
-        if not (folder / "index.json").is_file():
-            yield (
-                f"{section}.dataset.local: found no index.json in '{folder}'; write shards there with "
-                f"data_prep/convert.py --out {folder}, or name the folder that has them"
-            )
+        places = {f"{section}.dataset": dataset}
+        places |= {
+            f"{section}.dataset.streams.{name}": stream for name, stream in (dataset.get("streams") or {}).items()
+        }
+        for where, keywords in places.items():
+            if keywords.get("local") is None or keywords.get("remote"):
+                continue  # an index that lies elsewhere is fetched
+            folder = Path(keywords["local"], keywords.get("split") or "")
+            if not (folder / "index.json").is_file():
+                yield (
+                    f"{where}.local: found no index.json in '{folder}'; write shards there with "
+                    f"data_prep/convert.py --out {folder}, or name the folder that has them"
+                )
 
 
 def _missing_weights(model: Mapping[str, Any]) -> Iterator[str]:
@@ -53,6 +58,6 @@ def _earlier_results(settings: Mapping[str, Any]) -> Iterator[str]:
     folder = Path(settings["save_root"], trainer["run_name"])
     if any((folder / "checkpoints").glob("*")):
         yield (
-            f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; choose another run_name or save_root, "
-            "or go on where it was with trainer.autoresume=true"
+            f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; choose another run_name or "
+            "save_root, or go on where it was with trainer.autoresume=true"
         )

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for command in (summary, verify, choose, sample):
         command.add_argument("--workers", type=int, default=num_cores(), help="processes (default: all cores)")
     parsed, extra = parser.parse_known_args(arguments)
-    if extra and not hasattr(parsed, "conditions") or any(word.startswith("-") for word in extra):
+    if (extra and not hasattr(parsed, "conditions")) or any(word.startswith("-") for word in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     if extra:  # argparse takes no conditions after an option if there were none before it
         parsed.conditions += extra
@@ -95,7 +96,7 @@ def summarize(view: ShardView, options: argparse.Namespace) -> int:
     rows.append(("MB", f"{sum(shard['raw_data']['bytes'] for shard in view.shards) / 1e6:.1f}"))
     rows += [(f"card: {key}", json.dumps(value)) for key, value in view.card.items() if key != "columns"]
     print("\n".join(f"{name:<36}{value}" for name, value in rows))
-    print(count(view, options.workers))
+    print(count(view, options.workers, every_ten_seconds(len(view.shards))))
     return 0
 
 
@@ -145,7 +146,7 @@ def verify(view: ShardView, options: argparse.Namespace) -> int:
     if options.template is not None:
         cut, position = (options.max_seq_len, options.image_tokens), options.image_position
         count_labels = LabelCounter(options.tokenizer, options.template, *cut, position)
-    result = check_shards(view, options.workers, count_labels)
+    result = check_shards(view, options.workers, count_labels, every_ten_seconds(len(view.shards)))
     print(result)
     return 1 if result.problems else 0
 
@@ -158,6 +159,21 @@ def choose(view: ShardView, options: argparse.Namespace) -> int:
     num_samples, seed = (options.num_samples, options.seed) if options.command == "sample" else (None, 0)
     print(select_samples(view, options.out, conditions, num_samples, seed, options.workers))
     return 0
+
+
+def every_ten_seconds(total: int) -> Callable[[int], None]:
+    """Make a progress report that prints at most once in ten seconds; what is quick stays silent."""
+    began = last = time.monotonic()
+
+    def report(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 10:
+            last = now
+            left = (total - count) * (now - began) / count
+            print(f"{count} of {total} shards read, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return report
 
 
 def num_cores() -> int:

@@ -63,7 +63,7 @@ def test_the_table_has_a_row_a_run_in_the_order_in_which_they_ended(tmp_path: Pa
     make_run(tmp_path, "finetune", ended=2000, heldout_token_loss={})
     make_run(tmp_path, "pretrain", ended=1000)
     rows = [line.split() for line in format_runs(tmp_path).splitlines()[:3]]
-    assert rows[0] == "run steps held-out loss before after samples/s tokens/s".split()
+    assert rows[0] == ["run", "steps", "held-out", "loss", "before", "after", "samples/s", "tokens/s"]
     assert rows[1] == ["pretrain", "20", "10.811", "10.105", "34.6", "1234"]
     assert rows[2] == ["finetune", "20", "-", "-", "34.6", "1234"]
 

@@ -88,13 +88,8 @@ def two_ranks(
     plan = folder / "plan.json"
     places = {"shards": str(shards), "root": str(folder), "out": str(folder)}
     plan.write_text(json.dumps(places | {"legs": legs, "first_shared_memory": 100_000 + os.getpid() % 800_000}))
-    command = [
-        str(Path(sys.executable).parent / "composer"),
-        "-n",
-        "2",
-        str(REPO_ROOT / "tests" / "two_ranks.py"),
-        str(plan),
-    ]
+    launcher, script = Path(sys.executable).parent / "composer", REPO_ROOT / "tests" / "two_ranks.py"
+    command = [str(launcher), "-n", "2", str(script), str(plan)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

@@ -61,6 +61,17 @@ def test_shards_that_are_fetched_need_not_lie_here(settings: dict[str, Any]) -> 
     assert check_start(settings) == []
 
 
+def test_each_stream_of_a_mixture_is_looked_up(settings: dict[str, Any], tmp_path: Path) -> None:
+    streams = {
+        "here": {"local": str(tmp_path / "train")},
+        "lost": {"local": "lost"},
+        "far": {"local": "c", "remote": "r"},
+    }
+    settings["train_loader"]["dataset"] = {"streams": streams}
+    [problem] = check_start(settings)
+    assert problem.startswith("train_loader.dataset.streams.lost.local: found no index.json in 'lost'")
+
+
 def test_only_rank_0_looks_for_weights(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     settings["model"]["projector"]["weights"] = "only-on-the-first-node.safetensors"
     assert len(check_start(settings)) == 1

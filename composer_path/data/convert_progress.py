@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from typing import Any
 
 _SECONDS = 10.0
 _NOUNS = {"reading": "records read", "converting": "records converted", "verifying": "partitions verified"}
@@ -13,10 +13,10 @@ class ConvertProgress:
     """Called by ``convert`` now and then; short conversions stay silent off a terminal.
 
     Args:
-        stream: where to show it, stderr usually.
+        stream: file to show it in, stderr usually.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._terminal = stream.isatty()
         self._bar: Any = None

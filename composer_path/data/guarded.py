@@ -80,20 +80,14 @@ class GuardedStreamingDataset(StreamingDataset):
             streams = [GuardedStream(local=local, remote=remote)]
         assert streams is not None
         self._cache_locks: list[IO[str]] = []
+        defaults = {"split": split, "download_timeout": download_timeout, "validate_hash": validate_hash}
+        defaults |= {"keep_zip": keep_zip, "download_retry": 0}
         for stream in streams:
             stream.fault_timeout = fault_timeout
-            stream.apply_default(
-                {
-                    "split": split,
-                    "download_retry": 0,
-                    "download_timeout": download_timeout,
-                    "validate_hash": validate_hash,
-                    "keep_zip": keep_zip,
-                }
-            )
+            stream.apply_default(defaults)  # Streaming does so too, but we need them before
         leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
         agree_on_failure(lambda: self._prepare_caches(streams) if leads else None)
-        agree_on_failure(lambda: self._start(streams, streaming, leads))
+        agree_on_failure(lambda: self._start(streams, defaults | streaming, leads))
 
     def _prepare_caches(self, streams: Sequence[GuardedStream]) -> None:
         cached = [stream for stream in streams if stream.remote is not None]
@@ -137,11 +131,11 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def raise_failure(self) -> None:
         """Raise it, if there is one."""
-        if (failure := self.failure()) is not None:
-            raise failure
+        if self._stopped():
+            raise self.failure() or StreamError("stopped")  # no name for it: that would be a cycle through its traceback
 
     def _stopped(self) -> bool:
-        return self._failure.read() is not None
+        return self._failure.is_set()
 
     def _note(self, error: BaseException, shard: str = "") -> StreamError:
         """Tell all processes; anything but a `StreamError` is one of ours gone wrong."""
@@ -175,7 +169,7 @@ class GuardedStreamingDataset(StreamingDataset):
             self._check_patience(started, int(self.sample_offset_per_shard[shard_id]))
             time.sleep(TICK)
         try:
-            stream.stopped = self._stopped
+            stream.stopped = self._failure.is_set  # not a method of ours: a cycle would keep the cache's lock
             delta = stream.prepare_shard(shard)
         except BaseException as error:
             self._shard_states[shard_id] = np.uint8(_ShardState.REMOTE)
@@ -289,10 +283,10 @@ class GuardedStreamingDataset(StreamingDataset):
         it.on_exit()
 
     def _stop_if_failed(self, it: _Iterator) -> None:
-        if (failure := self.failure()) is not None:
+        if self._stopped():
             self._event.set()  # for this process's threads
             it.on_exit()
-            raise failure
+            self.raise_failure()
 
     def __iter__(self) -> Iterator[Any]:
         """All samples of this worker's share, or a `StreamError`."""

@@ -55,7 +55,7 @@ _UPRIGHT = {
 # of a scan 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data
 # (ITU-T T.81, B.1.1).
 _MARKER = re.compile(rb"\xff\xff*([^\x00\xff])")  # \xff\xff* is searched twice as fast as \xff+
-_END_OF_SCAN = re.compile(rb"\xff\xff*[^\x00\xff\xd0-\xd7]")
+_SCAN_CHUNK = 2**18  # a progressive file has many short scans
 _EOI, _SOS, _APP0, _APP14 = 0xD9, 0xDA, 0xE0, 0xEE
 _STAND_ALONE = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})  # TEM, SOI, RSTn: no segment follows
 # Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
@@ -278,7 +278,7 @@ def _strip_jpeg(data: bytes, whole: bool = False) -> bytes:
 
     With `whole` its end marker must be there; decoders do without it if the pixels are complete.
     """
-    kept = [b"\xff\xd8"]
+    kept: list[bytes | memoryview] = [b"\xff\xd8"]
     position = 2
     ended = not whole
     while match := _MARKER.search(data, position):
@@ -299,14 +299,28 @@ def _strip_jpeg(data: bytes, whole: bool = False) -> bytes:
         else:  # APPn, comments, extensions
             kept.append(_color_segment(marker, segment[2:]))
         if marker == _SOS:
-            end = _END_OF_SCAN.search(data, position)
-            end_position = end.start() if end else len(data)
-            kept.append(data[position:end_position])
+            end_position = _end_of_scan(data, position)
+            kept.append(memoryview(data)[position:end_position])  # not copied twice
             position = end_position
     if not ended:
         found = f"a JPEG file of {len(data)} bytes that has no end"
         raise ImageError("unreadable-image", found, "replace the file")
     return b"".join([*kept, b"\xff\xd9"])
+
+
+def _end_of_scan(data: bytes, position: int) -> int:
+    """Return where the first marker that ends a scan's coded data begins, fill bytes before it included."""
+    for start in range(position, len(data), _SCAN_CHUNK):
+        codes = np.frombuffer(data, np.uint8, min(_SCAN_CHUNK + 1, len(data) - start), start)
+        found = np.flatnonzero(codes[:-1] == 0xFF)
+        after = codes[found + 1]
+        found = found[(after != 0) & (after != 0xFF) & ((after < 0xD0) | (after > 0xD7))]
+        if len(found):
+            end = start + int(found[0])
+            while end > position and data[end - 1] == 0xFF:
+                end -= 1
+            return end
+    return len(data)
 
 
 def _color_segment(marker: int, payload: bytes) -> bytes:

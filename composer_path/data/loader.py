@@ -32,18 +32,17 @@ class WholeEpochLoader(DataLoader):
         """One epoch, or the rest of a resumed one."""
         dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
         dataset.raise_failure()
-        expected, seen = dataset.samples_to_come(), 0
+        expected, seen, failed = dataset.samples_to_come(), 0, False
         try:
             for batch in super().__iter__():
                 seen += len(batch["num_images"])
                 yield batch
-        except StreamError:
-            dataset.raise_failure()  # without the worker's traceback around it
-            raise
-        except RuntimeError as error:  # such as a worker that the kernel killed
-            if (failure := dataset.failure()) is not None:
-                raise failure from error
-            raise
+        except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
+            failed = dataset.failure() is not None
+            if not failed:
+                raise
+        if failed:
+            dataset.raise_failure()  # here, so that no worker's traceback stands around it
         # A worker keeps its own, exact count; here at most its last, incomplete batch may be missing.
         dropped = (self.batch_size or 1) * max(1, self.num_workers) if self.drop_last else 0
         if dataset.batching_method == "random" and seen < expected - dropped:
@@ -76,7 +75,7 @@ def build_dataloader(
     prefetch_factor: int | None = 2,
     persistent_workers: bool = True,
     pin_memory: bool = True,
-    timeout: float = 0,
+    timeout: int | float = 0,
     tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int | Callable[[int], int],
     image_size: int,

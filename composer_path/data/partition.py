@@ -22,7 +22,7 @@ from composer_path.data.identifiers import KeyedHashes
 from composer_path.data.image_source import ImageSource, StoredImage
 from composer_path.data.input_scan import Partition
 from composer_path.data.record_file import RawRecord, read_range
-from composer_path.data.sample_format import COLUMNS, pack_images
+from composer_path.data.sample_format import COLUMNS, packed_parts
 from composer_path.data.shard_writer import ShardWriter, verify
 from composer_path.data.slide_region import SlideRegion
 from composer_path.data.storage import Bucket, Folder, StorageError, open_place
@@ -254,7 +254,7 @@ _DUPLICATE_FIX = "give it its own id, or leave the key out"
 def make_sample(
     record: RawRecord, conversation: Conversation, stored: list[StoredImage], hashed: KeyedHashes | None
 ) -> dict[str, Any]:
-    """Build one sample of the shards."""
+    """Build one sample of the shards; its images in parts, as ``ShardWriter`` takes them."""
     # A record without an id is named by its place, so that errors at training time can still point to it.
     record_id = conversation.id if conversation.id is not None else f"record-{record.position}"
     metadata: dict[str, Any] = {**conversation.metadata}
@@ -270,7 +270,7 @@ def make_sample(
                 metadata[kind] = hashed.hash(kind, metadata[kind])
         if "meta" in metadata:
             metadata["meta"] = hashed.hash_meta(metadata["meta"])
-    images = pack_images([image.data for image in stored])
+    images = packed_parts([image.data for image in stored])
     return {"id": record_id, "conversation": conversation.to_shard(), "images": images, "metadata": metadata}
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from composer_path.data.conversation import RecordError
 from composer_path.data.storage import open_file
@@ -132,7 +132,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _read_lines(
-    file: BinaryIO, hash: Any, start: int = 0, end: int | None = None, position: int = 0, line: int = 1
+    file: Any, hash: Any, start: int = 0, end: int | None = None, position: int = 0, line: int = 1
 ) -> Iterator[RawRecord]:
     for data in file:
         if hash is not None:

@@ -18,7 +18,12 @@ COLUMN_MEANINGS = {
 
 def pack_images(images: Sequence[bytes]) -> bytes:
     """Join image files into one value: count, sizes (little-endian uint32 each), then the files."""
-    return b"".join([struct.pack(f"<{len(images) + 1}I", len(images), *map(len, images)), *images])
+    return b"".join(packed_parts(images))
+
+
+def packed_parts(images: Sequence[bytes]) -> list[bytes]:
+    """Return what ``pack_images`` joins, for writers that need no copy of it."""
+    return [struct.pack(f"<{len(images) + 1}I", len(images), *map(len, images)), *images]
 
 
 def unpack_images(data: bytes) -> list[bytes]:

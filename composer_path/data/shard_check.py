@@ -35,6 +35,7 @@ from composer_path.data.storage import Bucket
 from composer_path.data.stored_file import file_hash, pick_hash
 
 LabelCount = Callable[[Conversation], int]
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,16 @@ def _encoder(tokenizer: str, template: str) -> tuple[Any, Any]:
     return text_encoder(load_tokenizer(tokenizer)), get_template(keywords)
 
 
-def check_shards(view: ShardView, workers: int = 1, count_labels: LabelCount | None = None) -> CheckResult:
+def check_shards(
+    view: ShardView, workers: int = 1, count_labels: LabelCount | None = None, progress: Progress | None = None
+) -> CheckResult:
     """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
 
     Args:
         view: the set.
         workers: processes.
         count_labels: tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
+        progress: called with the number of shards after each.
 
     Returns:
         All that is wrong; nothing is raised for a damaged set.
@@ -151,8 +155,10 @@ def check_shards(view: ShardView, workers: int = 1, count_labels: LabelCount | N
         _encoder(count_labels.tokenizer, count_labels.template)  # a wrong path shows before anything is read
     result = CheckResult(problems=_set_problems(view))
     tasks = [(view, number, count_labels) for number in range(len(view.shards))]
-    for part in in_processes(_check_shard, tasks, workers):
+    for number, part in enumerate(in_processes(_check_shard, tasks, workers), start=1):
         result.add(part)
+        if progress is not None:
+            progress(number)
     return result
 
 

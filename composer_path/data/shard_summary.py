@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from composer_path.data.image_file import ImageError, open_image
@@ -79,15 +80,18 @@ class ShardSummary:
         return "\n".join(f"{name:<36}{value}" for name, value in rows)
 
 
-def summarize(view: ShardView, workers: int = 1) -> ShardSummary:
-    """Count what a set holds; every shard is read once.
+def summarize(view: ShardView, workers: int = 1, progress: Callable[[int], None] | None = None) -> ShardSummary:
+    """Count what a set holds; every shard is read once. `progress` is called with the number of shards after each.
 
     Raises:
         ShardViewError: a shard can't be read.
     """
     total = ShardSummary()
-    for part in in_processes(_summarize_shard, [(view, number) for number in range(len(view.shards))], workers):
+    tasks = [(view, number) for number in range(len(view.shards))]
+    for number, part in enumerate(in_processes(_summarize_shard, tasks, workers), start=1):
         total.add(part)
+        if progress is not None:
+            progress(number)
     return total
 
 

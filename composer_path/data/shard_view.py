@@ -258,14 +258,30 @@ def _decode(data: bytes, names: Sequence[str]) -> dict[str, Any]:
 
 def in_processes(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Map in several processes, in order; in this one if `workers` is 1."""
+    global _forked
     items = list(items)
     workers = min(workers, len(items))
     if workers <= 1:
         yield from map(function, items)
         return
-    # Forked: imports take seconds in a process that starts afresh. No thread has been started here yet.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(function, items)
+    # Forked: imports take seconds in a process that starts afresh, and an index of many shards would be sent with each
+    # task. No thread has been started here yet.
+    _forked = function, items
+    try:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+            yield from pool.map(_run_forked, range(len(items)))
+    finally:
+        _forked = None
+
+
+# What a forked process finds in its memory: the function and all items.
+_forked: tuple[Callable[[Any], Any], list[Any]] | None = None
+
+
+def _run_forked(number: int) -> Any:
+    assert _forked is not None
+    function, items = _forked
+    return function(items[number])
 
 
 def stored_info(shard: Mapping[str, Any]) -> dict[str, Any]:

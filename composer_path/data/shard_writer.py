@@ -71,7 +71,8 @@ class ShardWriter:
             "column_sizes": [None] * len(columns),
         }
         self._config_bytes = json.dumps(self._config, sort_keys=True).encode()
-        self._samples: list[bytes] = []
+        self._samples: list[list[bytes]] = []
+        self._sizes: list[int] = []
         self._num_bytes = self._empty_bytes
         self.shards: list[dict[str, Any]] = []
         self.files: list[dict[str, Any]] = []
@@ -83,22 +84,23 @@ class ShardWriter:
         return 4 + 4 + len(self._config_bytes)
 
     def write(self, sample: Mapping[str, Any]) -> int:
-        """Add a sample and return its size in bytes.
+        """Add a sample and return its size in bytes. A value may be a list of parts, which are never copied.
 
         Raises:
             StorageError: an earlier shard could not be written.
             ValueError: the sample is too large for any shard.
         """
-        values = [encode(sample[name]) for encode, name in zip(self._encoders, self._names, strict=True)]
-        row = b"".join([np.array([len(value) for value in values], np.uint32).tobytes(), *values])
-        size = 4 + len(row)
-        if self._empty_bytes + size > _MAX_SHARD_BYTES:
-            raise ValueError(f"a sample must be smaller than 4 GB, found {len(row)} bytes; give it fewer images")
-        if self._samples and self._num_bytes + size > self._config["size_limit"]:
+        values = [_parts(encode, sample[name]) for encode, name in zip(self._encoders, self._names, strict=True)]
+        sizes = [sum(map(len, value)) for value in values]
+        num_bytes = 4 * len(sizes) + sum(sizes)
+        if self._empty_bytes + 4 + num_bytes > _MAX_SHARD_BYTES:
+            raise ValueError(f"a sample must be smaller than 4 GB, found {num_bytes} bytes; give it fewer images")
+        if self._samples and self._num_bytes + 4 + num_bytes > self._config["size_limit"]:
             self._flush()
-        self._samples.append(row)
-        self._num_bytes += size
-        return len(row)
+        self._samples.append([np.array(sizes, np.uint32).tobytes(), *(part for value in values for part in value)])
+        self._sizes.append(num_bytes)
+        self._num_bytes += 4 + num_bytes
+        return num_bytes
 
     def finish(self) -> None:
         """Write the last shard and wait until all are verified."""
@@ -120,11 +122,13 @@ class ShardWriter:
 
     def _flush(self) -> None:
         samples, self._samples = self._samples, []
+        sizes, self._sizes = self._sizes, []
         self._num_bytes = self._empty_bytes
         offsets = np.zeros(len(samples) + 1, np.uint32)
-        offsets[1:] = np.cumsum([len(sample) for sample in samples])
+        offsets[1:] = np.cumsum(sizes)
         offsets += np.uint32(4 + offsets.nbytes + len(self._config_bytes))
-        parts = [np.uint32(len(samples)).tobytes(), offsets.tobytes(), self._config_bytes, *samples]
+        parts = [np.uint32(len(samples)).tobytes(), offsets.tobytes(), self._config_bytes]
+        parts += (part for sample in samples for part in sample)
         hashes = {name: _hash(name, parts) for name in self._config["hashes"]}
         name, size = f"shard.{len(self.shards):05}.mds", sum(map(len, parts))
         raw = {"basename": f"{self._prefix}/{name}", "bytes": size, "hashes": hashes}
@@ -162,6 +166,10 @@ def verify(place: Folder | Bucket, name: str, size: int, xxh64: str) -> None:
             f"{place}: {name} must be the {size} bytes that were written, found {found}; check the disk or the store "
             "and convert again with --resume"
         )
+
+
+def _parts(encode: Callable[[Any], bytes], value: Any) -> list[bytes]:
+    return value if isinstance(value, list) else [encode(value)]
 
 
 def _hash(name: str, parts: Iterable[bytes]) -> str:

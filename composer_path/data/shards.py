@@ -142,8 +142,9 @@ def convert(
     key_file, mapping = _key_files(data, key, index, parts) if ids == "hash" else (None, None)
     key_bytes = read_or_make_key(key_file) if key_file is not None else None
 
-    options = {"ids": ids, "size_limit": size_limit, "hashes": sorted(hashes), "max_pixels": max_pixels}
-    options |= {"check": check, "resized": resized, "on_error": on_error, "partition_size": scan.partition_size}
+    options: dict[str, Any] = {"ids": ids, "size_limit": size_limit, "hashes": sorted(hashes)}
+    options |= {"max_pixels": max_pixels, "check": check, "resized": resized}
+    options |= {"on_error": on_error, "partition_size": scan.partition_size}
     source = {"sha256": scan.sha256, "bytes": scan.num_bytes, "records": scan.num_records}
     fingerprint = _fingerprint(options, source, key_bytes)
     manifest = new_manifest(fingerprint, parts, scan.num_partitions, card_before(options, source, fingerprint))
@@ -172,6 +173,7 @@ def convert(
         done_records, done_bytes = done_records + records, done_bytes + num_bytes
         report("converting", done_records, total, done_bytes)
 
+    count(0, 0)
     try:
         for result in _run(engine, master, tasks(), workers, count):
             _collect(result, rejections, mapping, summary, dones)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import xxhash
@@ -205,7 +205,7 @@ def open_place(url: str | Path) -> Folder | Bucket:
     return Bucket(os.fspath(url)) if is_remote(url) else Folder(url)
 
 
-def open_file(url: str | Path) -> BinaryIO:
+def open_file(url: str | Path) -> Any:
     """Open one file for reading, on a disk or in a bucket."""
     if not is_remote(url):
         return open(url, "rb")

@@ -73,6 +73,10 @@ class FailureNote:
         self._bytes[1 : len(values)] = values[1:]
         self._bytes[0] = values[0]  # last: a reader looks here first
 
+    def is_set(self) -> bool:
+        """Whether there is a failure."""
+        return bool(self._bytes[0])
+
     def read(self) -> StreamError | None:
         """The failure, if there is one."""
         values = self._bytes.numpy()

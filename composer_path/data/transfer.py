@@ -10,7 +10,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,7 +179,7 @@ class Transfer:
                 part.truncate(0)
                 arrived = 0
             whole = arrived + answer["ContentLength"]
-            for data in answer["Body"].iter_chunks(_CHUNK):
+            for data in _as_they_come(answer["Body"]):
                 part.write(data)
             if part.tell() < whole:
                 raise Fault("cut", f"{part.tell():,} of {whole:,} bytes arrived", _REACH, transient=True)
@@ -199,7 +199,6 @@ class Transfer:
             ConnectionError,
             TimeoutError,
         ) as error:
-            self._client = None
             raise Fault("unreachable", _name(error), _REACH, transient=True) from None
         except (boto.BotoCoreError, ValueError) as error:  # such as an endpoint that is no URL
             raise Fault("endpoint", _name(error), "check S3_ENDPOINT_URL and the bucket's name") from None
@@ -266,6 +265,16 @@ class Transfer:
             os.replace(target, part.name)
         finally:
             Path(target).unlink(missing_ok=True)
+
+
+def _as_they_come(body: Any) -> Iterator[bytes]:
+    """Bytes as soon as they are there: botocore's own iterator waits for whole chunks, on a slow link past any bound."""
+    raw = getattr(body, "_raw_stream", None)
+    if not hasattr(raw, "read1"):  # an older or a newer botocore or urllib3
+        yield from body.iter_chunks(1 << 14)
+        return
+    while data := raw.read1(_CHUNK):
+        yield data
 
 
 def _source_fault(error: OSError) -> Fault:

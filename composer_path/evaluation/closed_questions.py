@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import UInt8
+from torch import Tensor
 
 from composer_path.data.conversation import Conversation, RecordError, resolve_image
 from composer_path.data.record_file import read_records
+from composer_path.data.slide_region import SlideRegion
 
 if TYPE_CHECKING:
     from composer_path.assistant import Assistant
@@ -37,7 +40,7 @@ class ClosedQuestion:
     turns: tuple[tuple[str, str], ...]
     options: tuple[str, ...]
     answer: str
-    images: tuple[str, ...]
+    images: tuple[str | SlideRegion, ...]
     system: str | None = None
 
 
@@ -103,17 +106,31 @@ def evaluate_closed(
         blank: Show white pictures instead, which tells how far the text alone goes.
     """
     result = ClosedResult()
+    said_of_blank: dict[Any, str] = {}  # the same words about as many white pictures are asked once
     for question in questions:
-        images = [assistant.read_image(resolve_image(name, images_dir)) for name in question.images]
+        images = [_read_image(assistant, image, images_dir) for image in question.images]
         if blank:
             images = [torch.full_like(image, 255) for image in images]
         longest = max(len(assistant.tokenizer(option)["input_ids"]) for option in question.options)
-        said = assistant.answer(question.turns, images, system=question.system, max_new_tokens=longest + 8)
+        asked = (question.turns, question.system, len(images), longest)
+        said = said_of_blank.get(asked)
+        if said is None:
+            said = assistant.answer(question.turns, images, system=question.system, max_new_tokens=longest + 8)
+        if blank:
+            said_of_blank[asked] = said
         chosen = parse_answer(said, question.options)
         result.asked[question.kind] += 1
         result.correct[question.kind] += chosen == question.answer
         result.unparsed[question.kind] += chosen is None
     return result
+
+
+def _read_image(
+    assistant: Assistant, image: str | SlideRegion, images_dir: str | Path
+) -> UInt8[Tensor, "3 height width"]:
+    if isinstance(image, SlideRegion):
+        return assistant.read_image(resolve_image(image.file, images_dir), image)
+    return assistant.read_image(resolve_image(image, images_dir))
 
 
 def compare_with_blank(

@@ -46,6 +46,7 @@ class ComposerPathMLLM(ComposerModel):
         self.model = model
         # In a plain dict, so that the metric is no child module (FSDP would wrap it).
         self.eval_metrics: dict[str, Metric] = {"token_loss": TokenLoss()}
+        self.last_token_losses: Tensor | None = None  # of the microbatch whose loss was asked last, without gradients
 
     def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
         """Logits at the supervised positions of a row of samples."""
@@ -69,7 +70,9 @@ class ComposerPathMLLM(ComposerModel):
         Composer multiplies it by the microbatch's share of the global batch's weight, which makes the step's loss
         sum(weight * loss) / sum(weight) over the global batch, for any split.
         """
-        weighted = self.token_losses(outputs, batch) * batch["target_weights"]
+        losses = self.token_losses(outputs, batch)
+        self.last_token_losses = losses.detach()
+        weighted = losses * batch["target_weights"]
         return weighted.sum() / (batch["loss_weight"] or 1.0)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Float[Tensor, "targets vocab"]:

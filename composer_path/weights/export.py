@@ -113,9 +113,10 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
         folder: To write.
         dtype: `bf16`, `fp32`, or None for as trained.
     """
-    from composer_path.builders import build_model, build_processor, build_tokenizer
+    from composer_path.builders import build_model, build_processor, build_tokenizer, settle_on_device
     from composer_path.checkpoints import frozen_names
 
+    config = settle_on_device(config)
     tokenizer = build_tokenizer(config)
     model = build_model(config)
     names = set(model.state_dict()) - frozen_names(model)
@@ -123,5 +124,6 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
         names.discard("language_model.lm_head.weight")
     weights = dict(model.state_dict()) | read_checkpoint(checkpoint, names)
     write_model(folder, model, weights, tokenizer, build_processor(config), dtype)
-    write_projector(folder, model, weights) if "projector" in config.model.trainable else None
+    if "projector" in config.model.trainable:
+        write_projector(folder, model, weights)
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ SECRET = "Hobnailcellsquill"  # stands in a conversation and must stand in no me
 
 @pytest.fixture(scope="module")
 def records(repo_root: Path) -> list[dict[str, Any]]:
-    """Five records of test_data and three made here: a wide picture, an own system message, and a long answer."""
+    """Five records of test_data; a wide picture, a system message, a long question and a late image made here."""
     everything = json.loads((repo_root / "test_data" / "data.json").read_text(encoding="utf-8"))
     chosen = [next(filter(rule, everything)) for rule in CHOSEN.values()]
     question = {"from": "human", "value": f"Describe the {SECRET}."}
@@ -41,6 +42,14 @@ def records(repo_root: Path) -> list[dict[str, Any]]:
         {"id": "wide", "image": "wide.png", "conversations": [question, answer]},
         {"id": "system", "system": "Be brief.", "conversations": [question, answer], "source": "atlas"},
         {"id": "long", "conversations": [{"from": "human", "value": f"{SECRET} " * 40}, answer]},
+        {
+            "id": "late",
+            "image": ["early.png", "late.png"],
+            "conversations": [
+                {"from": turn["from"], "value": "<image>\n" * (turn is question) + turn["value"]}
+                for turn in (question, answer, question, answer)
+            ],
+        },
     ]
 
 
@@ -51,6 +60,8 @@ def folder(records: list[dict[str, Any]], repo_root: Path, tmp_path_factory: pyt
     images = folder / "imgs"
     images.mkdir()
     Image.new("RGB", (40, 20), (200, 100, 150)).save(images / "wide.png")
+    for name, grey in (("early.png", 50), ("late.png", 220)):
+        Image.new("L", (30, 30), grey).save(images / name)
     for record in records[: len(CHOSEN)]:
         names = record.get("image") or []
         for name in [names] if isinstance(names, str) else names:
@@ -171,6 +182,16 @@ def test_an_image_that_does_not_fit_is_a_problem_too(open_shards: Callable) -> N
     assert_unusable(dataset[0], "no answer is left within max_seq_len=50")
 
 
+def test_pixels_of_an_image_that_was_cut_away_are_left_out(open_shards: Callable) -> None:
+    whole = open_shards(max_seq_len=4096)[8]
+    assert whole["pixel_values"][:, 0, 14, 14].tolist() == [50, 220]
+    second = int((whole["input_ids"] == IMAGE_TOKEN_ID).nonzero()[4])  # where the second image's 4 placeholders start
+    cut = open_shards(max_seq_len=second + 3)[8]
+    assert (cut["problem"], len(cut["is_he"])) == (None, 1)
+    assert cut["pixel_values"][:, 0, 14, 14].tolist() == [50]
+    assert int((cut["input_ids"] == IMAGE_TOKEN_ID).sum()) == 4
+
+
 def test_a_conversation_that_the_template_cannot_express_is_a_problem(open_shards: Callable) -> None:
     dataset = open_shards(template="plain")
     assert_unusable(
@@ -184,14 +205,13 @@ def damaged(folder: Path, tmp_path: Path) -> Callable[[bytes, bytes], str]:
     """A copy of the shards in which some bytes, found once, are others."""
 
     def damage(old: bytes, new: bytes) -> str:
-        for path in (folder / "shards").iterdir():
-            data = path.read_bytes()
-            if path.suffix == ".mds":
-                assert data.count(old) == 1
-                assert len(old) == len(new)
-                data = data.replace(old, new)
-            (tmp_path / path.name).write_bytes(data)
-        return str(tmp_path)
+        copy = tmp_path / "damaged"
+        shutil.copytree(folder / "shards", copy)
+        (shard,) = copy.rglob("*.mds")
+        data = shard.read_bytes()
+        assert (data.count(old), len(new)) == (1, len(old))
+        shard.write_bytes(data.replace(old, new))
+        return str(copy)
 
     return damage
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from s3_server import KEY, SECRET, Proxy, Spoil, serve_s3
-from shard_set import NUM_SAMPLES, SECONDS, build_loader, read_epoch, shard_names, write_set
+from shard_set import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, shard_names, write_set
 
 from composer_path.data.stream_error import StreamError
 
@@ -44,7 +44,7 @@ def read(cache: Path, num_workers: int = 0, **keywords: Any) -> list[int]:
     try:
         return sorted(read_epoch(loader))
     finally:
-        loader._iterator = None  # ends the workers
+        end_workers(loader)
 
 
 SURVIVED = {
@@ -63,7 +63,7 @@ SURVIVED = {
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_fault_that_passes_costs_no_sample(name: str, num_workers: int, proxy: Proxy, tmp_path: Path) -> None:
     proxy.spoils = [Spoil(spoil.path, spoil.how, spoil.times) for spoil in SURVIVED[name]]
-    assert read(tmp_path, num_workers, download_timeout=1.5) == list(range(NUM_SAMPLES))
+    assert read(tmp_path, num_workers, download_timeout=1.0) == list(range(NUM_SAMPLES))
     assert all(spoil.times == 0 for spoil in proxy.spoils)
     assert not list(tmp_path.glob("*.part"))
 
@@ -73,12 +73,12 @@ ENDS = {
     "403": (Spoil(BAD, "status:403"), "forbidden", 4),
     "404": (Spoil(BAD, "status:404"), "missing", 4),
     "400": (Spoil(BAD, "status:400"), "refused", 4),
-    "endless 503": (Spoil(BAD, "status:503"), "unreachable", SECONDS + 4),
-    "endless resets": (Spoil(BAD, "reset"), "unreachable", SECONDS + 4),
-    "black hole": (Spoil(BAD, "hang"), "unreachable", SECONDS + 4),
-    "nothing but cut bodies": (Spoil(BAD, "cut:0"), "", SECONDS + 4),
+    "endless 503": (Spoil(BAD, "status:503"), "unreachable", SECONDS + 2),
+    "endless resets": (Spoil(BAD, "reset"), "unreachable", SECONDS + 2),
+    "black hole": (Spoil(BAD, "hang"), "unreachable", SECONDS + 2),
+    "nothing but cut bodies": (Spoil(BAD, "cut:0"), "", SECONDS + 2),
     "always a changed byte": (Spoil(BAD, "flip:2000"), "hash", 5),
-    "too slow": (Spoil(BAD, "slow:300"), "too-slow", SECONDS + 4),
+    "too slow": (Spoil(BAD, "slow:300"), "too-slow", SECONDS + 2),
     "403 on the index": (Spoil("index.json", "status:403"), "forbidden", 4),
     "404 on the index": (Spoil("index.json", "status:404"), "missing", 4),
     "400 on the index": (Spoil("index.json", "status:400"), "refused", 4),
@@ -93,7 +93,7 @@ def test_a_fault_that_stays_ends_in_one_named_error(name: str, num_workers: int,
     start = time.monotonic()
     with pytest.raises(StreamError) as caught:
         read(tmp_path, num_workers, download_timeout=2.0)
-    assert time.monotonic() - start < seconds + 2 * num_workers  # starting and ending workers
+    assert time.monotonic() - start < seconds + 4  # building a client, starting and ending workers, on a busy machine
     error = caught.value
     assert error.shard == ("index.json" if "index" in name else BAD)
     assert error.rule == rule or not rule

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +119,29 @@ def test_damaged_squares_are_image_errors_and_later_versions_are_not(golden: Pat
 def test_pictures_over_the_limit_are_not_resized(golden: Path) -> None:
     with pytest.raises(ImageError, match="too-many-pixels"):
         resize_image(pictures(golden)["rotated"], 28, max_pixels=100)
+
+
+def test_training_reads_the_same_pixels_from_resized_shards_or_stops(tmp_path: Path, byte_level_tokenizer) -> None:
+    from composer_path.data.dataset import ConversationDataset
+    from composer_path.data.shards import convert
+
+    folder = Path(__file__).resolve().parents[2] / "test_data"
+    records = json.loads((folder / "data.json").read_text())[:12]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    square = {"image_size": 28, "fit": "pad", "pad_color": list(COLOR)}
+    convert(tmp_path / "data.json", folder / "imgs", tmp_path / "files")
+    convert(tmp_path / "data.json", folder / "imgs", tmp_path / "squares", resized=square)
+
+    def dataset(name: str, **changes: Any) -> ConversationDataset:
+        keywords = {"image_size": 28, "pad_color": COLOR, "num_image_tokens": 2, "template": "llava_llama_2", **changes}
+        return ConversationDataset(
+            tokenizer=byte_level_tokenizer, local=str(tmp_path / name), batch_size=1, shuffle=False, **keywords
+        )
+
+    files, squares = dataset("files"), dataset("squares")
+    for number in range(len(records)):
+        assert torch.equal(squares[number]["pixel_values"], files[number]["pixel_values"])
+        assert squares[number]["problem"] is None
+    del files, squares
+    with pytest.raises(ResizedMismatch, match=r"wants images with image_size 56.*resized to image_size 28"):
+        dataset("squares", image_size=56)[0]

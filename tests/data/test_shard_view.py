@@ -12,6 +12,8 @@ from typing import Any
 
 import fsspec
 import pytest
+from s3_server import KEY, serve_s3
+from s3_server import SECRET as SECRET_KEY
 
 from composer_path.data.conversation import Conversation
 from composer_path.data.image import resize_image
@@ -403,6 +405,38 @@ def test_choosing_writes_to_a_bucket(bucket: str) -> None:
     select_samples(ShardView(bucket), "memory://bucket/chosen", num_samples=5)
     assert len(all_samples("memory://bucket/chosen")) == 5
     assert check_shards(ShardView("memory://bucket/chosen")).problems == []
+
+
+def test_a_set_on_a_real_s3_server_is_viewed_checked_and_chosen_from(
+    partitioned: Path, samples: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = tmp_path / "s3" / "bucket"
+    shutil.copytree(partitioned, bucket / "set")
+    with serve_s3(tmp_path / "s3") as port:
+        environment = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_DEFAULT_REGION": "us-east-1"}
+        for name, value in {**environment, "S3_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
+            monkeypatch.setenv(name, value)
+        view = ShardView("s3://bucket/set")
+        assert view.sample(17).metadata == samples[17]["metadata"]
+        assert check_shards(view, workers=2).problems == []
+        select_samples(view, "s3://bucket/chosen", [Condition.parse("stain=H&E")], num_samples=5, workers=2)
+        assert check_shards(ShardView("s3://bucket/chosen")).problems == []
+        assert sorted(path.name for path in (bucket / "chosen").iterdir()) == [
+            "dataset.json",
+            "index.json",
+            "part-00000",
+        ]
+
+        flip(next((bucket / "set" / "part-00000").glob("*.mds")), -1)
+        (bucket / "set" / "stray.mds").write_bytes(b"")
+        rules = {problem.rule for problem in check_shards(ShardView("s3://bucket/set"), workers=2).problems}
+        assert rules == {"hash", "not-in-index"}
+        with pytest.raises(ShardViewError, match="must be empty"):
+            select_samples(view, "s3://bucket/chosen", num_samples=5)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+        with pytest.raises(ShardViewError, match="SignatureDoesNotMatch") as caught:
+            ShardView("s3://bucket/set")
+        assert "another-secret" not in str(caught.value)
 
 
 def test_a_choice_that_cannot_be_made_writes_nothing(flat: Path, tmp_path: Path) -> None:

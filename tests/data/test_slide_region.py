@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,12 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tiny_dicom import write_tiny_dicom
 from tiny_slide import tiny_slide_levels, write_tiny_slide
 
 from composer_path.data import slide_region
 from composer_path.data.conversation import RULES, Conversation, RecordError, problems_of
+from composer_path.data.image import load_image, load_stored_image
 from composer_path.data.image_file import ImageError, open_image, sanitize_image
+from composer_path.data.shard_view import ShardView
+from composer_path.data.shards import convert
 from composer_path.data.slide_region import OpenSlideMissing, SlideRegion, mpp_of, read_region, region_png
 
 openslide = pytest.importorskip("openslide", reason="slide regions need the extra 'wsi'")
@@ -74,6 +80,15 @@ def test_each_level_gives_its_own_pixels(tiny_slide: Path, level: int) -> None:
     region = read_region(tiny_slide, 8, 4, 16, 10, level)
     left, top = 8 >> level, 4 >> level
     assert np.array_equal(np.asarray(region), LEVELS[level][top : top + 10, left : left + 16])
+
+
+@pytest.mark.parametrize("name", ["level0.dcm", "level1.dcm", "label.dcm"])
+def test_a_dicom_slide_is_the_scan_whichever_of_its_files_is_named(tmp_path: Path, name: str) -> None:
+    path = write_tiny_dicom(tmp_path / "slide", LEVELS) / name
+    for level, pixels in enumerate(LEVELS):
+        height, width, _ = pixels.shape
+        assert np.array_equal(np.asarray(read_region(path, 0, 0, width, height, level)), pixels)
+        assert mpp_of(path, level) == 0.5 * 2**level
 
 
 def test_what_lies_outside_of_the_scan_is_white(tiny_slide: Path) -> None:
@@ -225,3 +240,37 @@ def test_each_fault_of_a_records_region_is_named(change: dict[str, Any], rule: s
         assert "Miller" not in str(problems[0])
         with pytest.raises(RecordError):
             Conversation.from_record(record(image))
+
+
+def test_a_conversion_stores_regions_and_the_slides_resolution(tmp_path: Path) -> None:
+    write_tiny_slide(tmp_path / "tiny.tiff", LEVELS)
+    region = {"file": "tiny.tiff", "x": 8, "y": 4, "width": 20, "height": 16}
+    given = [region, {**region, "level": 1}, region]
+    rows = [record(image) for image in given]
+    rows[2]["mpp"] = 0.25
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    convert(tmp_path / "data.json", tmp_path, tmp_path / "plain", ids="keep")
+    square = {"image_size": 28, "fit": "pad", "pad_color": [1, 2, 3]}
+    convert(tmp_path / "data.json", tmp_path, tmp_path / "resized", resized=square)
+    plain, resized = ShardView(tmp_path / "plain"), ShardView(tmp_path / "resized")
+    for number, value in enumerate(given):
+        level = value.get("level", 0)
+        (image,) = plain.sample(number).images
+        expected = read_region(tmp_path / "tiny.tiff", 8, 4, 20, 16, level)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
+        assert plain.sample(number).metadata["images"] == [str(SlideRegion.from_record(value))]
+        stored = load_stored_image(resized.sample(number).images[0], 28, "pad", "pil", (1, 2, 3))
+        assert torch.equal(stored, load_image(image, 28, "pad", "pil", (1, 2, 3)))
+        assert "tiny" not in str(resized.sample(number).metadata)
+    # What the record says counts more than what the file says.
+    assert [plain.sample(number).metadata["mpp"] for number in range(3)] == [0.5, 1.0, 0.25]
+
+
+def test_a_conversion_without_openslide_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_slide(tmp_path / "tiny.tiff", LEVELS)
+    region = {"file": "tiny.tiff", "x": 8, "y": 4, "width": 20, "height": 16}
+    (tmp_path / "data.json").write_text(json.dumps([record(region)]))
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    with pytest.raises(OpenSlideMissing):  # even when bad records are to be skipped
+        convert(tmp_path / "data.json", tmp_path, tmp_path / "out", on_error="skip")
+    assert not (tmp_path / "out" / "index.json").exists()

@@ -54,7 +54,7 @@ def test_a_bad_record_fails_the_command_without_a_word_of_the_patient(
     assert "record 1: image 1 of 1" in output.err
     assert "[missing-file]" in output.err
     assert SECRET not in output.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "imgs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "identifiers.key", "imgs"]
 
 
 def test_skip_prints_a_summary_without_a_word_of_the_patient(
@@ -72,12 +72,16 @@ def test_skip_prints_a_summary_without_a_word_of_the_patient(
 
 
 def test_every_option_reaches_the_conversion(command: ModuleType, arguments: list[str], tmp_path: Path) -> None:
-    options = {"--on-error": "skip", "--ids": "keep", "--size-limit": "10kb", "--max-pixels": "64"}
+    options = {"--on-error": "skip", "--ids": "keep", "--size-limit": "10kb", "--max-pixels": "64", "--check": "header"}
+    options |= {"--resize": "8", "--pad-color": "1,2,3", "--workers": "1", "--partition-size": "1"}
     files = {"--rejected": str(tmp_path / "r.jsonl"), "--key": str(tmp_path / "k.key")}
     words = [word for option in {**options, **files}.items() for word in option]
     assert command.main(arguments + words) == 0
     info = json.loads((tmp_path / "out" / "dataset.json").read_text())
-    assert info["options"] == {"ids": "keep", "size_limit": "10kb", "hashes": ["xxh64"], "max_pixels": 64}
+    resized = {"image_size": 8, "fit": "pad", "pad_color": [1, 2, 3]}
+    assert info["resized"] == info["options"].pop("resized") == resized
+    expected = {"ids": "keep", "size_limit": "10kb", "hashes": ["xxh64"], "max_pixels": 64, "check": "header"}
+    assert info["options"] == {**expected, "on_error": "skip", "partition_size": 1}
     assert (tmp_path / "r.jsonl").exists()
     assert not (tmp_path / "k.key").exists()  # identifiers that are kept need no key
     index = json.loads((tmp_path / "out" / "index.json").read_text())
@@ -93,22 +97,24 @@ def test_a_place_that_cannot_be_written_ends_in_one_line(
 
 
 def test_wrong_arguments_end_with_status_2(command: ModuleType, arguments: list[str]) -> None:
-    for wrong in ([], [*arguments, "--ids", "none"], [*arguments, "--compress"], [*arguments, "--max-pixels", "x"]):
+    for wrong in ([], [*arguments, "--ids", "none"], [*arguments, "--compress"], [*arguments, "--max-pixels", "x"], ["merge"]):
         with pytest.raises(SystemExit) as caught:
             command.main(wrong)
         assert caught.value.code == 2
 
 
-def test_progress_is_printed_only_after_ten_seconds(
-    command: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_parts_are_joined_by_merge(
+    command: ModuleType, arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr(command.time, "monotonic", lambda: now[0])
-    report = command.every_ten_seconds()
-    for count, seconds in enumerate([1, 9, 11, 12, 20, 22]):
-        now[0] = float(seconds)
-        report("checked", count)
-    assert capfd.readouterr().err == "2 records checked\n5 records checked\n"
+    words = [*arguments, "--on-error", "skip", "--partition-size", "1", "--workers", "1"]
+    assert command.main([*words, "--part", "1/2"]) == 0
+    assert "convert.py merge" in capfd.readouterr().out
+    assert command.main(["merge", arguments[-1]]) == 1
+    assert "2/2 (1 partitions)" in capfd.readouterr().err
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert command.main([*words, "--part", "2/2"]) == 0
+    assert command.main(["merge", arguments[-1]]) == 0
+    assert (tmp_path / "out" / "index.json").exists()
 
 
 @pytest.mark.parametrize("path", ["data_prep/convert.py", str(COMMAND)], ids=["repo root", "elsewhere"])
