@@ -168,10 +168,12 @@ def _check_agreement(config: dict[str, Any], problems: list[str]) -> None:
         # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
         dataset = get(f"{name}.dataset")
         if isinstance(dataset, Mapping) and (dataset.get("local") is None) == (dataset.get("streams") is None):
-            both = dataset.get("local") is not None
+            found = "found null" if "local" in dataset else "is missing"
             problems.append(
-                f"{name}.dataset.local: {'is given beside streams; remove one of them' if both else 'is missing'}"
-                f"{'' if both else '; it must be text: the folder of the shards, or of their cache (or give streams)'}"
+                f"{name}.dataset.local: is given beside streams; remove one of them"
+                if dataset.get("local") is not None
+                else f"{name}.dataset.local: {found}; it must be text: the folder of the shards, or of their cache "
+                "(or give streams)"
             )
         most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len", 0)
         if isinstance(most, int) and isinstance(longest, int) and most < longest:

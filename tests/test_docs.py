@@ -30,7 +30,7 @@ def test_the_pages_hold_commands() -> None:
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_a_documented_command_is_one_that_exists(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPO_ROOT)
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (REPO_ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
@@ -39,12 +39,15 @@ def test_a_documented_command_is_one_that_exists(page: str, command: str, monkey
 
         arguments = [word for word in words[words.index("train.py") + 1 :] if word != "--check"]
         load_config(arguments[0], arguments[1:])
-    elif words[:2] == ["python", "data_prep/convert.py"]:
-        spec = importlib.util.spec_from_file_location("convert", REPO_ROOT / "data_prep" / "convert.py")
+    elif words[0] == "python" and words[1].startswith("data_prep/"):
+        spec = importlib.util.spec_from_file_location("command", REPO_ROOT / words[1])
         assert spec is not None and spec.loader is not None
-        convert = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(convert)
-        convert.parse_arguments(words[2:])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if words[2] == "merge":
+            module.parse_merge_arguments(words[3:])
+        else:
+            module.parse_arguments(words[2:])
     elif words[0] == "composer-path":
         from composer_path.cli import parse
 

@@ -16,8 +16,8 @@ class BatchReport(Callback):
     """Logs, for each batch of this rank, from counts the loader's workers made (nothing is copied from the GPU).
 
     `batch/supervised_share`: answer tokens over tokens. `batch/padding_avoided`: the share of padding that the batch
-    would have, padded to its longest sample. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's time.
-    `batch/unusable_samples`: so far; each kind of problem is named once, with the sample's position in the stream.
+    would have, padded to its longest sample. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's
+    time. `batch/unusable_samples`: so far; each kind is named once, with its position in the stream.
     """
 
     def __init__(self) -> None:

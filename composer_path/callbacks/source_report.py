@@ -14,7 +14,7 @@ from composer_path.models.composer_model import ComposerPathMLLM
 
 
 class SourceReport(Callback):
-    """Logs for each stream of a mixture, or each `source` that records name, at intervals:
+    """Logs, for each stream of a mixture or each `source` that records name, at intervals.
 
     `source/<name>/samples`: seen so far. `source/<name>/loss`: mean over its answer tokens since the last report.
 
@@ -22,7 +22,7 @@ class SourceReport(Callback):
 
     Args:
         interval: Report every so many batches.
-    """  # noqa: D415
+    """
 
     def __init__(self, interval: int = 10) -> None:
         if interval < 1:
@@ -65,7 +65,9 @@ class SourceReport(Callback):
 
     def _report(self, logger: Logger) -> None:
         sums = [] if self.sums is None else self.sums.tolist()
-        mine = {name: (self.new.get(name, 0), *(sums[at] if at < len(sums) else (0, 0))) for name, at in self.slots.items()}
+        mine = {
+            name: (self.new.get(name, 0), *(sums[at] if at < len(sums) else (0, 0))) for name, at in self.slots.items()
+        }
         totals: dict[str, list[float]] = {}
         for theirs in dist.all_gather_object(mine):
             for name, values in theirs.items():
@@ -93,4 +95,5 @@ class SourceReport(Callback):
 
 def _adapter(state: State) -> ComposerPathMLLM:
     """The model as Composer was given it, from within DDP."""
-    return getattr(state.model, "module", state.model)
+    model: Any = state.model
+    return getattr(model, "module", model)

@@ -1,4 +1,4 @@
-"""Before the first sample: one run a cache, nothing left over from a killed one, and an index as new as the remote's."""
+"""Before the first sample: one run a cache, nothing left of a killed one, an index as new as the remote's."""
 
 from __future__ import annotations
 

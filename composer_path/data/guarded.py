@@ -61,6 +61,9 @@ class GuardedStreamingDataset(StreamingDataset):
         StreamError: The data can't be read; on all ranks, whichever met it.
     """
 
+    streams: Sequence[GuardedStream]
+    cache_limit: int | None
+
     def __init__(
         self,
         *,
@@ -132,7 +135,9 @@ class GuardedStreamingDataset(StreamingDataset):
     def raise_failure(self) -> None:
         """Raise it, if there is one."""
         if self._stopped():
-            raise self.failure() or StreamError("stopped")  # no name for it: that would be a cycle through its traceback
+            raise self.failure() or StreamError(
+                "stopped"
+            )  # no name for it: that would be a cycle through its traceback
 
     def _stopped(self) -> bool:
         return self._failure.is_set()
@@ -231,7 +236,7 @@ class GuardedStreamingDataset(StreamingDataset):
         if self._shard_states[shard_id] != _ShardState.LOCAL:
             self.prepare_shard(shard_id)
         try:
-            return super().get_item(sample_id, retry)
+            return super().get_item(int(sample_id), retry)
         except StreamError:
             raise
         except Exception as error:

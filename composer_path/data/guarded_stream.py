@@ -196,7 +196,9 @@ class GuardedStream(Stream):
         except Fault as fault:
             if self._transfer is None:
                 raise self.error(info.basename, fault) from None
-            log.warning("%s in the cache %s: %s: %s; it is fetched again", path.name, self.folder, fault.rule, fault.found)
+            log.warning(
+                "%s in the cache %s: %s: %s; it is fetched again", path.name, self.folder, fault.rule, fault.found
+            )
             path.unlink(missing_ok=True)
             return False, -info.bytes
         except OSError as error:

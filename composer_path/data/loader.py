@@ -28,7 +28,7 @@ class EmptyBatchError(ValueError):
 class WholeEpochLoader(DataLoader):
     """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """One epoch, or the rest of a resumed one."""
         dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
         dataset.raise_failure()

@@ -106,7 +106,9 @@ def check_streams(streams: Mapping[str, Mapping[str, Any]]) -> None:
     shares = [name for name, keywords in streams.items() if keywords.get("proportion") is not None]
     if shares and len(shares) < len(streams):
         without = ", ".join(name for name in streams if name not in shares)
-        raise ValueError(f"streams: {', '.join(shares)} has a proportion, {without} has none; give it to all or to none")
+        raise ValueError(
+            f"streams: {', '.join(shares)} has a proportion, {without} has none; give it to all or to none"
+        )
     seen: dict[tuple[Any, Any], str] = {}
     for name, keywords in streams.items():
         folder = (keywords.get("local"), keywords.get("split"))

@@ -1,4 +1,4 @@
-"""One attempt to bring a file from a folder or a bucket to the disk, bounded in time, with a plain word for what failed.
+"""One attempt to bring a file from a folder or a bucket, bounded in time, with a plain word for what failed.
 
 Streaming's own downloaders can't be used for this: an answer 400 sends theirs into endless recursion, a dead
 connection keeps it for half an hour, Google's errors are swallowed, and public buckets need credentials.
@@ -158,9 +158,7 @@ class Transfer:
     def _from_s3(self, url: str, part: _Part, limits: Limits) -> None:
         self._from_s3_store(url, part, limits, os.environ.get("S3_ENDPOINT_URL"), {})
 
-    def _from_s3_store(
-        self, url: str, part: _Part, limits: Limits, endpoint: str | None, keys: dict[str, str]
-    ) -> None:
+    def _from_s3_store(self, url: str, part: _Part, limits: Limits, endpoint: str | None, keys: dict[str, str]) -> None:
         from botocore import exceptions as boto
         from urllib3.exceptions import HTTPError
 
@@ -268,8 +266,8 @@ class Transfer:
 
 
 def _as_they_come(body: Any) -> Iterator[bytes]:
-    """Bytes as soon as they are there: botocore's own iterator waits for whole chunks, on a slow link past any bound."""
-    raw = getattr(body, "_raw_stream", None)
+    """Bytes as soon as they are there: botocore's own iterator waits for whole chunks, past any bound."""
+    raw: Any = getattr(body, "_raw_stream", None)
     if not hasattr(raw, "read1"):  # an older or a newer botocore or urllib3
         yield from body.iter_chunks(1 << 14)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,9 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
             if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
         }
         state = {"state": {"model": {prefix + name: tensor for name, tensor in wanted.items()}}}
-        load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():  # that this is one process, which is what no_dist says
+            warnings.simplefilter("ignore", UserWarning)
+            load(state, storage_reader=reader, no_dist=True)
         tensors = wanted
     elif checkpoint.is_file():
         from composer_path.checkpoint_safety import read_pickle

@@ -158,7 +158,9 @@ class Proxy:
 
 
 def _refusal(status: int, line: str) -> bytes:
-    body = f"<?xml version='1.0'?><Error><Code>{_ERROR_CODES[status]}</Code><Message>injected</Message></Error>".encode()
+    body = (
+        f"<?xml version='1.0'?><Error><Code>{_ERROR_CODES[status]}</Code><Message>injected</Message></Error>".encode()
+    )
     body = b"" if line.startswith("HEAD") else body
     head = f"HTTP/1.1 {status} X\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
     return head.encode() + b"\r\n\r\n" + body

@@ -202,7 +202,7 @@ def test_a_conversation_that_the_template_cannot_express_is_a_problem(open_shard
 
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> Callable[[bytes, bytes], str]:
-    """A copy of the shards in which some bytes, found once, are others."""
+    """A copy of the shards, without checksums, in which some bytes, found once, are others."""
 
     def damage(old: bytes, new: bytes) -> str:
         copy = tmp_path / "damaged"
@@ -211,6 +211,13 @@ def damaged(folder: Path, tmp_path: Path) -> Callable[[bytes, bytes], str]:
         data = shard.read_bytes()
         assert (data.count(old), len(new)) == (1, len(old))
         shard.write_bytes(data.replace(old, new))
+        index = json.loads((copy / "index.json").read_text())
+        for entry in index["shards"]:
+            entry["raw_data"]["hashes"] = {}  # with checksums the whole shard would be refused
+        (copy / "index.json").write_text(json.dumps(index))
+        index = json.loads((copy / "index.json").read_text())
+        index["shards"][0]["raw_data"]["hashes"] = {}  # they would refuse the whole shard
+        (copy / "index.json").write_text(json.dumps(index))
         return str(copy)
 
     return damage

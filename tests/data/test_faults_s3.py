@@ -60,7 +60,7 @@ SURVIVED = {
 
 
 @pytest.mark.parametrize("name", SURVIVED)
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_fault_that_passes_costs_no_sample(name: str, num_workers: int, proxy: Proxy, tmp_path: Path) -> None:
     proxy.spoils = [Spoil(spoil.path, spoil.how, spoil.times) for spoil in SURVIVED[name]]
     assert read(tmp_path, num_workers, download_timeout=1.0) == list(range(NUM_SAMPLES))
@@ -86,14 +86,14 @@ ENDS = {
 
 
 @pytest.mark.parametrize("name", ENDS)
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_fault_that_stays_ends_in_one_named_error(name: str, num_workers: int, proxy: Proxy, tmp_path: Path) -> None:
     spoil, rule, seconds = ENDS[name]
     proxy.spoils = [Spoil(spoil.path, spoil.how)]
     start = time.monotonic()
     with pytest.raises(StreamError) as caught:
         read(tmp_path, num_workers, download_timeout=2.0)
-    assert time.monotonic() - start < seconds + 4  # building a client, starting and ending workers, on a busy machine
+    assert time.monotonic() - start < seconds + 12  # building a client, starting and ending workers, on a busy machine
     error = caught.value
     assert error.shard == ("index.json" if "index" in name else BAD)
     assert error.rule == rule or not rule
@@ -106,7 +106,7 @@ def test_a_fault_that_stays_ends_in_one_named_error(name: str, num_workers: int,
 
 def test_a_wrong_secret_is_told_at_the_start(proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-    with pytest.raises(StreamError, match="index.json of s3://bucket/set: forbidden: answer 403") as caught:
+    with pytest.raises(StreamError, match=r"index[.]json of s3://bucket/set: forbidden: answer 403") as caught:
         read(tmp_path)
     assert "another-secret" not in str(caught.value)
 

