@@ -76,6 +76,8 @@ def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
         "algorithms=null",
         f"algorithms={{gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}{jitter}}}",
         "callbacks.speed_monitor.window_size=2",
+        "callbacks.optimizer_monitor.batch_log_interval=1",
+        "trainer.parallelism_config.fsdp.reshard_after_forward=true",
         "callbacks.save_weights.interval=1ep",
         "loggers.tensorboard.flush_interval=1",
         "trainer={max_duration: 2ep, eval_interval: 1ep, save_interval: 1ep, save_num_checkpoints_to_keep: 1}",

@@ -23,7 +23,7 @@ class SaveWeights(Callback):
     `PathMLLM.from_pretrained` loads.
 
     Args:
-        interval: A Composer time such as `1ep` or `500ba`; the end of training is always included.
+        interval: A Composer time such as `1ep` or `500ba` (a number counts epochs); the end of training is always included.
         dtype: Of a written model folder: `bf16`, `fp32`, or None for as they are.
         run_folder: Where to write.
         model: The plain model, whose children are gathered if it is sharded.
@@ -34,7 +34,7 @@ class SaveWeights(Callback):
 
     def __init__(
         self,
-        interval: str = "1ep",
+        interval: str | int = "1ep",
         dtype: str | None = None,
         *,
         run_folder: Path,
