@@ -57,3 +57,15 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
     """Numbers of trained and frozen parameters."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return {"trained": trained, "frozen": sum(p.numel() for p in module.parameters()) - trained}
+
+
+def describe_parameters(model: PathMLLM) -> str:
+    """One line on what is trained and what is frozen, with the numbers of weights and how frozen ones are held."""
+    words: dict[str, list[str]] = {"trained": [], "frozen": []}
+    for name in MODULES:
+        parameters = list(getattr(model, name).parameters())
+        trained = any(p.requires_grad for p in parameters)
+        held = "" if trained else ", " + "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        count = sum(p.numel() for p in parameters)
+        words["trained" if trained else "frozen"].append(f"{name} ({count:,} weights{held})")
+    return "; ".join(f"{state}: {', '.join(names) or 'nothing'}" for state, names in words.items())

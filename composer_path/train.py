@@ -50,7 +50,13 @@ def main(arguments: Sequence[str]) -> int:
         print(ConfigError(words[0], problems), file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    train(config)
+    from composer_path.weights.tensor_file import WeightsError
+
+    try:
+        train(config)
+    except WeightsError as error:  # a file that doesn't fit the model it is named for
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
@@ -71,7 +77,7 @@ def train(config: DictConfig) -> Trainer:
     from composer_path.checkpoint_safety import require_safe_checkpoints
     from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly
     from composer_path.models import ComposerPathMLLM
-    from composer_path.optimizer import build_optimizer, count_parameters
+    from composer_path.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run_report import RunReport
     from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
 
@@ -89,6 +95,8 @@ def train(config: DictConfig) -> Trainer:
 
     tokenizer = build_tokenizer(config)
     model = build_model(config)
+    if dist.get_global_rank() == 0:
+        print(f"{settings['trainer']['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
     train_loader, batch_size = build_loader(settings["train_loader"], model, tokenizer)
     evaluators = []

@@ -53,7 +53,7 @@ MISTAKES = [
     ("train_loader.num_workers=true", "train_loader.num_workers: found true; it must be a whole number"),
     ("train_loader.loss_average=tokens", "train_loader.loss_average: found the text 'tokens'; did you mean token?"),
     ("train_loader.max_tokens_per_microbatch=128", "train_loader.max_tokens_per_microbatch: found 128, less than"),
-    ("train_loader.dataset.local=null", "train_loader.dataset.local: is missing; it must be text"),
+    ("train_loader.dataset.local=null", "train_loader.dataset.local: found null; it must be text"),
     ("train_loader.dataset.batch_size=4", "train_loader.dataset.batch_size: is not set here; use global_batch_size"),
     ("train_loader.dataset.image_size=64", "train_loader.dataset.image_size: is not set here; leave it out"),
     (

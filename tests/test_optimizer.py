@@ -9,7 +9,7 @@ import torch
 
 from composer_path.models import PathMLLM
 from composer_path.models.assembly import assemble_model
-from composer_path.optimizer import build_optimizer, count_parameters
+from composer_path.optimizer import build_optimizer, count_parameters, describe_parameters
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 
@@ -95,3 +95,17 @@ def test_trained_and_frozen_parameters_are_counted_apart() -> None:
     counts = count_parameters(model)
     assert counts["trained"] == sum(p.numel() for p in model.projector.parameters())
     assert counts["trained"] + counts["frozen"] == sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_trained_and_what_is_frozen_is_told_with_numbers_and_dtypes() -> None:
+    model = model_with(["projector"])
+    model.vision_encoder.to(torch.bfloat16)
+    told = describe_parameters(model)
+    projector, vision, language = (
+        sum(p.numel() for p in module.parameters())
+        for module in (model.projector, model.vision_encoder, model.language_model)
+    )
+    assert told == (
+        f"trained: projector ({projector:,} weights); frozen: vision_encoder ({vision:,} weights, bfloat16), "
+        f"language_model ({language:,} weights, float32)"
+    )
