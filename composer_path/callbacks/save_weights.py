@@ -23,7 +23,7 @@ class SaveWeights(Callback):
     `PathMLLM.from_pretrained` loads.
 
     Args:
-        interval: A Composer time such as `1ep` or `500ba` (a number counts epochs); the end of training is always included.
+        interval: A Composer time such as `1ep` or `500ba` (a number counts epochs); the end is always included.
         dtype: Of a written model folder: `bf16`, `fp32`, or None for as they are.
         run_folder: Where to write.
         model: The plain model, whose children are gathered if it is sharded.
