@@ -15,7 +15,7 @@ from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_t
 
 from composer_path import sharding
 from composer_path.builders import build_loader, build_model, build_tokenizer, plain
-from composer_path.data.loader import split_batch
+from composer_path.data.microbatches import split_batch
 from composer_path.models import ComposerPathMLLM, PathMLLM
 from composer_path.models.assembly import assemble_model
 from composer_path.models.language_model import cast_parameters

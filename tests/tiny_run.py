@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,12 +192,19 @@ def largest_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
     return max(errors)
 
 
-def end_group(leader: int) -> bool:
-    """Kill what a command, started in a session of its own, left running; returns whether there was anything."""
-    try:
-        os.killpg(leader, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
+def end_group(leader: int, patience: float = 10.0) -> bool:
+    """Kill what a command, started in a session of its own, left running; returns whether there was anything.
+
+    Python's own trackers of shared memory outlive a killed process by a moment, in which they clean up after it.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(leader, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.1)
+    os.killpg(leader, signal.SIGKILL)
     return True
 
 

@@ -25,17 +25,16 @@ A batch is a dict:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from composer_path.data.dataset import Sample
+from composer_path.data.microbatches import Batch, fewest_bins
 from composer_path.data.tokenize import IGNORE_INDEX
 
 LOSS_AVERAGES = ("token", "sample", "square", "rank")
-Batch = dict[str, Any]
 
 
 class PackedCollator:
@@ -93,47 +92,6 @@ class PackedCollator:
         }
 
 
-def fewest_bins(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Split samples into as few bins of at most `limit` tokens as first-fit-decreasing finds, then even them out.
-
-    Returns:
-        For each bin, the indices of its samples in their original order; bins in the order of their first sample.
-    """
-    if limit is None:
-        return [list(range(len(lengths)))]
-    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    tight = _first_fit(longest_first, lengths, limit)
-    bins = _spread(longest_first, lengths, len(tight))
-    if any(sum(lengths[index] for index in indices) > limit and len(indices) > 1 for indices in bins):
-        bins = tight  # evening out broke the limit
-    return sorted(sorted(indices) for indices in bins)
-
-
-def _first_fit(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Each sample into the first bin that has room for it."""
-    bins: list[list[int]] = []
-    totals: list[int] = []
-    for index in order:
-        at = next((at for at, total in enumerate(totals) if total + lengths[index] <= limit), len(bins))
-        if at == len(bins):
-            bins.append([])
-            totals.append(0)
-        bins[at].append(index)
-        totals[at] += lengths[index]
-    return bins
-
-
-def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Each sample into the emptiest bin: nearly equal bins."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    totals = [0] * num_bins
-    for index in order:
-        at = totals.index(min(totals))
-        bins[at].append(index)
-        totals[at] += lengths[index]
-    return bins
-
-
 def shift_labels(labels: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
     """The label of each position is the next token's; the last position predicts nothing."""
     return torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
@@ -147,35 +105,6 @@ def target_weights(num_targets: Int64[Tensor, " samples"], loss_average: str) ->
     else:
         per_sample = {"token": torch.ones_like(counts), "sample": 1 / counts, "square": counts.rsqrt()}[loss_average]
     return per_sample.repeat_interleave(num_targets).float()
-
-
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start to stop of a row as a batch of their own; its tensors are views but for the shifted indices."""
-    borders = batch["cu_seq_lens"].tolist()
-    tokens = slice(borders[start], borders[stop])
-    images = _range(batch["num_images"], start, stop)
-    targets = _range(batch["num_targets"], start, stop)
-    placeholders = _range(batch["num_placeholders"], start, stop)
-    weights = batch["target_weights"][targets]
-    cu_seq_lens = batch["cu_seq_lens"][start : stop + 1] - borders[start]
-    part = {key: batch[key][tokens] for key in ("input_ids", "position_ids", "labels")}
-    part |= {key: batch[key][images] for key in ("pixel_values", "is_he", "image_sample_ids")}
-    part |= {key: batch[key][start:stop] for key in ("sample_ids", "num_images", "num_targets", "num_placeholders")}
-    part |= {key: batch[key][start:stop] for key in ("sources", "problems")}
-    return part | {
-        "cu_seq_lens": cu_seq_lens,
-        "max_seq_len": int(torch.diff(cu_seq_lens).max()),
-        "supervised_index": batch["supervised_index"][targets] - borders[start],
-        "targets": batch["targets"][targets],
-        "target_weights": weights,
-        "loss_weight": float(weights.double().sum()),
-        "image_index": batch["image_index"][placeholders] - borders[start],
-        "samples_per_bin": [stop - start],
-    }
-
-
-def _range(counts: Int64[Tensor, " samples"], start: int, stop: int) -> slice:
-    return slice(int(counts[:start].sum()), int(counts[:stop].sum()))
 
 
 def _count_per_sample(

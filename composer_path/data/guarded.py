@@ -8,8 +8,8 @@ As Streaming 0.13 is, a missing or damaged shard ends an epoch early with succes
 4. the first failure is noted in shared memory, where the other processes of this machine find it;
 5. an epoch that ends before its last sample is an error.
 
-Some methods replace ones of Streaming and follow them closely; tests/data/test_streaming_originals.py notices when theirs
-change.
+Some methods replace ones of Streaming and follow them closely; tests/data/test_streaming_originals.py notices when
+those change.
 """
 
 from __future__ import annotations

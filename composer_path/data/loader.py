@@ -15,14 +15,11 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.data.collator import Batch, PackedCollator, slice_batch
+from composer_path.data.collator import PackedCollator
 from composer_path.data.dataset import ConversationDataset
 from composer_path.data.image import pad_color_of
+from composer_path.data.microbatches import split_batch
 from composer_path.data.stream_error import StreamError
-
-
-class EmptyBatchError(ValueError):
-    """A global batch without a single answer token: there is nothing to learn from and nothing to divide by."""
 
 
 class WholeEpochLoader(DataLoader):
@@ -143,74 +140,3 @@ def build_dataloader(
             "loss_generating": batch["loss_weight"],
         },
     )
-
-
-def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
-    """Cut a row into microbatches, as many on every rank: under FSDP each is a collective forward pass.
-
-    Args:
-        batch: From `PackedCollator`, laid out bin by bin.
-        microbatch_size: At most so many samples in each; Composer hands over the device batch size.
-
-    Raises:
-        EmptyBatchError: No rank has an answer token.
-    """
-    counts = cap_bins(batch["samples_per_bin"], int(microbatch_size))
-    num_bins, largest_weight = agree_over_ranks(len(counts), batch["loss_weight"])
-    if largest_weight == 0:
-        problems = sorted({problem for problem in batch["problems"] if problem})
-        raise EmptyBatchError(
-            f"a batch of {len(batch['num_images'])} samples a rank has no answer token at all (samples "
-            f"{batch['sample_ids'].tolist()[:8]} here{': ' + '; '.join(problems[:3]) if problems else ''}); "
-            "raise max_seq_len, or convert the data again without such records"
-        )
-    counts = add_cuts(counts, batch["cu_seq_lens"].tolist(), num_bins)
-    starts = [sum(counts[:at]) for at in range(len(counts))]
-    return [slice_batch(batch, start, start + count) for start, count in zip(starts, counts, strict=True)]
-
-
-def cap_bins(samples_per_bin: list[int], most: int) -> list[int]:
-    """Split bins of more than `most` samples."""
-    counts: list[int] = []
-    for count in samples_per_bin:
-        counts += [most] * (count // most) + ([count % most] if count % most else [])
-    return counts
-
-
-def add_cuts(samples_per_bin: list[int], borders: list[int], num_bins: int) -> list[int]:
-    """Cut the largest bins at a sample's border until there are `num_bins`; a single sample is never cut.
-
-    Args:
-        samples_per_bin: Samples in each bin, in the row's order.
-        borders: Token borders of the samples.
-        num_bins: As many as the rank with the most has; ranks hold equally many samples, so it can always be reached.
-    """
-    counts = list(samples_per_bin)
-    while len(counts) < num_bins:
-        starts = [sum(counts[:at]) for at in range(len(counts))]
-        tokens = [
-            borders[start + count] - borders[start] if count > 1 else 0
-            for start, count in zip(starts, counts, strict=True)
-        ]
-        at = tokens.index(max(tokens))
-        if tokens[at] == 0:
-            raise ValueError(
-                f"this rank has {len(counts)} samples, another needs {num_bins} microbatches; set drop_last: true or a "
-                "global_batch_size that the ranks share evenly"
-            )
-        start, count = starts[at], counts[at]
-        middle = borders[start] + tokens[at] / 2
-        left = min(range(1, count), key=lambda k: abs(borders[start + k] - middle))
-        counts[at : at + 1] = [left, count - left]
-    return counts
-
-
-def agree_over_ranks(num_bins: int, loss_weight: float) -> tuple[int, float]:
-    """The largest number of bins and the largest loss weight of any rank."""
-    if dist.get_world_size() == 1:
-        return num_bins, loss_weight
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    largest = torch.tensor([num_bins, loss_weight], dtype=torch.float64, device=device)
-    dist.all_reduce(largest, reduce_operation="MAX")
-    most, weight = largest.tolist()
-    return int(most), weight

@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from composer_path.data.image import normalize_image
 from composer_path.models.attention import pack_attention
-from composer_path.models.language_model import build_language_model, cast_parameters, decoder_blocks, empty_parameters
-from composer_path.models.projector import Projector, build_projector
-from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
-from composer_path.weights.folder import read_folder, write_folder
+from composer_path.models.language_model import cast_parameters, decoder_blocks
+from composer_path.models.projector import Projector
+from composer_path.models.vision_encoder import VisionEncoder
 
 MODULES = ("vision_encoder", "projector", "language_model")
 MODEL_TYPE = "composer_path"
@@ -226,12 +225,9 @@ class PathMLLM(nn.Module):
             dtype: Of the written weights; as they are by default.
             max_shard_size: Of one safetensors file.
         """
-        tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        if self.language_model.config.tie_word_embeddings:
-            tensors.pop("language_model.lm_head.weight", None)
-        if dtype is not None:
-            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        write_folder(Path(folder), self.config(), tensors, max_shard_size)
+        from composer_path.weights.model_folder import save_model
+
+        save_model(self, Path(folder), state_dict, dtype, max_shard_size)
 
     @classmethod
     def from_pretrained(
@@ -247,18 +243,6 @@ class PathMLLM(nn.Module):
         Raises:
             ValueError: Not such a folder, or left-over or missing weights, all listed.
         """
-        config, tensors = read_folder(Path(folder), MODEL_TYPE)
-        with empty_parameters():
-            vision_encoder = build_vision_encoder(**config["vision_encoder"])
-            projector = build_projector(**config["projector"])
-            language_model = build_language_model(config=config["language_model"], attention=attention)
-            model = cls(vision_encoder, projector, language_model)
-        if dtype is not None:
-            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        if language_model.config.tie_word_embeddings:
-            tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"]
-        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-        if missing or unexpected:
-            raise ValueError(f"'{folder}': weights don't fit config.json; missing {missing}, left over {unexpected}")
-        language_model.tie_weights()
-        return model.eval()
+        from composer_path.weights.model_folder import load_model
+
+        return load_model(Path(folder), attention, dtype)

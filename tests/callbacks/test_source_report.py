@@ -12,7 +12,7 @@ from composer.loggers import InMemoryLogger, Logger
 
 from composer_path.callbacks import SourceReport
 from composer_path.data.collator import PackedCollator
-from composer_path.data.loader import split_batch
+from composer_path.data.microbatches import split_batch
 from composer_path.models import ComposerPathMLLM
 from composer_path.models.assembly import assemble_model
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from composer_path.data import IGNORE_INDEX, IMAGE_TOKEN_ID
-from composer_path.data.collator import LOSS_AVERAGES, PackedCollator, fewest_bins, slice_batch
+from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
 from composer_path.data.dataset import Sample
+from composer_path.data.microbatches import fewest_bins, slice_batch
 
 # Whatever isn't shifted to the slice's own start.
 VIEWS = (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
-from composer_path.data.loader import split_batch
+from composer_path.data.microbatches import split_batch
 from composer_path.models import ComposerPathMLLM
 from composer_path.models.assembly import assemble_model
 from composer_path.models.composer_model import TokenLoss

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from composer_path.data.collator import PackedCollator
-from composer_path.data.loader import split_batch
+from composer_path.data.microbatches import split_batch
 from composer_path.models import ComposerPathMLLM, PathMLLM
 from composer_path.models.assembly import assemble_model
 from composer_path.weights import load_reference_model
