@@ -29,7 +29,7 @@ def write_records(path: Path, num_records: int) -> None:
 
 def imports_mb() -> float:
     """Resident memory of a process that has only imported what a conversion needs."""
-    code = "import composer_path.data.shards, psutil; print(psutil.Process().memory_info().rss)"
+    code = "import composer_path.conversion.convert, psutil; print(psutil.Process().memory_info().rss)"
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) / 1e6
 
 

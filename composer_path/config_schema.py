@@ -211,9 +211,9 @@ def _loader(required: bool) -> Section:
 
     from composer_path.data.collator import LOSS_AVERAGES
     from composer_path.data.dataset import ConversationDataset
-    from composer_path.data.guarded import GuardedStreamingDataset
     from composer_path.data.loader import build_dataloader
     from composer_path.data.mixture import build_stream, check_streams
+    from composer_path.stream.guarded import GuardedStreamingDataset
 
     built = {
         key: "leave it out; it is read from the model"

@@ -1,4 +1,4 @@
-"""Convert a JSON of conversations and its images to MDS shards; the work is in composer_path.data.shards."""
+"""Convert a JSON of conversations and its images to MDS shards; the work is in composer_path.conversion.convert."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merging = list(arguments[:1]) == ["merge"]
     options = parse_merge_arguments(arguments[1:]) if merging else parse_arguments(arguments)
     # Only now: --help should come at once.
-    from composer_path.data.convert_progress import ConvertProgress
-    from composer_path.data.rejections import ConvertError
-    from composer_path.data.shards import MAX_PIXELS, convert, merge
+    from composer_path.conversion.convert import MAX_PIXELS, convert, merge
+    from composer_path.conversion.progress import ConvertProgress
+    from composer_path.conversion.rejections import ConvertError
 
     progress = ConvertProgress(sys.stderr)
     try:

@@ -43,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alternating(shards: Path) -> str:
     """Shards in which a conversation over an image and one without take turns."""
-    from composer_path.data.shards import convert
+    from composer_path.conversion.convert import convert
 
     records = json.loads((shards / "train.json").read_text(encoding="utf-8"))
     without = [record for record in records if not record.get("image")]

@@ -36,7 +36,7 @@ def convert_shards(folder: Path) -> Path:
     """Shards of a few records of test_data, made once for all that ask for this folder."""
     if (folder / "complete").exists():
         return folder
-    from composer_path.data.shards import convert
+    from composer_path.conversion.convert import convert
 
     folder.mkdir(parents=True)
     chosen = {

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.data.conversation import Conversation
-from composer_path.data.guarded import GuardedStreamingDataset
 from composer_path.data.image import PAD_COLOR, ImageError, load_stored_image
 from composer_path.data.mixture import Source, build_streams, check_streams
 from composer_path.data.prompts import TemplateError, get_template
 from composer_path.data.sample_format import COLUMNS, unpack_images
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
+from composer_path.stream.guarded import GuardedStreamingDataset
 
 
 class Sample(TypedDict):

@@ -19,7 +19,7 @@ from composer_path.data.collator import PackedCollator
 from composer_path.data.dataset import ConversationDataset
 from composer_path.data.image import pad_color_of
 from composer_path.data.microbatches import Batch, split_batch
-from composer_path.data.stream_error import StreamError
+from composer_path.stream.error import StreamError
 
 
 class WholeEpochLoader(DataLoader):

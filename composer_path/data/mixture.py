@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.data.guarded_stream import GuardedStream
 from composer_path.data.prompts import PromptTemplate, get_template
+from composer_path.stream.guarded_stream import GuardedStream
 
 
 @dataclass(frozen=True)

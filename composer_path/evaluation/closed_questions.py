@@ -13,8 +13,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from composer_path.conversion.record_file import read_records
 from composer_path.data.conversation import Conversation, RecordError, resolve_image
-from composer_path.data.record_file import read_records
 from composer_path.data.slide_region import SlideRegion
 
 if TYPE_CHECKING:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import gc
-import sys
-
 import pytest
+from streaming_memory import _close_shared_memory  # noqa: F401 (a fixture)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -69,17 +65,3 @@ def train_byte_level_tokenizer():
     backend.add_special_tokens([*markers, "<|eot_id|>"])
     backend.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("    ", special=False)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|begin|>", eos_token="<|end|>")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close_shared_memory():
-    """Streaming keeps each dataset's shared memory, some 40 open files, until the process ends: too many in one run."""
-    yield
-    memory = sys.modules.get("streaming.base.shared.memory")
-    if memory is None:
-        return
-    gc.collect()
-    for block in [item for item in gc.get_objects() if isinstance(item, memory.SharedMemory)]:
-        with contextlib.suppress(BufferError):  # a dataset that is still alive
-            block.cleanup()
-        atexit.unregister(block.cleanup)

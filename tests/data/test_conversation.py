@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from composer_path.conversion.record_file import decode_json, read_records
 from composer_path.data.conversation import (
     RULES,
     Conversation,
@@ -17,7 +18,6 @@ from composer_path.data.conversation import (
     problems_of,
     resolve_image,
 )
-from composer_path.data.record_file import decode_json, read_records
 
 
 def question(text: str = "Which stain?") -> dict[str, str]:

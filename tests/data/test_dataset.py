@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
+from composer_path.conversion.convert import convert, pack_images
 from composer_path.data import IGNORE_INDEX, IMAGE_TOKEN_ID, Conversation, load_image, tokenize_conversation
 from composer_path.data.dataset import ConversationDataset, is_hematoxylin_eosin
-from composer_path.data.shards import convert, pack_images
 from composer_path.data.vocabulary import load_tokenizer
 
 # Of test_data/data.json: an H&E tile, one with another stain, two images, no image, several turns.

@@ -17,12 +17,12 @@ import torch
 import torch.multiprocessing
 from composer.core import DataSpec
 
+from composer_path.conversion.convert import convert
 from composer_path.data import IGNORE_INDEX
 from composer_path.data.collator import PackedCollator
 from composer_path.data.dataset import Sample
 from composer_path.data.loader import build_dataloader
 from composer_path.data.microbatches import EmptyBatchError, add_cuts, cap_bins, split_batch
-from composer_path.data.shards import convert
 from composer_path.data.vocabulary import load_tokenizer
 
 NUM_RECORDS = 23  # five batches of four and a last one of three

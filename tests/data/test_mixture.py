@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from shard_set import end_workers
 from streaming import MDSWriter
+from tiny_shards import end_workers
 
 from composer_path.data import Conversation
 from composer_path.data.collator import PackedCollator

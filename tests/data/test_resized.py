@@ -122,8 +122,8 @@ def test_pictures_over_the_limit_are_not_resized(golden: Path) -> None:
 
 
 def test_training_reads_the_same_pixels_from_resized_shards_or_stops(tmp_path: Path, byte_level_tokenizer) -> None:
+    from composer_path.conversion.convert import convert
     from composer_path.data.dataset import ConversationDataset
-    from composer_path.data.shards import convert
 
     folder = Path(__file__).resolve().parents[2] / "test_data"
     records = json.loads((folder / "data.json").read_text())[:12]

@@ -19,13 +19,13 @@ from PIL import Image
 from tiny_dicom import write_tiny_dicom
 from tiny_slide import tiny_slide_levels, write_tiny_slide
 
+from composer_path.conversion.convert import convert
 from composer_path.data import slide_region
 from composer_path.data.conversation import RULES, Conversation, RecordError, problems_of
 from composer_path.data.image import load_image, load_stored_image
 from composer_path.data.image_file import ImageError, open_image, sanitize_image
-from composer_path.data.shard_view import ShardView
-from composer_path.data.shards import convert
 from composer_path.data.slide_region import OpenSlideMissing, SlideRegion, mpp_of, read_region, region_png
+from composer_path.shard_set.view import ShardView
 
 openslide = pytest.importorskip("openslide", reason="slide regions need the extra 'wsi'")
 LEVELS = tiny_slide_levels()

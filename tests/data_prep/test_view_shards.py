@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from composer_path.conversion.convert import convert
 from composer_path.data.conversation import Conversation
 from composer_path.data.image import load_image
-from composer_path.data.shard_view import ShardView
-from composer_path.data.shards import convert
+from composer_path.shard_set.view import ShardView
 
 REPO = Path(__file__).resolve().parents[2]
 COMMAND = REPO / "data_prep" / "view_shards.py"

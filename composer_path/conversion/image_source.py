@@ -1,0 +1,165 @@
+"""Reads the images that records name, from a folder or a bucket, into what is stored of them in a shard."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from composer_path.data.conversation import RULES, RecordError, resolve_image
+from composer_path.data.image_file import ImageError, sanitize_image
+from composer_path.data.slide_region import SlideRegion, mpp_of, region_png
+from composer_path.storage.places import Bucket, copy_to_disk, is_remote
+
+# One picture is often asked about in several records in a row: it is read and decoded once.
+_CACHE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What is stored of an image.
+
+    Attributes:
+        data: an image file free of metadata, or a finished square.
+        hash: xxh64 of ``data``, by which equal images are counted.
+        mpp: micrometres per pixel as a slide's file says it, else None.
+    """
+
+    data: bytes
+    hash: int
+    mpp: float | None = None
+
+
+class ImageSource:
+    """The image folder of a conversion.
+
+    Args:
+        images: folder, or an address in a bucket.
+        max_pixels: larger images are refused unread.
+        check: "full" decodes every image once, "header" reads no more than its structure.
+        resized: ``{image_size, fit, pad_color}`` to store finished squares, None for the files themselves.
+    """
+
+    def __init__(self, images: str, max_pixels: int, check: str, resized: dict[str, Any] | None) -> None:
+        self._images, self._max_pixels = images, max_pixels
+        self._decode, self._resized = check == "full", resized
+        self._bucket = Bucket(images) if is_remote(images) else None
+        self._stored: OrderedDict[str, StoredImage | RecordError] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def load(self, image: str | SlideRegion) -> StoredImage:
+        """Read an image and make of it what is stored.
+
+        Raises:
+            RecordError: it isn't there or can't be used.
+            StorageError: the bucket doesn't answer, which is no fault of the record.
+        """
+        name = str(image)
+        with self._lock:
+            stored = self._stored.get(name)
+            if stored is not None:
+                self._stored.move_to_end(name)
+        if stored is None:
+            stored = self._load(image)
+            self._remember(name, stored)
+        if isinstance(stored, RecordError):
+            raise stored
+        return stored
+
+    def _load(self, image: str | SlideRegion) -> StoredImage | RecordError:
+        mpp = None
+        try:
+            if isinstance(image, SlideRegion):
+                path = self._path(image.file)
+                data, mpp = region_png(path, image, self._max_pixels), mpp_of(path, image.level)
+            else:
+                data = self._read(image)
+            if self._resized is not None:
+                from composer_path.data.image import resize_image  # imports torch, which nothing else here needs
+
+                data = resize_image(data, **self._resized, max_pixels=self._max_pixels)
+            elif not isinstance(image, SlideRegion):
+                data = sanitize_image(data, self._max_pixels, decode=self._decode)
+        except RecordError as error:
+            return error
+        except ImageError as error:
+            rule = error.rule if error.rule in RULES else "unreadable-image"
+            return RecordError(rule, error.found, error.fix or "replace the file")
+        return StoredImage(data, xxhash.xxh64_intdigest(data), mpp)
+
+    def _read(self, name: str) -> bytes:
+        if self._bucket is not None:
+            try:
+                return self._bucket.read(_name_in_bucket(name))
+            except FileNotFoundError:
+                raise _missing() from None
+        path = resolve_image(name, self._images)
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            found = error.strerror or "a read error"
+            raise RecordError("unreadable-image", found, "check the file's rights") from None
+
+    def _path(self, name: str) -> Path:
+        if self._bucket is None:
+            return resolve_image(name, self._images)
+        try:
+            return _slide_on_disk(self._images, _name_in_bucket(name))
+        except FileNotFoundError:
+            raise _missing() from None
+
+    def _remember(self, name: str, stored: StoredImage | RecordError) -> None:
+        with self._lock:
+            if name not in self._stored:
+                self._num_bytes += _size(stored)
+            self._stored[name] = stored
+            while self._num_bytes > _CACHE_BYTES:
+                self._num_bytes -= _size(self._stored.popitem(last=False)[1])
+
+
+def _size(stored: StoredImage | RecordError) -> int:
+    return 1000 + (len(stored.data) if isinstance(stored, StoredImage) else 0)
+
+
+def _missing() -> RecordError:
+    return RecordError("missing-file", "no such file", "check the name and the image folder")
+
+
+def _name_in_bucket(name: str) -> str:
+    """Apply ``resolve_image``'s rules where there are no links to follow."""
+    fix = "name the file relative to the image folder and keep it inside"
+    if name.startswith("/") or "://" in name:
+        raise RecordError("path-outside-folder", "an absolute path", fix)
+    if ".." in name.replace("\\", "/").split("/"):
+        raise RecordError("path-outside-folder", "'..' in its path", fix)
+    return str(PurePosixPath(name))
+
+
+@lru_cache(maxsize=1)
+def _slide_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="composer_path_slides_")
+
+
+_slide_lock = threading.Lock()
+_slides: OrderedDict[tuple[str, str], Path] = OrderedDict()
+
+
+def _slide_on_disk(images: str, name: str) -> Path:
+    """Bring a slide of a bucket to the disk; the last two stay there (a slide is read in many regions)."""
+    with _slide_lock:
+        path = _slides.get((images, name))
+        if path is None:
+            hash = xxhash.xxh64_hexdigest(f"{images}\0{name}")
+            path = Path(_slide_folder().name, hash + PurePosixPath(name).suffix)
+            copy_to_disk(Bucket(images), name, path)
+            _slides[images, name] = path
+            if len(_slides) > 2:
+                _slides.popitem(last=False)[1].unlink(missing_ok=True)
+        return path

@@ -1,0 +1,343 @@
+"""Converts one partition: the same function for one process, many processes, many machines and Spark.
+
+Records are checked, their images read, and the good ones written to ``part-00000/``. When all its files have been
+verified, ``done.json`` is written there: counts, problems and the files with sizes and hashes; no text, no id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from composer_path.conversion.identifiers import KeyedHashes
+from composer_path.conversion.image_source import ImageSource, StoredImage
+from composer_path.conversion.input_scan import Partition
+from composer_path.conversion.record_file import RawRecord, read_range
+from composer_path.conversion.shard_writer import ShardWriter, verify
+from composer_path.data.conversation import RECORD_KEYS, Conversation, RecordError, id_of, problems_of
+from composer_path.data.sample_format import COLUMNS, packed_parts
+from composer_path.data.slide_region import SlideRegion
+from composer_path.storage.places import Bucket, Folder, StorageError, open_place
+
+DONE_NAME = "done.json"
+IMAGE_HASHES_NAME = "image_hashes.bin"  # uint64 xxh64 of each stored image, by which repeated ones are counted
+COUNTS = ("records", "images", "text_only", "turns", "without_tag", "dropped_turns", "image_bytes")
+
+# A key with any other look may be a sentence in the wrong place, so it is counted but not shown.
+_PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]{0,39}", re.ASCII)
+_MAX_SOURCE_LENGTH = 80
+# Requests to a bucket wait for the network, so many go at once.
+_BUCKET_THREADS = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# Called with the number of records and the bytes of images done since the last call.
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """What is the same for every partition of a conversion.
+
+    Attributes:
+        data: file of records.
+        images: folder of images.
+        out: where the data set goes.
+        fingerprint: hash of the input and of every option that shapes the shards.
+        size_limit: size of a shard in bytes.
+        hashes: checksums kept in the index.
+        max_pixels: larger images are refused.
+        check: "full" or "header".
+        resized: ``{image_size, fit, pad_color}``, or None.
+        key: secret key of the hashes, None to keep identifiers plainly.
+        threads: for images, in each process.
+        resume: take over what is already there.
+        check_only: write nothing, only list problems.
+        stop_at_problem: write nothing more of a partition once a problem is found in it.
+    """
+
+    data: str
+    images: str
+    out: str
+    fingerprint: str
+    size_limit: int
+    hashes: tuple[str, ...]
+    max_pixels: int
+    check: str
+    resized: dict[str, Any] | None
+    key: bytes | None = field(repr=False)
+    threads: int = 1
+    resume: bool = False
+    check_only: bool = False
+    stop_at_problem: bool = True
+
+
+@dataclass
+class PartitionResult:
+    """What became of a partition.
+
+    Attributes:
+        partition: the partition.
+        done: content of its marker; None if it wasn't written.
+        problems: (record without its content, id, error), in order.
+        values: (kind, value) -> hash, of all identifiers that were hashed.
+        unknown_keys: key that nothing reads -> number of records that have it.
+        resumed: an earlier run had converted it.
+    """
+
+    partition: Partition
+    done: dict[str, Any] | None
+    problems: list[tuple[RawRecord, str | None, RecordError]]
+    values: dict[tuple[str, str], str]
+    unknown_keys: dict[str, int]
+    resumed: bool = False
+
+
+def convert_partition(job: ConvertJob, partition: Partition, report: Report | None = None) -> PartitionResult:
+    """Convert one partition, or take it over from an earlier run.
+
+    Raises:
+        StorageError: a place can't be read or written. Nothing says then that the partition is done.
+    """
+    report = report or (lambda records, num_bytes: None)
+    place = open_place(job.out)
+    if job.resume:
+        done = read_marker(place, partition.name, job.fingerprint)
+        if done is not None and _is_whole(place, partition.name, done):
+            return _take_over(job, partition, done, report)
+    return _Conversion(job, partition, place, report).run()
+
+
+def read_marker(place: Folder | Bucket, name: str, fingerprint: str) -> dict[str, Any] | None:
+    """Read a partition's marker; None if there is none, or only one of another conversion."""
+    try:
+        done = json.loads(place.read(f"{name}/{DONE_NAME}"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return done if isinstance(done, dict) and done.get("fingerprint") == fingerprint else None
+
+
+def verify_partition(place: Folder | Bucket, name: str, done: dict[str, Any]) -> None:
+    """Read every file of a partition back.
+
+    Raises:
+        StorageError: one isn't there or differs.
+    """
+    for file in done["files"]:
+        verify(place, f"{name}/{file['name']}", file["bytes"], file["xxh64"])
+
+
+def _is_whole(place: Folder | Bucket, name: str, done: dict[str, Any]) -> bool:
+    try:
+        verify_partition(place, name, done)
+    except StorageError:  # damaged since: it is made again
+        return False
+    return True
+
+
+class _Conversion:
+    """One partition on its way."""
+
+    def __init__(self, job: ConvertJob, partition: Partition, place: Folder | Bucket, report: Report) -> None:
+        self._job, self._partition, self._report = job, partition, report
+        self._images = ImageSource(job.images, job.max_pixels, job.check, job.resized)
+        self._hashed = KeyedHashes(job.key) if job.key is not None else None
+        self._writer = ShardWriter(place, partition.name, COLUMNS, job.size_limit, job.hashes)
+        self._counts = dict.fromkeys(COUNTS, 0)
+        self._sources: dict[str, Counter[str]] = {}
+        self._unknown_keys: Counter[str] = Counter()
+        self._problems: list[tuple[RawRecord, str | None, RecordError]] = []
+        self._image_hashes: list[int] = []
+
+    def run(self) -> PartitionResult:
+        job, partition, writer = self._job, self._partition, self._writer
+        try:
+            threads = max(job.threads, _BUCKET_THREADS) if "://" in job.images else job.threads
+            for record, loaded, problems in in_threads(self._load, _records(job, partition), threads):
+                self._add(record, loaded, problems)
+            done = None
+            if not job.check_only and not (job.stop_at_problem and self._problems):
+                writer.finish()
+                if self._image_hashes:
+                    writer.write_file(IMAGE_HASHES_NAME, np.array(self._image_hashes, "<u8").tobytes())
+                done = self._marker()
+                writer.write_marker(DONE_NAME, (json.dumps(done, sort_keys=True) + "\n").encode())
+        finally:
+            writer.close()
+        values = self._hashed.values if self._hashed is not None else {}
+        return PartitionResult(partition, done, self._problems, values, dict(self._unknown_keys))
+
+    def _load(
+        self, record: RawRecord
+    ) -> tuple[RawRecord, tuple[Conversation, list[StoredImage]] | None, list[RecordError]]:
+        """Check a record by itself and read its images; runs in a thread."""
+        if isinstance(record.value, RecordError):
+            return record, None, [record.value]
+        problems = problems_of(record.value)
+        if problems:
+            return record, None, problems
+        conversation = Conversation.from_record(record.value)
+        stored: list[StoredImage] = []
+        for index, image in enumerate(conversation.images):
+            try:
+                stored.append(self._images.load(image))
+            except RecordError as error:
+                problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
+        return record, (conversation, stored), problems
+
+    def _add(
+        self,
+        record: RawRecord,
+        loaded: tuple[Conversation, list[StoredImage]] | None,
+        problems: list[RecordError],
+    ) -> None:
+        self._unknown_keys.update(unknown_keys_of(record.value))
+        place = self._partition.duplicates.get(record.position or 0)
+        if place is not None:
+            problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
+        self._problems += [(_without_value(record), id_of(record.value), problem) for problem in problems]
+        if problems or loaded is None:
+            self._report(1, 0)
+            return
+        conversation, stored = loaded
+        sample = make_sample(record, conversation, stored, self._hashed)
+        num_bytes = sum(len(image.data) for image in stored)
+        if not self._job.check_only and not (self._job.stop_at_problem and self._problems):
+            self._writer.write(sample)
+        self._count(conversation, num_bytes)
+        self._image_hashes += [image.hash for image in stored]
+        self._report(1, num_bytes)
+
+    def _count(self, conversation: Conversation, num_bytes: int) -> None:
+        added = {
+            "records": 1,
+            "images": conversation.num_images,
+            "text_only": int(conversation.num_images == 0),
+            "turns": len(conversation.turns),
+            "without_tag": int(conversation.image_without_tag),
+            "dropped_turns": conversation.dropped_turns,
+            "image_bytes": num_bytes,
+        }
+        for name, number in added.items():
+            self._counts[name] += number
+        source = conversation.metadata.get("source", "")
+        source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
+        self._sources.setdefault(source, Counter()).update(added)
+
+    def _marker(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self._job.fingerprint,
+            "partition": self._partition.index,
+            "counts": self._counts,
+            "sources": {name: dict(counts) for name, counts in sorted(self._sources.items())},
+            "unknown_keys": dict(self._unknown_keys),
+            "problems": [
+                [record.position, record.line, error.rule, error.found, error.fix, error.where]
+                for record, _, error in self._problems
+            ],
+            "files": self._writer.files,
+            "shards": self._writer.shards,
+        }
+
+
+_DUPLICATE_FIX = "give it its own id, or leave the key out"
+
+
+def make_sample(
+    record: RawRecord, conversation: Conversation, stored: list[StoredImage], hashed: KeyedHashes | None
+) -> dict[str, Any]:
+    """Build one sample of the shards; its images in parts, as ``ShardWriter`` takes them."""
+    # A record without an id is named by its place, so that errors at training time can still point to it.
+    record_id = conversation.id if conversation.id is not None else f"record-{record.position}"
+    metadata: dict[str, Any] = {**conversation.metadata}
+    mpps = {image.mpp for image in stored if image.mpp is not None}
+    if "mpp" not in metadata and len(mpps) == 1:
+        metadata["mpp"] = mpps.pop()
+    metadata["images"] = [str(image) for image in conversation.images]
+    if hashed is not None:
+        record_id = hashed.hash("id", record_id)
+        metadata["images"] = [_hashed_image(image, hashed) for image in conversation.images]
+        for kind in ("patient", "slide"):
+            if kind in metadata:
+                metadata[kind] = hashed.hash(kind, metadata[kind])
+        if "meta" in metadata:
+            metadata["meta"] = hashed.hash_meta(metadata["meta"])
+    images = packed_parts([image.data for image in stored])
+    return {"id": record_id, "conversation": conversation.to_shard(), "images": images, "metadata": metadata}
+
+
+def _hashed_image(image: str | SlideRegion, hashed: KeyedHashes) -> str:
+    """Hash a file's name; where on the slide a region lies identifies nobody."""
+    if isinstance(image, SlideRegion):
+        return hashed.hash("image", image.file) + str(image)[len(image.file) :]
+    return hashed.hash("image", image)
+
+
+def unknown_keys_of(value: object) -> list[str]:
+    """List a record's keys that nothing reads, as they may be shown."""
+    keys = set(value) - RECORD_KEYS if isinstance(value, dict) else set()
+    return sorted(key if _PLAIN_KEY.fullmatch(key) else "(not a plain name)" for key in keys)
+
+
+def _take_over(job: ConvertJob, partition: Partition, done: dict[str, Any], report: Report) -> PartitionResult:
+    """Rebuild from the records what a marker doesn't hold because it identifies: ids of bad ones, and hashes."""
+    errors: dict[int, list[RecordError]] = {}
+    for position, _line, rule, found, fix, where in done["problems"]:
+        errors.setdefault(position, []).append(RecordError(rule, found, fix, where))
+    problems: list[tuple[RawRecord, str | None, RecordError]] = []
+    hashed = KeyedHashes(job.key) if job.key is not None else None
+    for record in _records(job, partition):
+        found_errors = errors.get(record.position or 0, [])
+        problems += [(_without_value(record), id_of(record.value), error) for error in found_errors]
+        if not found_errors and hashed is not None:
+            make_sample(record, Conversation.from_record(record.value), [], hashed)
+        report(1, 0)
+    values = hashed.values if hashed is not None else {}
+    return PartitionResult(partition, done, problems, values, done["unknown_keys"], resumed=True)
+
+
+def _without_value(record: RawRecord) -> RawRecord:
+    return RawRecord(record.position, record.line, None)
+
+
+def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
+    count = 0
+    try:
+        for record in read_range(
+            job.data, partition.start, partition.end, partition.first_position, partition.first_line
+        ):
+            count += 1
+            yield record
+    except RecordError:  # a list is decoded at once
+        count = -1
+    if count != partition.num_records:
+        raise StorageError("--data: changed while it was converted; leave it alone and convert again with --overwrite")
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], threads: int = os.cpu_count() or 1
+) -> Iterator[Result]:
+    """Map in several threads, in order, with a bounded number of items in memory."""
+    if threads == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) >= 3 * threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,105 @@
+"""What was wrong with the records of one input file: counted, shown and written down."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+from composer_path.conversion.record_file import RawRecord
+from composer_path.data.conversation import RecordError
+from composer_path.storage.places import TEMPORARY_SUFFIX
+
+# What a person reads in a terminal; the counts by rule below them are of all problems.
+_NUM_SHOWN = 20
+# Kept for programs that ask. All of them may be millions.
+_NUM_KEPT = 1000
+
+
+class ConvertError(ValueError):
+    """The input can't be converted; the message lists the problems, without any text, name or id.
+
+    Attributes:
+        rejections: the problems, when records were at fault.
+    """
+
+    def __init__(self, message: str, rejections: Rejections | None = None) -> None:
+        super().__init__(message)
+        self.rejections = rejections
+
+
+class Rejections:
+    """The problems of one input file, in the file's order.
+
+    Args:
+        name: of the input file, for messages.
+        file: where to list every problem, with ids, readable by its owner only; appears with ``save``.
+
+    Attributes:
+        problems: (place, id or None, error) of the first thousand; a record may have several.
+        num_problems: of all.
+    """
+
+    def __init__(self, name: str, file: Path | None = None) -> None:
+        self.name, self.file = name, file
+        self.problems: list[tuple[RawRecord, str | None, RecordError]] = []
+        self.num_problems = 0
+        self._by_rule: Counter[str] = Counter()
+        self._num_records = 0
+        self._last: tuple[int | None, set[str]] | None = None
+        self._listing: Path | None = None
+
+    def add(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
+        """Note one problem of a record, all those of one record after each other; its content isn't kept."""
+        place = RawRecord(record.position, record.line, None)
+        error = error.at(record.where)
+        if self._last is None or self._last[0] != record.position:
+            self._last = (record.position, set())
+            self._num_records += 1
+        if error.rule not in self._last[1]:
+            self._last[1].add(error.rule)
+            self._by_rule[error.rule] += 1
+        self.num_problems += 1
+        if len(self.problems) < _NUM_KEPT:
+            self.problems.append((place, record_id, error))
+        if self.file is not None:
+            self._list(place, record_id, error)
+
+    def by_rule(self) -> dict[str, int]:
+        """Return how many records break each rule, most frequent first."""
+        return dict(self._by_rule.most_common())
+
+    def __len__(self) -> int:
+        """Number of rejected records."""
+        return self._num_records
+
+    def __str__(self) -> str:
+        """The first problems line by line, then the count of each rule. Holds no ids."""
+        lines = [f"{self.name}: {len(self)} rejected (records are counted from 0)"]
+        lines += [f"  {error}" for _, _, error in self.problems[:_NUM_SHOWN]]
+        if self.num_problems > _NUM_SHOWN:
+            lines.append(f"  and {self.num_problems - _NUM_SHOWN} problems more")
+        counts = ", ".join(f"{rule} {count}" for rule, count in self.by_rule().items())
+        return "\n".join([*lines, f"rejected by rule: {counts}"])
+
+    def save(self) -> None:
+        """Let the list appear under its name, if there is anything in it."""
+        if self._listing is not None and self.file is not None:
+            self._listing.replace(self.file)
+            self._listing = None
+
+    def discard(self) -> None:
+        """Leave no half list behind."""
+        if self._listing is not None:
+            self._listing.unlink(missing_ok=True)
+            self._listing = None
+
+    def _list(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
+        assert self.file is not None
+        row = {"data": self.name, "record": record.position, "line": record.line, "id": record_id}
+        row |= {"where": error.where, "rule": error.rule, "found": error.found, "fix": error.fix}
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if self._listing else os.O_TRUNC)
+        self._listing = self.file.with_name(f".{self.file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        with open(os.open(self._listing, flags, 0o600), "w", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,133 @@
+"""What a conversion wrote, as a table for people and as the data card ``dataset.json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer_path import __version__
+from composer_path.conversion.partition import COUNTS
+from composer_path.data.sample_format import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
+
+# More are counted together: a source should be a data set's name, and a name for each record is none.
+_NUM_SOURCES = 1000
+
+
+@dataclass
+class ConvertSummary:
+    """What a conversion wrote; ``str`` gives it as a table. Holds no text, name or id.
+
+    Attributes:
+        records: records written.
+        images: images written; one that several records show counts each time.
+        text_only: records without an image.
+        turns: turns written, human and assistant.
+        without_tag: records with one image and no tag; the image stands before the first question.
+        dropped_turns: leading assistant turns that were dropped.
+        image_bytes: bytes of the images as stored.
+        repeated_images: images that equal an earlier one byte for byte.
+        rejected: records left out.
+        rejected_by_rule: rule -> records that break it.
+        unknown_keys: key of records that nothing reads -> records that have it.
+        sources: source -> the first seven counts for its records; "" for records without one.
+        shards: shard files.
+        bytes: size of the shard files.
+        resumed: partitions that an earlier run had converted.
+        part: "1/4" if this was one part of several and there is no index yet.
+        rejected_file: where the rejected records are listed, if any were.
+        mapping_file: where hashes lead back to values, unless identifiers were kept.
+    """
+
+    records: int = 0
+    images: int = 0
+    text_only: int = 0
+    turns: int = 0
+    without_tag: int = 0
+    dropped_turns: int = 0
+    image_bytes: int = 0
+    repeated_images: int = 0
+    rejected: int = 0
+    rejected_by_rule: dict[str, int] = field(default_factory=dict)
+    unknown_keys: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    shards: int = 0
+    bytes: int = 0
+    resumed: int = 0
+    part: str | None = None
+    rejected_file: Path | None = None
+    mapping_file: Path | None = None
+
+    def add(self, done: dict[str, Any]) -> None:
+        """Add what a partition's marker says."""
+        for name in COUNTS:
+            setattr(self, name, getattr(self, name) + done["counts"][name])
+        for source, counts in done["sources"].items():
+            known = source in self.sources or len(self.sources) < _NUM_SOURCES
+            into = self.sources.setdefault(source if known else "(others)", dict.fromkeys(COUNTS, 0))
+            for name in COUNTS:
+                into[name] += counts.get(name, 0)
+        self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done["unknown_keys"]))
+        self.shards += len(done["shards"])
+        self.bytes += sum(shard["raw_data"]["bytes"] for shard in done["shards"])
+
+    def __str__(self) -> str:
+        """One line for each figure; those about oddities only when there are any."""
+        rows: list[tuple[str, object]] = [
+            ("records", self.records),
+            ("images", self.images),
+            ("text-only records", self.text_only),
+            ("turns", self.turns),
+        ]
+        odd = [
+            ("images that equal an earlier one", self.repeated_images),
+            ("records with one image and no tag", self.without_tag),
+            ("leading assistant turns dropped", self.dropped_turns),
+            ("records rejected", self.rejected),
+        ]
+        rows += [row for row in odd if row[1]]
+        rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
+        rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
+        rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
+        rows += [("partitions taken over", self.resumed)] if self.resumed else []
+        rows += [("rejected records listed in", self.rejected_file)] if self.rejected_file else []
+        rows += [("hashes lead back through", self.mapping_file)] if self.mapping_file else []
+        if self.part is not None:
+            rows += [("part", f"{self.part}; when all are there: convert.py merge OUT")]
+        return "\n".join(f"{name:<36}{value}" for name, value in rows)
+
+
+def card_before(options: dict[str, Any], source: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """Return what of the data card is known before the conversion has run."""
+    columns = {name: {"encoding": COLUMNS[name], "meaning": COLUMN_MEANINGS[name]} for name in COLUMNS}
+    card: dict[str, Any] = {
+        "format": "composer_path",
+        "format_version": FORMAT_VERSION,
+        "composer_path": __version__,
+        "fingerprint": fingerprint,
+        "source": source,
+        "options": options,
+        "columns": columns,
+    }
+    if options["resized"] is not None:
+        card["resized"] = options["resized"]
+    return card
+
+
+def card_after(card: dict[str, Any], summary: ConvertSummary, num_partitions: int) -> dict[str, Any]:
+    """Complete the data card with the counts."""
+    names = [*COUNTS, "repeated_images", "rejected", "rejected_by_rule", "unknown_keys", "sources", "shards", "bytes"]
+    return {**card, **{name: getattr(summary, name) for name in names}, "partitions": num_partitions}
+
+
+def rejected_by_rule(dones: Iterable[dict[str, Any]]) -> tuple[int, dict[str, int]]:
+    """Count rejected records, and those that break each rule, from the partitions' markers."""
+    rules: Counter[str] = Counter()
+    num_records = 0
+    for done in dones:
+        broken = {(problem[0], problem[2]) for problem in done["problems"]}
+        num_records += len({position for position, _ in broken})
+        rules.update(rule for _, rule in broken)
+    return num_records, dict(rules.most_common())

@@ -1,0 +1,1 @@
+"""Looking into a converted set: single samples, a summary, a full check, and choosing a smaller set from it."""

@@ -1,0 +1,1 @@
+"""Where files lie: folders and buckets behind one interface."""

