@@ -53,11 +53,7 @@ class TrainedOnly:
 
 def frozen_names(module: nn.Module) -> set[str]:
     """Names of a module's frozen parameters as they stand in its state dict, tied ones under each of their names."""
-    return {
-        name.replace("_checkpoint_wrapped_module.", "")
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if not parameter.requires_grad
-    }
+    return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def gather_weights(model: nn.Module, trained_only: TrainedOnly, *, everything: bool) -> dict[str, torch.Tensor]:

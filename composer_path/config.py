@@ -42,8 +42,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
 
     Returns:
         The configuration with its interpolations as they stand (they are filled in when a value is read), so that it
-        can be written beside the results without the values of environment variables. `variables`, `algorithms`,
-        `callbacks` and `loggers` are always mappings, and `eval_loader` is None where it isn't given.
+        can be written beside the results without the values of environment variables. `variables`, `execution`,
+        `algorithms`, `callbacks` and `loggers` are always mappings, and `eval_loader` is None where it isn't given.
 
     Raises:
         ConfigError: Lists every problem.
@@ -53,7 +53,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     check_config(_resolve(config, "", problems), problems)
     if problems:
         raise ConfigError(path, problems)
-    for section in ("variables", "algorithms", "callbacks", "loggers"):
+    for section in ("variables", "execution", "algorithms", "callbacks", "loggers"):
         if config.get(section) is None:
             config[section] = {}
     config.setdefault("eval_loader", None)

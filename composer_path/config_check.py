@@ -153,16 +153,10 @@ def _check_agreement(config: dict[str, Any], problems: list[str]) -> None:
         for key in ("eval_interval", "eval_subset_num_batches"):
             if get(f"trainer.{key}") is not None:
                 problems.append(f"trainer.{key}: does nothing without the section eval_loader; add it or remove this")
-    checkpointed = get("trainer.parallelism_config.fsdp.activation_checkpointing")
-    if (
-        isinstance(checkpointed, list)
-        and "vision_blocks" in checkpointed
-        and trainable
-        and "vision_encoder" not in trainable
-    ):
+    if get("execution.vision_chunk") is not None and trainable and "vision_encoder" in trainable:
         problems.append(
-            "trainer.parallelism_config.fsdp.activation_checkpointing: vision_blocks does nothing while vision_encoder "
-            "is frozen (it runs without gradients); remove it"
+            "execution.vision_chunk: saves nothing where vision_encoder is trained (its activations are kept anyway); "
+            "remove it"
         )
     for name in ("train_loader", "eval_loader"):
         # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.

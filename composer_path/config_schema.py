@@ -93,9 +93,10 @@ def config_schema() -> Section:
             "variables": Section({}, open=True),
             "tokenizer": _tokenizer(),
             "model": _model(),
+            "execution": _execution(),
             "train_loader": _loader(required=True),
             "eval_loader": _loader(required=False),
-            "optimizer": Choice("name", {"adamw": _adamw()}, required=True),
+            "optimizer": _optimizer(),
             "scheduler": Choice(
                 "name",
                 {name: section_of(cls) for name, cls in named_classes("scheduler").items()},
@@ -157,6 +158,22 @@ def _model() -> Section:
             "trainable": Key(list[str], required=True, choices=MODULES),
         },
         required=True,
+    )
+
+
+def _execution() -> Section:
+    from composer_path.models.execution import CHECKPOINTING, FUSIONS, choose_execution
+
+    words = {"activation_checkpointing": CHECKPOINTING, "fusion": FUSIONS}
+    numbers = ("vision_chunk", "loss_chunk", "row_multiple")
+    return section_of(
+        choose_execution,
+        leave_out=("model",),
+        changes={
+            # A bare `off` is false to YAML.
+            **{key: Key(str | bool, choices=(*choices, False)) for key, choices in words.items()},
+            **{key: Key(int | None, at_least=1) for key in numbers},
+        },
     )
 
 
@@ -283,18 +300,21 @@ def _positive(section: Section, name: str) -> Key:
     return replace(_key(section, name), at_least=1)
 
 
-def _adamw() -> Section:
-    from torch.optim import AdamW
+def _optimizer() -> Choice:
+    from composer_path.optimizer import OPTIMIZERS, optimizer_class
 
-    return section_of(
-        AdamW,
-        leave_out=("params",),
-        changes={
-            "lr": Key(float | dict[str, float], required=True),
-            "weight_decay": Key(float, at_least=0),
-            "eps": Key(float, at_least=0),
-        },
-    )
+    changes: dict[str, Node] = {
+        "lr": Key(float | dict[str, float], required=True),
+        "weight_decay": Key(float, at_least=0),
+        "eps": Key(float, at_least=0),
+    }
+    sections: dict[Any, Section] = {}
+    for name in OPTIMIZERS:
+        try:
+            sections[name] = section_of(optimizer_class(name), leave_out=("params",), changes=changes)
+        except ValueError:  # its package isn't installed: said when it is built
+            sections[name] = Section(changes, open=True)
+    return Choice("name", sections, required=True)
 
 
 def _named_sections(name: str) -> Section:
@@ -360,7 +380,6 @@ def _fsdp() -> Choice:
 
     mixed = Literal["param_dtype", "reduce_dtype", "buffer_dtype"]
     both: dict[str, Node] = {
-        "activation_checkpointing": Key(bool | list[Literal["llm_blocks", "vision_blocks"]]),
         "mixed_precision": Key(Literal["DEFAULT", "PURE", "FULL"] | dict[mixed, Literal["fp32", "bf16"]]),
         "state_dict_type": Key(Literal["full", "sharded"]),
     }
@@ -371,12 +390,16 @@ def _fsdp() -> Choice:
         "backward_prefetch": Key(Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"]),
     }
     objects = ("device_mesh", "ignored_modules", "load_planner", "save_planner", "process_group")
+    ours = {
+        key: "use execution.activation_checkpointing, which works with and without sharding"
+        for key in ("activation_checkpointing", "activation_checkpointing_reentrant", "activation_cpu_offload")
+    }
     sections = {}
     for version, cls, special in ((1, FSDPConfig, both | first), (2, FSDP2Config, both)):
         keys: dict[str, Node] = {
             item.name: Key(item.type)
             for item in fields(cls)
-            if not item.name.startswith("_") and item.name not in objects
+            if not item.name.startswith("_") and item.name not in objects and item.name not in ours
         }
-        sections[version] = Section(keys | special)
+        sections[version] = Section(keys | special, refused=ours)
     return Choice("version", sections, default=2)

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each module, and Composer's schedulers by name."""
+"""AdamW with a learning rate for each module, also with moments in 8 bits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 
 from composer_path.models.path_mllm import MODULES, PathMLLM
 
+OPTIMIZERS = ("adamw", "adamw_8bit")
+
 
 def build_optimizer(
     model: PathMLLM,
@@ -18,21 +20,22 @@ def build_optimizer(
     lr: float | Mapping[str, float] = 1e-3,
     weight_decay: float = 0.0,
     **keywords: Any,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; biases and norms (everything with one dimension) never decay.
 
     Args:
         model: Its parameters that require a gradient.
-        name: `adamw`.
+        name: `adamw`, or `adamw_8bit`: torchao's, whose two moments take 2 bytes a weight instead of 8. Not exact: for
+            models that don't fit otherwise.
         lr: One for all, or by module: `{projector: 2e-3, language_model: 2e-5}`.
         weight_decay: On matrices.
-        **keywords: Of `torch.optim.AdamW`; `fused` defaults to whether a GPU is there.
+        **keywords: Of `torch.optim.AdamW` (`fused` defaults to whether a GPU is there) or of torchao's `AdamW8bit`.
 
     Raises:
-        ValueError: Nothing is trained, or a trained module has no learning rate.
+        ValueError: Nothing is trained, a trained module has no learning rate, or torchao isn't installed.
     """
-    if name != "adamw":
-        raise ValueError(f"optimizer.name: unknown '{name}'; there is 'adamw'")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(OPTIMIZERS)}")
     groups: list[dict[str, Any]] = []
     for module_name in MODULES:
         trained = [p for p in getattr(model, module_name).parameters() if p.requires_grad]
@@ -49,8 +52,29 @@ def build_optimizer(
                 groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": module_name})
     if not groups:
         raise ValueError("model.trainable: nothing to train")
+    if name == "adamw_8bit":
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"])  # its compiled step would be compiled again for each new number
+        return optimizer_class(name)(groups, **keywords)
     keywords.setdefault("fused", torch.cuda.is_available())
     return torch.optim.AdamW(groups, **keywords)
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The class behind a name of `OPTIMIZERS`.
+
+    Raises:
+        ValueError: torchao isn't installed.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimizer.name: 'adamw_8bit' needs the package torchao (pip install composer_path[lowmem])"
+        ) from error
+    return AdamW8bit
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:

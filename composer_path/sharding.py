@@ -14,19 +14,14 @@ import torch.distributed
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
-from composer_path.models.path_mllm import PathMLLM
-
 log = logging.getLogger(__name__)
 
-CHECKPOINTED_KINDS = ("llm_blocks", "vision_blocks")
 
-
-def build_parallelism_config(section: Mapping[str, Any] | None, model: PathMLLM) -> dict[str, Any] | None:
+def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Composer's `parallelism_config` from the YAML's.
 
     Args:
-        section: `{fsdp: {version: 2, activation_checkpointing: [llm_blocks], ...}}`, or None for DDP.
-        model: Told which kinds of block recompute their activations.
+        section: `{fsdp: {version: 2, reshard_after_forward: true, ...}}`, or None for DDP.
 
     Raises:
         ValueError: FSDP1 without a GPU, where it can't run.
@@ -35,11 +30,6 @@ def build_parallelism_config(section: Mapping[str, Any] | None, model: PathMLLM)
     if not section or section.get("fsdp") is None:
         return None
     version = fsdp.pop("version", 2)
-    kinds = fsdp.pop("activation_checkpointing", False)
-    if isinstance(kinds, bool):
-        kinds = ["llm_blocks"] if kinds else []
-    model.checkpointed_kinds = tuple(kinds)
-    fsdp["activation_checkpointing"] = bool(kinds)
     if version == 2:
         with warnings.catch_warnings():  # "experimental": this project pins the version and tests it
             warnings.simplefilter("ignore", UserWarning)
@@ -49,12 +39,7 @@ def build_parallelism_config(section: Mapping[str, Any] | None, model: PathMLLM)
             "trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section "
             "out for DDP"
         )
-    # Reentrant checkpointing silently loses every gradient behind a frozen embedding.
-    fsdp = {
-        "activation_checkpointing_reentrant": False,
-        "sync_module_states": True,
-        "state_dict_type": "sharded",
-    } | fsdp
+    fsdp = {"sync_module_states": True, "state_dict_type": "sharded"} | fsdp
     return {"fsdp": FSDPConfig(**fsdp)}
 
 

@@ -22,7 +22,7 @@ from composer_path.builders import (
     trainer_defaults,
 )
 from composer_path.config import ConfigError, load_config
-from composer_path.start_check import check_start
+from composer_path.start_check import check_lengths, check_start
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--check" in arguments:
         print(f"{words[0]}: no mistake found")
         return 0
-    problems = check_start(plain(config))
+    problems = check_start(plain(config)) or check_lengths(plain(config))
     if problems:
         print(ConfigError(words[0], problems), file=sys.stderr)
         return 2
@@ -77,6 +77,7 @@ def train(config: DictConfig) -> Trainer:
     from composer_path.checkpoint_safety import require_safe_checkpoints
     from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly
     from composer_path.models import ComposerPathMLLM
+    from composer_path.models.execution import choose_execution
     from composer_path.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run_report import RunReport
     from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
@@ -94,7 +95,7 @@ def train(config: DictConfig) -> Trainer:
     require_safe_checkpoints()
 
     tokenizer = build_tokenizer(config)
-    model = build_model(config)
+    model = choose_execution(build_model(config), **settings["execution"])
     if dist.get_global_rank() == 0:
         print(f"{settings['trainer']['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
@@ -104,7 +105,7 @@ def train(config: DictConfig) -> Trainer:
         held_out, eval_batch_size = build_loader(settings["eval_loader"], model, tokenizer)
         evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=eval_batch_size)]
     optimizer = build_optimizer(model, **settings["optimizer"])
-    parallelism = build_parallelism_config(settings["trainer"].pop("parallelism_config", None), model)
+    parallelism = build_parallelism_config(settings["trainer"].pop("parallelism_config", None))
     report = RunReport(run_folder, count_parameters(model))
 
     trainer = Trainer(

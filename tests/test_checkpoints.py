@@ -23,6 +23,7 @@ from composer_path.checkpoints import (
 )
 from composer_path.models import PathMLLM
 from composer_path.models.assembly import assemble_model
+from composer_path.models.execution import choose_execution
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 
@@ -77,15 +78,11 @@ def test_frozen_weights_are_not_missed_but_trained_ones_are(tied: bool) -> None:
 
 
 def test_frozen_names_are_those_of_the_state_dict_also_where_blocks_are_checkpointed() -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-
     model = model_with(["projector"])
     names = frozen_names(model)
     assert names == {name for name in model.state_dict() if not name.startswith("projector.")}
-    model.checkpointed_kinds = ("llm_blocks",)
-    apply_activation_checkpointing(model, check_fn=model.activation_checkpointing_fn)
-    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
-    assert frozen_names(model) == names
+    choose_execution(model, activation_checkpointing="full")
+    assert frozen_names(model) == names == {name for name in model.state_dict() if not name.startswith("projector.")}
 
 
 def test_weights_are_gathered_whole_or_as_trained() -> None:

@@ -76,7 +76,7 @@ def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
         f"scheduler={{t_warmup: {'0.3dur' if stage == 'finetune' else '0dur'}, alpha_f: 0.0}}",
         "algorithms=null",
         f"algorithms={{gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}{jitter}}}",
-        "callbacks.speed_monitor.window_size=2",
+        "callbacks.speed_report.window_size=2",
         "callbacks.optimizer_monitor.batch_log_interval=1",
         "trainer.parallelism_config.fsdp.reshard_after_forward=true",
         "callbacks.save_weights.interval=1ep",
@@ -175,7 +175,7 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def plain_name(name: str) -> str:
     """A parameter's name in PathMLLM, without what DDP, Composer and checkpointing put around it."""
-    return name.removeprefix("module.").removeprefix("model.").replace("_checkpoint_wrapped_module.", "")
+    return name.removeprefix("module.").removeprefix("model.")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ class StepLine(LoggerDestination):
         rate = (samples - self.last_samples) / max(now - self.last_time, 1e-9)
         self.last_time, self.last_samples = now, samples
         total = self._total_batches(state)
-        rates = sorted({group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups})
+        rates = sorted({float(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups})
         self._print(
             f"{state.run_name} step {batch}{f'/{total}' if total else ''}"
             f"  loss {float(self.latest.get('loss/train/total', float('nan'))):.4f}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
@@ -58,16 +58,18 @@ def pack_attention(language_model: PreTrainedModel) -> None:
     A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice). One without,
     such as a padded batch or generation with a cache, is that of a stock transformers model.
     """
-    chosen = language_model.config._attn_implementation
-    if not str(chosen).startswith("packed_"):
+    chosen = str(language_model.config._attn_implementation)
+    if not chosen.startswith("packed_"):
         chosen = resolve_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    language_model.packed_attention = chosen
 
     def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = chosen if kwargs.get("cu_seq_lens_q") is not None else PADDED
+        wanted = language_model.packed_attention if kwargs.get("cu_seq_lens_q") is not None else PADDED
         if module.config._attn_implementation != wanted:
             module.config._attn_implementation = wanted
 
-    language_model.register_forward_pre_hook(choose, with_kwargs=True)
+    for module in (language_model, language_model.base_model):  # the second is also entered by itself, see PathMLLM
+        module.register_forward_pre_hook(choose, with_kwargs=True)
 
 
 def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None = None) -> None:
@@ -109,6 +111,29 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
         )
 
 
+def fill_row(
+    inputs_embeds: Float[Tensor, "t hidden"],
+    position_ids: Int64[Tensor, " t"],
+    cu_seq_lens: Int32[Tensor, " borders"],
+    max_seq_len: int,
+    multiple: int,
+) -> tuple[Float[Tensor, "filled hidden"], Int64[Tensor, " filled"], Int32[Tensor, " filled_borders"], int]:
+    """A row filled up to a multiple of its tokens by one more sample that nobody looks at.
+
+    Borders are filled up with empty samples to a multiple of 8, and the longest length is rounded up, so that the
+    shapes that compiled kernels see repeat. Nothing real changes: attention stays inside samples.
+    """
+    missing = -inputs_embeds.shape[0] % multiple
+    filler = torch.arange(missing, device=position_ids.device, dtype=position_ids.dtype)
+    end = cu_seq_lens.new_full((1 + (-len(cu_seq_lens) - 1) % 8,), inputs_embeds.shape[0] + missing)
+    return (
+        F.pad(inputs_embeds, (0, 0, 0, missing)),
+        torch.cat([position_ids, filler]),
+        torch.cat([cu_seq_lens, end]),
+        max_seq_len + -max_seq_len % multiple,
+    )
+
+
 def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, " borders"], int]:
     """Take the row's borders from the attention call, checking that a sliding window would not cut any sample."""
     cu_seq_lens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
@@ -128,7 +153,7 @@ def _one_dtype(
     query: Float[Tensor, "1 h t d"], key: Float[Tensor, "1 k t d"], value: Float[Tensor, "1 k t d"]
 ) -> tuple[Float[Tensor, "1 h t d"], Float[Tensor, "1 k t d"], Float[Tensor, "1 k t d"]]:
     """Under autocast with fp32 weights RoPE returns fp32 queries and keys beside bf16 values: bring them together."""
-    if torch.is_autocast_enabled(query.device.type):
+    if query.device.type != "meta" and torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         return query.to(dtype), key.to(dtype), value.to(dtype)
     return query.to(value.dtype), key.to(value.dtype), value
@@ -156,7 +181,7 @@ def packed_sdpa(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = torch.diff(cu_seq_lens).tolist()
+    lengths = [length for length in torch.diff(cu_seq_lens).tolist() if length]  # empty samples fill a row up
     parts = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)

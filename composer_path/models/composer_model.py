@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from composer.models import ComposerModel
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from composer_path.models.flops import FlopCounter
 from composer_path.models.path_mllm import PathMLLM
 
 Batch = dict[str, Any]
@@ -44,12 +44,13 @@ class ComposerPathMLLM(ComposerModel):
     def __init__(self, model: PathMLLM) -> None:
         super().__init__()
         self.model = model
+        self.flops = FlopCounter(model)
         # In a plain dict, so that the metric is no child module (FSDP would wrap it).
         self.eval_metrics: dict[str, Metric] = {"token_loss": TokenLoss()}
         self.last_token_losses: Tensor | None = None  # of the microbatch whose loss was asked last, without gradients
 
-    def forward(self, batch: Batch) -> Float[Tensor, "targets vocab"]:
-        """Logits at the supervised positions of a row of samples."""
+    def forward(self, batch: Batch) -> Float[Tensor, " targets"]:
+        """Losses of the answer tokens in a row of samples."""
         return self.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
@@ -58,31 +59,44 @@ class ComposerPathMLLM(ComposerModel):
             pixel_values=batch["pixel_values"],
             image_index=batch["image_index"],
             logits_index=batch["supervised_index"],
+            targets=batch["targets"],
         )
 
-    def token_losses(self, logits: Float[Tensor, "targets vocab"], batch: Batch) -> Float[Tensor, " targets"]:
-        """Cross entropy of each answer token, in fp32."""
-        return F.cross_entropy(logits.float(), batch["targets"], reduction="none")
-
-    def loss(self, outputs: Float[Tensor, "targets vocab"], batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, outputs: Float[Tensor, " targets"], batch: Batch) -> Float[Tensor, ""]:
         """Weighted mean over this microbatch's answer tokens.
 
         Composer multiplies it by the microbatch's share of the global batch's weight, which makes the step's loss
         sum(weight * loss) / sum(weight) over the global batch, for any split.
         """
-        losses = self.token_losses(outputs, batch)
-        self.last_token_losses = losses.detach()
-        weighted = losses * batch["target_weights"]
+        self.last_token_losses = outputs.detach()
+        weighted = outputs * batch["target_weights"]
         return weighted.sum() / (batch["loss_weight"] or 1.0)
 
-    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Float[Tensor, "targets vocab"]:
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Float[Tensor, " targets"]:
         """The same forward; an evaluation computes nothing else."""
         return self(batch) if outputs is None else outputs
+
+    def flops_per_batch(self, batch: Batch) -> float:
+        """Operations that a batch of this rank needs: Composer's SpeedMonitor makes MFU of it."""
+        return self.flops.needed(*batch_sizes(batch)).total
+
+    def hardware_flops_per_batch(self, batch: Batch) -> float:
+        """Those, and what is computed a second time to save memory."""
+        again = self.flops.recomputed(
+            *batch_sizes(batch), blocks=self.model.recomputes_blocks, head=self.model.loss_chunk is not None
+        )
+        return self.flops_per_batch(batch) + again
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         """Held-out token loss; none while training, where the loss itself is logged."""
         return {} if is_train else self.eval_metrics
 
-    def update_metric(self, batch: Batch, outputs: Float[Tensor, "targets vocab"], metric: Metric) -> None:
+    def update_metric(self, batch: Batch, outputs: Float[Tensor, " targets"], metric: Metric) -> None:
         """Add a batch to the held-out loss."""
-        metric.update(self.token_losses(outputs, batch))
+        metric.update(outputs)
+
+
+def batch_sizes(batch: Batch) -> tuple[list[int], int, int]:
+    """Tokens of each sample, images, and answer tokens of a batch on the CPU."""
+    lengths = torch.diff(batch["cu_seq_lens"]).tolist()
+    return lengths, int(batch["num_images"].sum()), len(batch["targets"])

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int32, Int64, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from composer_path.data.image import normalize_image
-from composer_path.models.attention import pack_attention
+from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import cast_parameters, decoder_blocks
 from composer_path.models.projector import Projector
 from composer_path.models.vision_encoder import VisionEncoder
@@ -46,7 +48,10 @@ class PathMLLM(nn.Module):
         self.projector = projector
         self.language_model = language_model
         pack_attention(language_model)
-        self.checkpointed_kinds: tuple[str, ...] = ()
+        # How a step is computed, see composer_path/models/execution.py
+        self.recomputes_blocks = False
+        self.loss_chunk: int | None = None
+        self.row_multiple: int | None = None
 
     def forward(
         self,
@@ -57,13 +62,14 @@ class PathMLLM(nn.Module):
         pixel_values: Pixels,
         image_index: Int64[Tensor, " placeholders"],
         logits_index: Int64[Tensor, " targets"] | None = None,
-    ) -> Float[Tensor, "targets vocab"]:
-        """Logits where a label is.
+        targets: Int64[Tensor, " targets"] | None = None,
+    ) -> Float[Tensor, "targets vocab"] | Float[Tensor, " targets"]:
+        """Logits where a label is, or with `targets` their losses.
 
         1. Normalise the images, encode them (without gradients where the encoder is frozen) and project them.
         2. Embed the text; put the projected vectors where the placeholders stand.
         3. Run the language model over the row; attention stays inside each sample.
-        4. Compute logits at `logits_index` only.
+        4. Compute logits at `logits_index` only, and with `targets` the cross entropy of each.
 
         Args:
             input_ids: Vocabulary ids, negative where an image stands.
@@ -73,20 +79,46 @@ class PathMLLM(nn.Module):
             pixel_values: The row's images in order: uint8, or floats that are normalised already.
             image_index: Positions of the placeholders, in order.
             logits_index: Positions to compute logits at; None for every position.
+            targets: The vocabulary ids that should follow at those positions.
         """
         image_embeds = self.embed_images(pixel_values)
         inputs_embeds = self.embed_tokens(input_ids, image_embeds, image_index)
-        output = self.language_model(
-            inputs_embeds=inputs_embeds[None],
-            position_ids=position_ids[None],
-            use_cache=False,
-            logits_to_keep=0 if logits_index is None else logits_index,
-            cu_seq_lens_q=cu_seq_lens,
-            cu_seq_lens_k=cu_seq_lens,
-            max_length_q=max_seq_len,
-            max_length_k=max_seq_len,
-        )
-        return output.logits[0]
+        if self.row_multiple is not None:
+            inputs_embeds, position_ids, cu_seq_lens, max_seq_len = fill_row(
+                inputs_embeds, position_ids, cu_seq_lens, max_seq_len, self.row_multiple
+            )
+        keywords: dict[str, Any] = {
+            "inputs_embeds": inputs_embeds[None],
+            "position_ids": position_ids[None],
+            "use_cache": False,
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": max_seq_len,
+            "max_length_k": max_seq_len,
+        }
+        if targets is not None and self.loss_chunk is not None:
+            return self._losses_in_chunks(keywords, logits_index, targets, self.loss_chunk)
+        keep = slice(0, input_ids.shape[0]) if logits_index is None else logits_index
+        logits = self.language_model(**keywords, logits_to_keep=keep).logits[0]
+        return logits if targets is None else token_losses(logits, targets)
+
+    def _losses_in_chunks(
+        self,
+        keywords: dict[str, Any],
+        logits_index: Int64[Tensor, " targets"] | None,
+        targets: Int64[Tensor, " targets"],
+        size: int,
+    ) -> Float[Tensor, " targets"]:
+        """Losses without ever holding all logits: those of a chunk are computed again in the backward pass."""
+        hidden = self.language_model.base_model(**keywords).last_hidden_state[0]
+        hidden = hidden[: len(targets)] if logits_index is None else hidden[logits_index]
+        head: nn.Module = self.language_model.get_output_embeddings()
+
+        def losses(rows: Tensor, ids: Tensor) -> Tensor:
+            return token_losses(head(rows), ids)
+
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        return torch.cat([checkpoint(losses, rows, ids, use_reentrant=False) for rows, ids in chunks])
 
     def embed_images(self, pixel_values: Pixels) -> Float[Tensor, "images image_tokens hidden"]:
         """Images to vectors in the language model's word space.
@@ -192,10 +224,6 @@ class PathMLLM(nn.Module):
         """
         return self.kind_of(module) is not None
 
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Composer asks it which submodules recompute their activations in the backward pass."""
-        return self.kind_of(module) in self.checkpointed_kinds
-
     def param_init_fn(self, module: nn.Module) -> None:
         """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""
 
@@ -246,3 +274,10 @@ class PathMLLM(nn.Module):
         from composer_path.weights.model_folder import load_model
 
         return load_model(Path(folder), attention, dtype)
+
+
+def token_losses(
+    logits: Float[Tensor, "targets vocab"], targets: Int64[Tensor, " targets"]
+) -> Float[Tensor, " targets"]:
+    """Cross entropy of each answer token, in fp32 (nats)."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")

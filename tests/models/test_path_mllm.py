@@ -184,7 +184,8 @@ def test_a_row_without_images_still_gives_every_projector_weight_a_gradient() ->
 def test_logits_are_computed_only_where_a_label_is(golden: Path) -> None:
     model = reference_model(golden)
     batch = golden_batch(golden)
-    some = ComposerPathMLLM(model)(batch)
+    keys = ("input_ids", "position_ids", "cu_seq_lens", "max_seq_len", "pixel_values", "image_index")
+    some = model(*(batch[key] for key in keys), logits_index=batch["supervised_index"])
     assert some.shape[0] == len(batch["targets"]) < len(batch["input_ids"])
     torch.testing.assert_close(some, every_logit(model, batch)[batch["supervised_index"]])
 

@@ -1,0 +1,89 @@
+"""Composer's SpeedMonitor, with what it lacks: images, answer tokens, HFU, and a peak for any GPU."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+
+import torch
+from composer.callbacks import SpeedMonitor
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from composer_path.models.composer_model import ComposerPathMLLM, batch_sizes
+
+log = logging.getLogger(__name__)
+
+
+class SpeedReport(SpeedMonitor):
+    """Logs samples, tokens, images and answer tokens a second, MFU and HFU, over a window of steps.
+
+    MFU is the share of the GPU's peak that went into operations the step needs: no padding, nothing computed twice,
+    frozen weights without gradients, causal attention at half (`composer_path/models/flops.py`). HFU also counts
+    what is computed a second time to save memory. Waiting for data is part of the time; evaluation isn't.
+
+    Beside SpeedMonitor's `throughput/...` it logs `throughput/device/images_per_sec`,
+    `throughput/device/answer_tokens_per_sec` and `throughput/device/hfu` of the first rank; the counts come from the
+    loader, so nothing is copied from the GPU.
+
+    Args:
+        window_size: Steps.
+        gpu_flops_available: Peak of one GPU in FLOP/s. By default Composer's table (datasheet, dense); for a GPU that
+            isn't there, the rate of a large product of matrices, measured once at the start.
+        time_unit: Of the `time/...` metrics: seconds, minutes, hours or days.
+    """
+
+    def __init__(
+        self, window_size: int = 100, gpu_flops_available: float | int | None = None, time_unit: str = "hours"
+    ) -> None:
+        super().__init__(window_size, gpu_flops_available, time_unit)
+        # Per step: needed operations, computed operations, images, answer tokens; one entry more than steps, as in
+        # SpeedMonitor, whose first entry only says when the window began.
+        self.window: deque[tuple[float, float, int, int]] = deque(maxlen=window_size + 1)
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Find the peak."""
+        super().init(state, logger)
+        if not self.gpu_flops_available and torch.cuda.is_available() and state.device.name == "gpu":
+            self.gpu_flops_available = measure_peak(state.device._device)
+            log.warning(
+                "MFU is relative to %.0f TFLOP/s, measured here with a product of matrices; give the datasheet's as "
+                "callbacks.speed_report.gpu_flops_available",
+                self.gpu_flops_available / 1e12,
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Report the window that ends with this step."""
+        super().batch_end(state, logger)
+        model = state.model if isinstance(state.model, ComposerPathMLLM) else state.model.module
+        assert isinstance(model, ComposerPathMLLM)
+        _, images, targets = batch_sizes(state.batch)
+        needed, computed = model.flops_per_batch(state.batch), model.hardware_flops_per_batch(state.batch)
+        self.window.append((needed, computed, images, targets))
+        if len(self.history_wct) < (self.history_wct.maxlen or 0):
+            return
+        seconds = self.history_wct[-1] - self.history_wct[0]
+        needed, computed, images, targets = (sum(values) for values in list(zip(*list(self.window)[1:], strict=True)))
+        metrics = {
+            "throughput/device/images_per_sec": images / seconds,
+            "throughput/device/answer_tokens_per_sec": targets / seconds,
+        }
+        if self.gpu_flops_available:
+            over_ranks = sum(list(self.history_flops)[1:]) / dist.get_world_size()
+            mfu = over_ranks / seconds / self.gpu_flops_available
+            metrics["throughput/device/hfu"] = mfu * computed / needed
+        logger.log_metrics(metrics)
+
+
+def measure_peak(device: torch.device, size: int = 8192, repetitions: int = 10) -> float:
+    """Operations a second of a bf16 product of square matrices on this GPU."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    for measured in (False, True):  # once to warm up
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repetitions if measured else 3):
+            a @ a
+        torch.cuda.synchronize(device)
+    return 2.0 * size**3 * repetitions / (time.perf_counter() - start)

@@ -1,0 +1,154 @@
+"""How many floating-point operations a step needs, counted from the model's sizes and the batch's lengths.
+
+A product of a [n, k] with a [k, m] matrix is 2nkm operations. What learns costs three forward passes (forward, gradient
+of the input, gradient of the weight); what is frozen but passed through on the way to something that learns, two (three
+in attention, which has no weights); what is frozen and lies before everything that learns, one. Causal attention counts
+half of its square. Norms, activations, embeddings and the optimizer are left out, as is usual: under 1 %.
+
+Legend: w = matrix entries a token is multiplied with, a = width of the queries of all heads together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from composer_path.models.attentional_pooler import AttentionalPooler
+from composer_path.models.language_model import decoder_blocks
+from composer_path.models.path_mllm import PathMLLM
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Operations by part of the model."""
+
+    vision_encoder: float
+    projector: float
+    language_model: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts."""
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+
+class FlopCounter:
+    """Counts a batch's operations.
+
+    Sizes are read once, from the whole model: a sharded one shows a rank its share only.
+
+    Args:
+        model: Its `requires_grad` flags say what learns.
+    """
+
+    def __init__(self, model: PathMLLM) -> None:
+        trained = {name: any(p.requires_grad for p in child.parameters()) for name, child in model.named_children()}
+        vision, config = model.vision_encoder, model.language_model.config
+        self.vision_tokens = vision.num_tokens(vision.image_size, vision.image_size)
+        all_tokens = self.vision_tokens - vision.num_kept_prefix_tokens + vision.num_prefix_tokens
+        patches = self.vision_tokens - vision.num_kept_prefix_tokens
+        # The patches' convolution is a product too; its input, the pixels, never gets a gradient.
+        self.vision_patches = 2.0 * patches * sum(p.numel() for p in vision.parameters() if p.ndim == 4)
+        self.vision_matrices = 2.0 * all_tokens * _matrix_entries(vision.blocks)
+        self.vision_attention = 4.0 * all_tokens**2 * vision.dim * len(vision.blocks)
+        self.pooled = _pooler_flops(model, self.vision_tokens)
+        self.image_tokens = model.num_image_tokens()
+        self.mlp = 2.0 * self.image_tokens * _matrix_entries([model.projector.mlp])
+        blocks = decoder_blocks(model.language_model)
+        self.body = 2.0 * _matrix_entries(blocks, _share_of_experts(config))
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self.attention = 4.0 * heads * head_dim * len(blocks)
+        head: Any = model.language_model.get_output_embeddings()
+        self.head = 2.0 * head.weight.numel()
+        self.vision_trained = trained["vision_encoder"]
+        self.projector_passes = _passes(trained["projector"], before=trained["vision_encoder"])
+        learns_before = trained["vision_encoder"] or trained["projector"]
+        self.language_passes = _passes(trained["language_model"], before=learns_before)
+        self.attention_passes = 3 if trained["language_model"] or learns_before else 1
+
+    def needed(
+        self, lengths: Sequence[int], num_images: int, num_targets: int, *, causal_share: float = 0.5
+    ) -> PartFlops:
+        """Operations that forward and backward pass of these samples need, however they are computed.
+
+        Args:
+            lengths: Tokens of each sample, images included.
+            num_images: Of all samples together.
+            num_targets: Answer tokens of all samples together.
+            causal_share: Of attention's square that is counted; 1 for kernels that compute all of it.
+        """
+        square = causal_share * self.attention * float(sum(length**2 for length in lengths))
+        matrices = self.body * float(sum(lengths))
+        vision_passes = 3 if self.vision_trained else 1
+        return PartFlops(
+            vision_encoder=num_images
+            * (
+                vision_passes * (self.vision_matrices + self.vision_attention)
+                + (2 if self.vision_trained else 1) * self.vision_patches
+            ),
+            projector=num_images
+            * (self.projector_passes * (self.pooled[0] + self.mlp) + max(self.projector_passes, 1) * self.pooled[1])
+            + (self.projector_passes * self.pooled[2] if num_images else 0.0),
+            language_model=self.language_passes * matrices + self.attention_passes * square,
+            head=self.language_passes * self.head * num_targets,
+        )
+
+    def recomputed(
+        self, lengths: Sequence[int], num_images: int, num_targets: int, *, blocks: bool, head: bool
+    ) -> float:
+        """Operations done a second time in the backward pass.
+
+        Args:
+            lengths: As in `needed`.
+            num_images: Likewise.
+            num_targets: Likewise.
+            blocks: Whether all blocks' activations are recomputed (`activation_checkpointing: full`).
+            head: Whether the logits are (`loss_chunk`).
+        """
+        total = self.head * num_targets if head else 0.0
+        if blocks:
+            total += self.body * float(sum(lengths)) + 0.5 * self.attention * float(sum(n**2 for n in lengths))
+            if self.vision_trained:
+                total += num_images * (self.vision_matrices + self.vision_attention)
+        return total
+
+
+def _passes(trained: bool, before: bool) -> int:
+    """Forward-sized passes over a part's matrices."""
+    return 3 if trained else 2 if before else 1
+
+
+def _matrix_entries(modules: Iterable[nn.Module], share_of_experts: float = 1.0) -> float:
+    """Entries of all matrices; of a mixture of experts, those that one token meets."""
+    total = 0.0
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.ndim >= 2:
+                total += parameter.numel() * (share_of_experts if ".experts." in f".{name}." else 1.0)
+    return total
+
+
+def _share_of_experts(config: object) -> float:
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / experts if experts and chosen else 1.0
+
+
+def _pooler_flops(model: PathMLLM, tokens: int) -> tuple[float, float, float]:
+    """Operations of a forward pass of the pooler: an image's products, an image's attention, once for all images."""
+    pooler, queries = model.projector.pooler, model.projector.num_queries
+    if pooler is None or queries is None:
+        return 0.0, 0.0, 0.0
+    query: nn.Parameter = pooler.query  # type: ignore[assignment]
+    dim, in_dim = query.shape[1], model.projector.in_dim
+    keys_and_values = 2.0 * tokens * 2 * in_dim * dim
+    output, attention = 2.0 * queries * dim * dim, 4.0 * queries * tokens * dim
+    project_query = 2.0 * queries * dim * dim
+    if isinstance(pooler, AttentionalPooler):
+        return keys_and_values + output, attention, project_query
+    return keys_and_values + output + project_query, attention, 0.0

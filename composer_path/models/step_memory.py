@@ -1,0 +1,165 @@
+"""How much memory a step's activations take, found by running the model without data.
+
+On the meta device tensors have shapes and no content, so the step of a 13B takes a second on a laptop. Every storage that
+comes to life is counted until it dies; what is left is the peak.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from composer_path.models.path_mllm import PathMLLM
+
+
+@dataclass(frozen=True)
+class RowSize:
+    """What a row holds: equally long samples.
+
+    Args:
+        samples: Their number.
+        tokens: Of each, images included.
+        targets: Answer tokens of each.
+        images: Of each.
+    """
+
+    samples: int
+    tokens: int
+    targets: int
+    images: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, the bytes of tensors that operators made and that are still alive: now, and at most.
+
+    Args:
+        known: Tensors that were there before, such as parameters; their storages aren't counted.
+    """
+
+    def __init__(self, known: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note what it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+class _FlashOnMeta(TorchFunctionMode):
+    """Attention of the vision encoder and the pooler as its fused kernel keeps it; on meta, torch takes the plain one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
+            query, key, value = args[:3]
+            scale, causal = kwargs.get("scale"), kwargs.get("is_causal", False)
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+        return func(*args, **kwargs)
+
+
+def peak_of_step(model: PathMLLM, row: RowSize) -> int:
+    """Bytes that forward and backward pass of a row take at most, beside parameters and their gradients.
+
+    A gradient is counted until it is complete, as where it is handed on to its owner right away.
+
+    Args:
+        model: On the meta device (see `to_meta`), or a real one.
+        row: What it is given.
+    """
+    device = next(model.parameters()).device
+    batch = _empty_batch(model, row, device)
+    known = [*model.parameters(), *model.buffers(), *(value for value in batch.values() if isinstance(value, Tensor))]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
+    try:
+        with _FlashOnMeta(), LiveBytes(iter(known)) as live:
+            model(**batch).sum().backward()
+        return live.peak
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _empty_batch(model: PathMLLM, row: RowSize, device: torch.device) -> dict[str, Any]:
+    """A row of this size; on a real device everything in it is 0."""
+    size, total = model.vision_encoder.image_size, row.samples * row.tokens
+    images = row.samples * row.images
+    int64 = {"dtype": torch.int64, "device": device}
+    starts = torch.arange(row.samples, device=device)[:, None] * row.tokens
+    placeholders = torch.arange(row.images * model.num_image_tokens(), device=device)
+    answers = torch.arange(row.tokens - row.targets - 1, row.tokens - 1, device=device)
+    return {
+        "input_ids": torch.zeros(total, **int64),
+        "position_ids": torch.arange(row.tokens, device=device).repeat(row.samples),
+        "cu_seq_lens": torch.arange(0, total + 1, row.tokens, dtype=torch.int32, device=device),
+        "max_seq_len": row.tokens,
+        "pixel_values": torch.zeros((images, 3, size, size), dtype=torch.uint8, device=device),
+        "image_index": (starts + placeholders).flatten(),
+        "logits_index": (starts + answers).flatten(),
+        "targets": torch.zeros(row.samples * row.targets, **int64),
+    }
+
+
+@contextmanager
+def computing_in(model: PathMLLM, dtype: torch.dtype) -> Iterator[PathMLLM]:
+    """Within it, all weights of a model on the meta device have the dtype that products are computed in."""
+    before = {parameter: parameter.dtype for parameter in model.parameters()}
+    for parameter in before:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield model
+    finally:
+        for parameter, was in before.items():
+            parameter.data = parameter.data.to(was)
+
+
+def to_meta(model: PathMLLM) -> PathMLLM:
+    """The model without content, with the attention kernel of a GPU.
+
+    Rotary embeddings stay on the CPU and hand over what they compute: they ask for autocast, which meta doesn't have.
+    """
+    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
+    for module in model.modules():
+        if module not in rotary:
+            module._apply(lambda tensor: tensor.to("meta"), recurse=False)
+    for module in rotary:
+        module.forward = functools.partial(_rotate_on_cpu, module.forward)  # type: ignore[method-assign]
+    model.language_model.packed_attention = "packed_torch_flash"  # type: ignore[assignment]
+    return model
+
+
+def _rotate_on_cpu(forward: Any, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    positions = torch.zeros(position_ids.shape, dtype=position_ids.dtype)
+    return tuple(part.to(hidden.device) for part in forward(hidden.new_zeros((), device="cpu"), positions))

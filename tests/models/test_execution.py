@@ -1,0 +1,210 @@
+"""Levers change memory and time, and leave loss and gradients as they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from composer_path.data.collator import PackedCollator
+from composer_path.models import ComposerPathMLLM, PathMLLM
+from composer_path.models.assembly import assemble_model
+from composer_path.models.attention import fill_row
+from composer_path.models.execution import choose_execution
+
+VISION = {
+    "name": "timm/vit_tiny_patch16_224",
+    "image_size": 32,
+    "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+STAGES = {
+    "stage 1": ["projector"],
+    "stage 2": ["projector", "language_model"],
+    "all": ["vision_encoder", "projector", "language_model"],
+}
+
+
+def build(trainable: list[str], **config: Any) -> PathMLLM:
+    return assemble_model(
+        vision_encoder=VISION,
+        projector={"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}},
+        language_model={"config": LLAMA | config},
+        trainable=trainable,
+        attention="sdpa",
+    )
+
+
+def row() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for index, (length, images) in enumerate([(30, 1), (17, 0), (44, 2), (19, 1), (21, 1)]):
+        ids = torch.randint(3, 96, (length,), generator=generator)
+        ids[1 : 1 + 4 * images] = -200
+        labels = torch.full_like(ids, -100)
+        labels[length - 4 - index :] = ids[length - 4 - index :]
+        samples.append(
+            {
+                "sample_id": index,
+                "input_ids": ids,
+                "labels": labels,
+                "pixel_values": torch.randint(0, 256, (images, 3, 32, 32), generator=generator, dtype=torch.uint8),
+                "is_he": torch.zeros(images, dtype=torch.bool),
+                "source": "all",
+                "problem": None,
+            }
+        )
+    return PackedCollator()(samples)
+
+
+def step(model: PathMLLM, saved: list[int] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients; the bytes that the graph keeps, each tensor once, are added to `saved`."""
+    adapter, batch = ComposerPathMLLM(model), row()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = adapter.loss(adapter(batch), batch)
+    if saved is not None:
+        saved.append(sum(size for size, _ in kept.values()))
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    # Some gradients are 0 but for rounding: a bias that softmax takes out again.
+    return max((((ours[k] - theirs[k]).norm() / theirs[k].norm().clamp(min=1e-4)).item()) for k in ours)
+
+
+LEVERS: dict[str, tuple[dict[str, Any], float]] = {
+    "full": ({"activation_checkpointing": "full"}, 0.0),
+    "selective": ({"activation_checkpointing": "selective"}, 0.0),
+    "loss in chunks": ({"loss_chunk": 7}, 1e-6),
+    "loss in single tokens": ({"loss_chunk": 1}, 1e-6),
+    "images in chunks": ({"vision_chunk": 2}, 1e-6),
+    "filled rows": ({"row_multiple": 64}, 1e-6),
+    "all of them": (
+        {"activation_checkpointing": "selective", "loss_chunk": 7, "vision_chunk": 2, "row_multiple": 64},
+        1e-6,
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_lever_changes_neither_loss_nor_gradients(lever: str, stage: str) -> None:
+    keywords, error = LEVERS[lever]
+    expected_loss, expected = step(build(STAGES[stage]))
+    loss, gradients = step(choose_execution(build(STAGES[stage]), **keywords))
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=error, abs=0)
+    assert largest_difference(gradients, expected) <= error
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "stage 2"])
+def test_checkpointing_keeps_less(stage: str) -> None:
+    saved: list[int] = []
+    for kind in ("off", "selective", "full"):
+        step(choose_execution(build(STAGES[stage]), activation_checkpointing=kind), saved)
+    off, _, full = saved
+    assert full < 0.5 * off
+
+
+def test_selective_checkpointing_repeats_no_product_of_matrices() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def products(kind: str) -> int:
+        model = choose_execution(build(STAGES["stage 2"]), activation_checkpointing=kind)
+        with FlopCounterMode(display=False) as counter:
+            step(model)
+        return sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+
+    assert products("selective") == products("off")
+    assert products("full") > 1.15 * products("off")
+
+
+def test_chunked_losses_never_hold_all_logits() -> None:
+    def largest(model: PathMLLM) -> int:
+        sizes: list[int] = []
+        head = model.language_model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[-2]))
+        step(model)
+        return max(sizes)
+
+    assert largest(build(STAGES["stage 2"])) == 30
+    assert largest(choose_execution(build(STAGES["stage 2"]), loss_chunk=7)) == 7
+
+
+def test_names_of_weights_stay_the_same() -> None:
+    model = build(STAGES["stage 2"])
+    names = list(model.state_dict())
+    choose_execution(model, activation_checkpointing="full", vision_chunk=2)
+    assert list(model.state_dict()) == names
+
+
+def test_a_filled_row_has_few_shapes_and_its_last_sample_is_the_filling() -> None:
+    shapes = set()
+    for length in range(1, 130):
+        embeds, positions, borders, longest = fill_row(
+            torch.ones(length, 2), torch.arange(length), torch.tensor([0, length], dtype=torch.int32), length, 64
+        )
+        assert embeds.shape[0] == len(positions) == borders[-1] and longest % 64 == 0
+        assert embeds[length:].eq(0).all() and borders[1] == length
+        assert int(torch.diff(borders).max()) <= longest
+        shapes.add((embeds.shape[0], len(borders), longest))
+    assert len(shapes) == 3
+
+
+WRONG: dict[str, tuple[Callable[[], PathMLLM], dict[str, Any], str]] = {
+    "an unknown word": (lambda: build(["projector"]), {"activation_checkpointing": "some"}, "unknown 'some'"),
+    "true": (lambda: build(["projector"]), {"fusion": True}, "unknown 'True'"),
+    "no chunk": (lambda: build(["projector"]), {"loss_chunk": 0}, "at least 1"),
+    "a scaled head": (
+        lambda: build(["projector"], model_type="granite", logits_scaling=4.0),
+        {"loss_chunk": 5},
+        "does more to its logits than one product .logits_scaling",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_can_not_be_is_refused(case: str) -> None:
+    make, keywords, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        choose_execution(make(), **keywords)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="liger runs where there is a GPU")
+def test_liger_without_a_gpu_or_without_the_package_is_refused() -> None:
+    message = "CUDA" if importlib.util.find_spec("liger_kernel") else "pip install"
+    with pytest.raises(ValueError, match=message):
+        choose_execution(build(["projector"]), fusion="liger")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+def test_compiled_blocks_are_equal_to_rounding(checkpointing: str) -> None:
+    expected_loss, expected = step(build(STAGES["stage 2"]))
+    model = choose_execution(
+        build(STAGES["stage 2"]), fusion="compile", activation_checkpointing=checkpointing, row_multiple=64
+    )
+    loss, gradients = step(model)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert largest_difference(gradients, expected) < 1e-5
