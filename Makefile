@@ -10,7 +10,7 @@ IHC_TILE := test_data/imgs/ihc_x0264_y0352_160.jpg
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-next bench bench-gpu check clean
 
 # Rebuilt only when what it installs changes.
 $(READY): pyproject.toml constraints.txt
@@ -40,6 +40,32 @@ test: $(READY)
 test-slow: $(READY)
 	python -m pytest -m slow
 
+# The same suite on a newer torch and transformers: Composer's own pins are passed over, see docs/versions.md.
+NEXT := .venv-next
+$(NEXT)/.ready: pyproject.toml constraints.txt constraints-next.txt
+	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet --requirement constraints-next.txt
+	grep -vE "^(#|($$(sed -n 's/==.*//p' constraints-next.txt | paste -sd '|'))==)" constraints.txt > $(NEXT)/rest.txt
+	$(NEXT)/bin/python -m pip install --quiet --no-deps --requirement $(NEXT)/rest.txt
+	$(NEXT)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $(NEXT)/.ready
+
+test-next: $(NEXT)/.ready
+	PATH="$(CURDIR)/$(NEXT)/bin:$$PATH" python -m pytest -m "not slow"
+
+# About an hour on two cores; results go to benchmarks/results.
+bench: $(READY)
+	python -m benchmarks.step_speed
+	python -m benchmarks.end_to_end
+	python -m benchmarks.scaling
+	python -m benchmarks.learning
+	python -m benchmarks.convert_speed
+	python -m benchmarks.loader_speed
+
+# One GPU that holds a 7B's training (141 GB); `make bench-gpu GPU_FLAGS=--tiny` goes through every line on a CPU.
+bench-gpu: $(READY)
+	python -m benchmarks.train_gpu $(GPU_FLAGS)
+
 check: $(READY)
 	ruff check .
 	ruff format --check .
@@ -47,4 +73,4 @@ check: $(READY)
 	yamllint --strict .
 
 clean:
-	rm -rf runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf runs $(NEXT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +63,14 @@ def build_processor(config: DictConfig) -> dict[str, Any]:
     return {key: dataset.get(key, parameters[key].default) for key in keys}
 
 
-def build_loader(section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase) -> tuple[DataSpec, int]:
-    """A loader that prepares samples for this model, and how many of them this rank gets in a step."""
+def build_loader(
+    section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase, algorithms: Iterable[str] = ()
+) -> tuple[DataSpec, int]:
+    """A loader that prepares samples for this model and suits the algorithms, and how many a rank gets in a step."""
     from composer.utils import dist
 
     from composer_path.data.loader import build_dataloader
+    from composer_path.encoding import check_features
     from composer_path.models.attention import check_attention_supported
 
     check_attention_supported(model.language_model.config, section["dataset"].get("max_seq_len", 4096))
@@ -77,6 +81,7 @@ def build_loader(section: dict[str, Any], model: PathMLLM, tokenizer: PreTrained
         image_size=model.vision_encoder.image_size,
         mean=model.vision_encoder.mean,
     )
+    check_features(loader.dataloader.dataset, model.vision_encoder, algorithms)  # type: ignore[union-attr]
     return loader, section["global_batch_size"] // dist.get_world_size()
 
 
@@ -110,9 +115,12 @@ def build_loggers(settings: dict[str, Any], run_folder: Path) -> list[Any]:
     return loggers
 
 
-def trainer_defaults(run_folder: Path) -> dict[str, Any]:
-    """Trainer keywords that a YAML may leave out."""
-    return {"save_folder": str(run_folder / "checkpoints"), "progress_bar": sys.stderr.isatty()}
+def trainer_keywords(section: dict[str, Any], run_folder: Path) -> dict[str, Any]:
+    """Keywords for Composer's Trainer: the YAML's, and what it may leave out. `save_interval: null` saves nothing."""
+    keywords = {"save_folder": str(run_folder / "checkpoints"), "progress_bar": sys.stderr.isatty()} | section
+    if keywords.get("save_interval", "1ep") is None:
+        del keywords["save_folder"], keywords["save_interval"]
+    return keywords
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

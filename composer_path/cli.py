@@ -1,4 +1,4 @@
-"""The command `composer-path`: export, ask, evaluate, summary."""
+"""The command `composer-path`: plan, export, ask, evaluate, summary."""
 
 from __future__ import annotations
 
@@ -37,8 +37,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="composer-path", description="Use what a training run left.")
+    parser = argparse.ArgumentParser(prog="composer-path", description="Plan a training run, and use what it left.")
     verbs = parser.add_subparsers(dest="verb", required=True)
+
+    plan = verbs.add_parser("plan", help="memory, time and cost of a training run, before it starts")
+    plan.add_argument("yaml", type=Path, help="the run's YAML")
+    plan.add_argument("overrides", nargs="*", help="key=value, as for train.py")
+    plan.add_argument("--gpus", type=int, default=8, help="over all nodes")
+    plan.add_argument("--gpu-memory", default="80GB", help="of one GPU, such as 80GB or 141GB")
+    plan.add_argument("--gpu", choices=("A100", "H100", "H200"), default="H100")
+    plan.add_argument("--tokens", type=int, default=700, help="of a sample on average, images included")
+    plan.add_argument("--answers", type=int, default=200, help="answer tokens of a sample on average")
+    plan.add_argument("--images", type=int, default=1, help="of a sample on average")
+    plan.add_argument("--mfu", type=float, default=0.45, help="share of the peak that is assumed to be used")
+    plan.add_argument("--samples", type=int, help="of the whole run: says hours")
+    plan.add_argument("--price", type=float, help="of a GPU for an hour: says the cost")
+    plan.set_defaults(run=_plan)
 
     export = verbs.add_parser("export", help="write a model folder from a checkpoint")
     export.add_argument("checkpoint", type=Path, help="a run's checkpoint or its latest-rank0.pt")
@@ -69,6 +83,29 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("root", type=Path, help="their save_root")
     summary.set_defaults(run=_summary)
     return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from composer_path.config import load_config
+    from composer_path.plan import PEAK_FLOPS, Machine, SampleSize, make_plan, parse_memory
+    from composer_path.plan_report import format_plan
+
+    counts = {
+        "--gpus": options.gpus,
+        "--tokens": options.tokens,
+        "--answers": options.answers,
+        "--images": options.images,
+    }
+    for flag, value in counts.items():
+        if value < (0 if flag == "--images" else 1):
+            raise ValueError(f"{flag}: found {value}; it must be at least {0 if flag == '--images' else 1}")
+    if not 0 < options.mfu <= 1:
+        raise ValueError(f"--mfu: found {options.mfu}; it must lie between 0 and 1")
+    machine = Machine(options.gpus, parse_memory(options.gpu_memory), PEAK_FLOPS[options.gpu])
+    config = load_config(options.yaml, options.overrides)
+    plan = make_plan(config, machine, SampleSize(options.tokens, options.answers, options.images))
+    print(format_plan(plan, mfu=options.mfu, samples=options.samples, price=options.price))
+    return 0 if plan.fitting else 1
 
 
 def _export(options: argparse.Namespace) -> int:

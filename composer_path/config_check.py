@@ -149,6 +149,11 @@ def _check_agreement(config: dict[str, Any], problems: list[str]) -> None:
     if isinstance(model, Mapping) and (model.get("path") is None) == (model.get("config") is None):
         found = "neither" if model.get("path") is None else "both"
         problems.append(f"model.language_model: found {found} of path (weights) and config (random); give one of them")
+    trainer = config.get("trainer")
+    if isinstance(trainer, Mapping) and trainer.get("save_interval", "1ep") is None and trainer.get("autoresume"):
+        problems.append(
+            "trainer.autoresume: has nothing to go on from while save_interval is null; give an interval or remove this"
+        )
     if "eval_loader" not in config:
         for key in ("eval_interval", "eval_subset_num_batches"):
             if get(f"trainer.{key}") is not None:

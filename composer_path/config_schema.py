@@ -366,6 +366,7 @@ def _trainer() -> Section:
         changes={
             "run_name": Key(str, required=True),
             "max_duration": replace(_key(section_of(Trainer), "max_duration"), required=True),
+            "save_interval": Key(str | int | None),  # null saves nothing
             # Composer's own default on a GPU is fp16.
             "precision": Key(str, required=True, choices=tuple(precision.value for precision in Precision)),
             "device": Key(str | None, choices=("cpu", "gpu", None)),

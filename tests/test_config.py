@@ -125,6 +125,7 @@ MISTAKES = [
         "fsdp.mixed_precision: found the text 'default'; it must",
     ),
     ("trainer.parallelism_config.fsdp.mixed_precision={param_dtype: int8}", "fsdp.mixed_precision: found a mapping; "),
+    ("trainer.save_interval=null", "trainer.autoresume: has nothing to go on from while save_interval is null"),
     ("trainer.parallelism_config.fsdp.activation_checkpointing=true", "use execution.activation_checkpointing"),
     (
         "execution.activation_checkpointing=ful",

@@ -8,6 +8,7 @@ from typing import Any
 from streaming import MDSWriter
 
 from composer_path.data.loader import WholeEpochLoader, end_with_parent
+from composer_path.storage.places import open_place
 from composer_path.stream.guarded import GuardedStreamingDataset
 
 NUM_SAMPLES = 40
@@ -73,3 +74,10 @@ def end_workers(loader: WholeEpochLoader) -> None:
     if loader._iterator is not None:
         loader._iterator._shutdown_workers()
         loader._iterator = None
+
+
+def upload(folder: Path, url: str) -> None:
+    """Put a set into a bucket, for servers whose objects aren't files."""
+    place = open_place(url)
+    for path in sorted(folder.iterdir()):
+        place.write(path.name, [path.read_bytes()])

@@ -17,13 +17,15 @@ class BatchReport(Callback):
 
     `batch/supervised_share`: answer tokens over tokens. `batch/padding_avoided`: the share of padding that the batch
     would have, padded to its longest sample. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's
-    time. `batch/unusable_samples`: so far; each kind is named once, with its position in the stream.
+    time. `batch/unusable_samples`: so far; each kind is named once, with its position in the stream. Once an epoch, where
+    ranks are balanced: `batch/rank_imbalance` and `batch/rank_imbalance_as_drawn`, the fullest rank's tokens over the mean.
     """
 
     def __init__(self) -> None:
         self.problems: Counter[str] = Counter()
         self.wait_start = self.step_start = time.monotonic()
         self.wait = 0.0
+        self.imbalance: tuple[float, float] | None = None
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Start waiting."""
@@ -36,11 +38,16 @@ class BatchReport(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         """Report a batch's make-up."""
         batch = state.batch
+        dataset = getattr(state.dataloader, "dataset", None)
+        imbalance = getattr(dataset, "imbalance", None)
+        if imbalance is not None and imbalance != self.imbalance:
+            self.imbalance = imbalance
+            logger.log_metrics({"batch/rank_imbalance_as_drawn": imbalance[0], "batch/rank_imbalance": imbalance[1]})
         tokens, samples = len(batch["input_ids"]), len(batch["num_images"])
         logger.log_metrics(
             {
                 "batch/tokens": tokens,
-                "batch/images": len(batch["pixel_values"]),
+                "batch/images": len(batch["is_he"]),
                 "batch/microbatches": len(batch["samples_per_bin"]),
                 "batch/supervised_share": len(batch["targets"]) / tokens,
                 "batch/padding_avoided": 1 - tokens / (samples * batch["max_seq_len"]),

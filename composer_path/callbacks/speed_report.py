@@ -47,7 +47,7 @@ class SpeedReport(SpeedMonitor):
         """Find the peak."""
         super().init(state, logger)
         if not self.gpu_flops_available and torch.cuda.is_available() and state.device.name == "gpu":
-            self.gpu_flops_available = measure_peak(state.device._device)
+            self.gpu_flops_available = measure_peak(torch.device("cuda", torch.cuda.current_device()))
             log.warning(
                 "MFU is relative to %.0f TFLOP/s, measured here with a product of matrices; give the datasheet's as "
                 "callbacks.speed_report.gpu_flops_available",

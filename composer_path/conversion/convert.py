@@ -151,6 +151,8 @@ def convert(
     mine = [partition for partition in scan.partitions() if partition.index % parts == index - 1]
     names = {partition.name for partition in mine}
     prepare(place, manifest, resume=resume, overwrite=overwrite, own=names)
+    if resume:  # a partition may be made anew: no index until all is verified again
+        place.delete([name for name in place.files() if name == INDEX_NAME])
     workers = max(1, min(workers, len(mine)))
     job = ConvertJob(
         data=data, images=images, out=out, fingerprint=fingerprint, size_limit=size_bytes, hashes=tuple(hashes),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -13,12 +16,15 @@ from typing import Any
 import xxhash
 
 from composer_path.data.conversation import RULES, RecordError, resolve_image
-from composer_path.data.image_file import ImageError, sanitize_image
+from composer_path.data.image_file import ImageError, check_image, sanitize_image
+from composer_path.data.jpeg import is_jpeg
 from composer_path.data.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
 # One picture is often asked about in several records in a row: it is read and decoded once.
 _CACHE_BYTES = 32 * 2**20
+# Slides of a bucket that stay on the disk after they were read, some gigabytes each; a slide is read in many regions.
+_NUM_KEPT_SLIDES = 2
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,32 @@ class ImageSource:
             raise stored
         return stored
 
+    def stamp(self, image: str | SlideRegion) -> bytes:
+        """Return size and time of an image's file, by which a change of it is noticed.
+
+        Images of a bucket have none: to ask for it takes as long as to read them.
+        """
+        if self._bucket is not None:
+            return b""
+        try:
+            status = os.stat(os.path.join(self._images, image.file if isinstance(image, SlideRegion) else image))
+        except (OSError, ValueError):  # a record may name what is no file
+            return b"-"
+        return b"%d %d\n" % (status.st_size, status.st_mtime_ns)
+
     def _load(self, image: str | SlideRegion) -> StoredImage | RecordError:
         mpp = None
         try:
             if isinstance(image, SlideRegion):
-                path = self._path(image.file)
-                data, mpp = region_png(path, image, self._max_pixels), mpp_of(path, image.level)
+                with self._slide(image.file) as path:
+                    data, mpp = region_png(path, image, self._max_pixels), mpp_of(path, image.level)
             else:
                 data = self._read(image)
             if self._resized is not None:
                 from composer_path.data.image import resize_image  # imports torch, which nothing else here needs
 
+                if self._decode and is_jpeg(data):  # decoding alone doesn't find data that end early
+                    check_image(data, self._max_pixels)
                 data = resize_image(data, **self._resized, max_pixels=self._max_pixels)
             elif not isinstance(image, SlideRegion):
                 data = sanitize_image(data, self._max_pixels, decode=self._decode)
@@ -107,13 +128,20 @@ class ImageSource:
             found = error.strerror or "a read error"
             raise RecordError("unreadable-image", found, "check the file's rights") from None
 
-    def _path(self, name: str) -> Path:
+    @contextmanager
+    def _slide(self, name: str) -> Iterator[Path]:
+        """A slide as a file on a disk, for as long as it is read."""
         if self._bucket is None:
-            return resolve_image(name, self._images)
+            yield resolve_image(name, self._images)
+            return
         try:
-            return _slide_on_disk(self._images, _name_in_bucket(name))
+            slide = _take_slide(self._images, _name_in_bucket(name))
         except FileNotFoundError:
             raise _missing() from None
+        try:
+            yield slide.path
+        finally:
+            _give_slide_back(slide)
 
     def _remember(self, name: str, stored: StoredImage | RecordError) -> None:
         with self._lock:
@@ -147,19 +175,36 @@ def _slide_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="composer_path_slides_")
 
 
+@dataclass
+class _FetchedSlide:
+    """A slide of a bucket on this machine, and how many threads are reading it."""
+
+    path: Path
+    num_readers: int = 0
+
+
 _slide_lock = threading.Lock()
-_slides: OrderedDict[tuple[str, str], Path] = OrderedDict()
+_slides: OrderedDict[tuple[str, str], _FetchedSlide] = OrderedDict()
 
 
-def _slide_on_disk(images: str, name: str) -> Path:
-    """Bring a slide of a bucket to the disk; the last two stay there (a slide is read in many regions)."""
+def _take_slide(images: str, name: str) -> _FetchedSlide:
+    """Bring a slide of a bucket to the disk, where it stays at least until it is given back."""
     with _slide_lock:
-        path = _slides.get((images, name))
-        if path is None:
+        slide = _slides.get((images, name))
+        if slide is None:
             hash = xxhash.xxh64_hexdigest(f"{images}\0{name}")
-            path = Path(_slide_folder().name, hash + PurePosixPath(name).suffix)
-            copy_to_disk(Bucket(images), name, path)
-            _slides[images, name] = path
-            if len(_slides) > 2:
-                _slides.popitem(last=False)[1].unlink(missing_ok=True)
-        return path
+            slide = _FetchedSlide(Path(_slide_folder().name, hash + PurePosixPath(name).suffix))
+            copy_to_disk(Bucket(images), name, slide.path)
+            _slides[images, name] = slide
+        _slides.move_to_end((images, name))
+        slide.num_readers += 1
+        return slide
+
+
+def _give_slide_back(slide: _FetchedSlide) -> None:
+    """Say that it has been read; of slides that nobody reads the last few are kept."""
+    with _slide_lock:
+        slide.num_readers -= 1
+        unread = [key for key, fetched in _slides.items() if not fetched.num_readers]
+        for key in unread[:-_NUM_KEPT_SLIDES]:
+            _slides.pop(key).path.unlink(missing_ok=True)

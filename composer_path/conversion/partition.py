@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import xxhash
 
 from composer_path.conversion.identifiers import KeyedHashes
 from composer_path.conversion.image_source import ImageSource, StoredImage
@@ -104,6 +105,9 @@ class PartitionResult:
 def convert_partition(job: ConvertJob, partition: Partition, report: Report | None = None) -> PartitionResult:
     """Convert one partition, or take it over from an earlier run.
 
+    It is taken over if all its files are as they were written, and the images still have the size and the time that
+    they had then.
+
     Raises:
         StorageError: a place can't be read or written. Nothing says then that the partition is done.
     """
@@ -111,7 +115,7 @@ def convert_partition(job: ConvertJob, partition: Partition, report: Report | No
     place = open_place(job.out)
     if job.resume:
         done = read_marker(place, partition.name, job.fingerprint)
-        if done is not None and _is_whole(place, partition.name, done):
+        if done is not None and done["stamp"] == _stamp(job, partition) and _is_whole(place, partition.name, done):
             return _take_over(job, partition, done, report)
     return _Conversion(job, partition, place, report).run()
 
@@ -122,7 +126,8 @@ def read_marker(place: Folder | Bucket, name: str, fingerprint: str) -> dict[str
         done = json.loads(place.read(f"{name}/{DONE_NAME}"))
     except (FileNotFoundError, ValueError):
         return None
-    return done if isinstance(done, dict) and done.get("fingerprint") == fingerprint else None
+    ours = isinstance(done, dict) and done.get("fingerprint") == fingerprint and "stamp" in done
+    return done if ours else None
 
 
 def verify_partition(place: Folder | Bucket, name: str, done: dict[str, Any]) -> None:
@@ -143,12 +148,27 @@ def _is_whole(place: Folder | Bucket, name: str, done: dict[str, Any]) -> bool:
     return True
 
 
+def _stamp(job: ConvertJob, partition: Partition) -> str:
+    """Return what a marker would say of the images as they are now."""
+    images = _image_source(job)
+    stamps = xxhash.xxh64()
+    for record in _records(job, partition):
+        if not isinstance(record.value, RecordError) and not problems_of(record.value):
+            for image in Conversation.from_record(record.value).images:
+                stamps.update(images.stamp(image))
+    return stamps.hexdigest()
+
+
+def _image_source(job: ConvertJob) -> ImageSource:
+    return ImageSource(job.images, job.max_pixels, job.check, job.resized)
+
+
 class _Conversion:
     """One partition on its way."""
 
     def __init__(self, job: ConvertJob, partition: Partition, place: Folder | Bucket, report: Report) -> None:
         self._job, self._partition, self._report = job, partition, report
-        self._images = ImageSource(job.images, job.max_pixels, job.check, job.resized)
+        self._images, self._stamps = _image_source(job), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
         self._writer = ShardWriter(place, partition.name, COLUMNS, job.size_limit, job.hashes)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -161,7 +181,8 @@ class _Conversion:
         job, partition, writer = self._job, self._partition, self._writer
         try:
             threads = max(job.threads, _BUCKET_THREADS) if "://" in job.images else job.threads
-            for record, loaded, problems in in_threads(self._load, _records(job, partition), threads):
+            for record, loaded, problems, stamps in in_threads(self._load, _records(job, partition), threads):
+                self._stamps.update(stamps)
                 self._add(record, loaded, problems)
             done = None
             if not job.check_only and not (job.stop_at_problem and self._problems):
@@ -177,21 +198,23 @@ class _Conversion:
 
     def _load(
         self, record: RawRecord
-    ) -> tuple[RawRecord, tuple[Conversation, list[StoredImage]] | None, list[RecordError]]:
+    ) -> tuple[RawRecord, tuple[Conversation, list[StoredImage]] | None, list[RecordError], bytes]:
         """Check a record by itself and read its images; runs in a thread."""
         if isinstance(record.value, RecordError):
-            return record, None, [record.value]
+            return record, None, [record.value], b""
         problems = problems_of(record.value)
         if problems:
-            return record, None, problems
+            return record, None, problems, b""
         conversation = Conversation.from_record(record.value)
+        # Before they are read: what changes while it is read shall be noticed, too.
+        stamps = b"".join(self._images.stamp(image) for image in conversation.images)
         stored: list[StoredImage] = []
         for index, image in enumerate(conversation.images):
             try:
                 stored.append(self._images.load(image))
             except RecordError as error:
                 problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
-        return record, (conversation, stored), problems
+        return record, (conversation, stored), problems, stamps
 
     def _add(
         self,
@@ -236,6 +259,7 @@ class _Conversion:
         return {
             "fingerprint": self._job.fingerprint,
             "partition": self._partition.index,
+            "stamp": self._stamps.hexdigest(),
             "counts": self._counts,
             "sources": {name: dict(counts) for name, counts in sorted(self._sources.items())},
             "unknown_keys": dict(self._unknown_keys),

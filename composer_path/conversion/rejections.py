@@ -29,6 +29,19 @@ class ConvertError(ValueError):
         self.rejections = rejections
 
 
+def explained(error: Exception, place: str) -> str:
+    """Word an error for people; the system's own say only "No space left on device".
+
+    Args:
+        error: what ended a command.
+        place: where it wrote to, named if the error names no file.
+    """
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = error.filename if error.filename is not None else place
+    return f"{where}: {error.strerror}; nothing was published. Look for space and rights there"
+
+
 class Rejections:
     """The problems of one input file, in the file's order.
 

@@ -14,7 +14,8 @@ A batch is a dict:
 | target_weights | float32 [targets] | what each counts in the loss |
 | loss_weight | float | their sum |
 | image_index | int64 [placeholders] | positions of image placeholders |
-| pixel_values | uint8 [images, 3, height, width] | not normalised |
+| pixel_values | uint8 [images, 3, height, width] | not normalised; or, of a set that holds them, instead |
+| image_features | bf16 [images, image tokens, dim] | what the vision encoder makes of them |
 | is_he | bool [images] | stained with haematoxylin and eosin |
 | image_sample_ids | int64 [images] | the sample each image belongs to |
 | sample_ids, num_images, num_targets, num_placeholders | int64 [samples] | of each sample |
@@ -63,7 +64,8 @@ class PackedCollator:
         supervised_index = (labels != IGNORE_INDEX).nonzero()[:, 0]
         num_targets = _count_per_sample(supervised_index, lengths)
         image_index = (input_ids < 0).nonzero()[:, 0]
-        num_images = torch.tensor([len(sample["pixel_values"]) for sample in ordered])
+        images = "image_features" if "image_features" in ordered[0] else "pixel_values"
+        num_images = torch.tensor([len(sample["is_he"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
         weights = target_weights(num_targets, self.loss_average)
         source_weights = torch.tensor([sample.get("loss_weight", 1.0) for sample in ordered])
@@ -79,7 +81,7 @@ class PackedCollator:
             "target_weights": weights,
             "loss_weight": float(weights.double().sum()),
             "image_index": image_index,
-            "pixel_values": torch.cat([sample["pixel_values"] for sample in ordered]),
+            images: torch.cat([sample[images] for sample in ordered]),  # type: ignore[literal-required]
             "is_he": torch.cat([sample["is_he"] for sample in ordered]),
             "image_sample_ids": sample_ids.repeat_interleave(num_images),
             "sample_ids": sample_ids,

@@ -8,17 +8,22 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import BFloat16, Bool, Int64, Integer, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.data.balance import balance_work, imbalance
 from composer_path.data.conversation import Conversation
+from composer_path.data.features import FeaturesError, common_features, is_features, unpack_features
 from composer_path.data.image import PAD_COLOR, ImageError, load_stored_image
+from composer_path.data.lengths import lengths_key, lengths_place, read_lengths
 from composer_path.data.mixture import Source, build_streams, check_streams
 from composer_path.data.prompts import TemplateError, get_template
 from composer_path.data.sample_format import COLUMNS, unpack_images
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
+from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded import GuardedStreamingDataset
+from composer_path.stream.guarded_stream import GuardedStream
 
 
 class Sample(TypedDict):
@@ -27,7 +32,8 @@ class Sample(TypedDict):
     sample_id: int  # its position in the stream
     input_ids: Int64[Tensor, " tokens"]
     labels: Int64[Tensor, " tokens"]  # not shifted
-    pixel_values: UInt8[Tensor, "images 3 height width"]
+    pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
+    image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
     is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
     source: str  # the stream's name, or the record's own source
     problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
@@ -73,12 +79,15 @@ class ConversationDataset(GuardedStreamingDataset):
             check_streams(streams)
             streaming["streams"], self.sources = build_streams(streams, template)
         super().__init__(**streaming)
+        self._balance: tuple[Integer[np.ndarray, " samples"], str] | None = None
+        self._imbalance: Tensor | None = None
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
         self.image_position = image_position
         self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder}
         self.image_keywords |= {"pad_color": pad_color} | ({} if max_pixels is None else {"max_pixels": max_pixels})
+        self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
         for shard in self.shards:
             columns = getattr(shard, "column_names", [])
             if not set(COLUMNS) <= set(columns):
@@ -110,40 +119,122 @@ class ConversationDataset(GuardedStreamingDataset):
             )
             if not tokens.num_answer_tokens:
                 return self._unusable(sample_id, record, f"no answer is left within max_seq_len={self.max_seq_len}")
-            pixels = [load_stored_image(image, **self.image_keywords) for image in images[: tokens.num_images]]
+            seen = [self._load(image) for image in images[: tokens.num_images]]
         except (TemplateError, ImageError) as error:
             return self._unusable(sample_id, record, str(error))
-        return Sample(
+        sample = Sample(
             sample_id=sample_id,
             input_ids=tokens.input_ids,
             labels=tokens.labels,
-            pixel_values=torch.stack(pixels) if pixels else self._no_images(),
-            is_he=torch.full((len(pixels),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
+            is_he=torch.full((len(seen),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
             source=source.name or _source_of(record),
             problem=None,
             loss_weight=source.loss_weight,
         )
+        return self._with_images(sample, seen)
 
     def _unusable(self, sample_id: int, record: Mapping[str, Any], problem: str) -> Sample:
         """One token without a label: it costs next to nothing and weighs nothing."""
-        return Sample(
+        sample = Sample(
             sample_id=sample_id,
             input_ids=torch.zeros(1, dtype=torch.int64),
             labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
-            pixel_values=self._no_images(),
             is_he=torch.zeros(0, dtype=torch.bool),
             source=self._source(sample_id).name or _source_of(record),
             problem=problem,
         )
+        return self._with_images(sample, [])
 
     def _source(self, sample_id: int) -> Source:
         """The stream that a position belongs to."""
         shard_id, _ = self.spanner[sample_id]
         return self.sources[int(self.stream_per_shard[shard_id])]
 
-    def _no_images(self) -> UInt8[Tensor, "0 3 height width"]:
-        size = self.image_keywords["image_size"]
-        return torch.empty((0, 3, size, size), dtype=torch.uint8)
+    def _load(self, image: bytes) -> Tensor:
+        """The pixels of a stored image, or its features."""
+        if is_features(image) != (self.features is not None):
+            if self.features is None:
+                raise FeaturesError(
+                    "the shards hold features, but their index.json doesn't say so; take the one that encode.py wrote"
+                )
+            load_stored_image(image, **self.image_keywords)  # encode.py leaves a file that can't be decoded as it is
+            raise FeaturesError("a set of features holds an image file; encode the set again")
+        if self.features is not None:
+            return unpack_features(image, self.features)
+        return load_stored_image(image, **self.image_keywords)
+
+    def _with_images(self, sample: Sample, seen: list[Tensor]) -> Sample:
+        """A sample with its pixels or features; none is none of the right shape."""
+        if self.features is not None:
+            empty = torch.empty((0, self.features.num_tokens, self.features.dim), dtype=torch.bfloat16)
+            sample["image_features"] = torch.stack(seen) if seen else empty
+        else:
+            size = self.image_keywords["image_size"]
+            sample["pixel_values"] = torch.stack(seen) if seen else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return sample
+
+    def _index_of(self, stream: GuardedStream) -> bytes:
+        return (stream.folder / INDEX).read_bytes()
+
+    def stored_lengths(self, folder: str | None = None) -> Integer[np.ndarray, " samples"]:
+        """Tokens of each sample, by its position in the stream, as `data_prep/measure_lengths.py` found them.
+
+        Args:
+            folder: Where they lie; None for beside each set.
+
+        Raises:
+            LengthsError: They were not measured, or for another tokenizer, template, encoder or set.
+        """
+        found = []
+        for stream, source, num_samples in zip(self.streams, self.sources, self.samples_per_stream, strict=True):
+            key = lengths_key(
+                self._index_of(stream),
+                self.tokenizer,
+                source.template,
+                self.num_image_tokens,
+                self.max_seq_len,
+                self.image_position,
+            )
+            found.append(read_lengths(lengths_place(stream.where, folder), key, int(num_samples)).tokens)
+        return np.concatenate(found)
+
+    def balance(self, tokens: Integer[np.ndarray, " samples"], reach: str) -> None:
+        """From the next epoch on, give all ranks equally many tokens of each global batch.
+
+        Args:
+            tokens: Length of each sample, by its position in the stream.
+            reach: See `composer_path.data.balance.balance_work`.
+
+        Raises:
+            ValueError: Each rank is to have batches of one stream only.
+        """
+        if self.batching_method == "device_per_stream":
+            raise ValueError(
+                "balance: would mix the streams that dataset.batching_method=device_per_stream keeps apart on each "
+                "rank; leave out one of the two"
+            )
+        self._balance = tokens, reach
+        self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
+
+    @property
+    def imbalance(self) -> tuple[float, float] | None:
+        """Of the epoch that was begun last, as it would be and as it is; None where nothing is balanced.
+
+        Known on the first rank of each node, see `composer_path.data.balance.imbalance`.
+        """
+        return None if self._imbalance is None else (float(self._imbalance[0]), float(self._imbalance[1]))
+
+    def _share_work(self, sample_ids: Int64[np.ndarray, "nodes ranks workers batches batch_size"]) -> Any:
+        """Streaming's one place where an epoch's order is complete, before this node's other workers get it.
+
+        It is changed in place, because the worker that made it goes on with this very array.
+        """
+        if self._balance is not None and self._imbalance is not None and sample_ids.size:
+            tokens, reach = self._balance
+            balanced = balance_work(sample_ids, tokens, reach)
+            self._imbalance[0], self._imbalance[1] = imbalance(sample_ids, tokens), imbalance(balanced, tokens)
+            sample_ids[:] = balanced
+        return super()._share_work(sample_ids)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where to go on.

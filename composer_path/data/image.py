@@ -105,7 +105,7 @@ def resize_image(
     data: bytes,
     image_size: int,
     fit: Fit = "pad",
-    pad_color: Sequence[int] = PAD_COLOR,
+    pad_color: Sequence[int] | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> bytes:
     """Make the finished square that `--resize` stores in place of the file: `load_image`'s exact pixels.
@@ -113,8 +113,9 @@ def resize_image(
     Raises:
         ImageError: As `load_image`.
     """
-    pixels = load_image(data, image_size, fit, "pil", pad_color, max_pixels)
-    return pack_square(pixels, Square.of(image_size, fit, pad_color))
+    color = PAD_COLOR if pad_color is None else pad_color  # a crop has none
+    pixels = load_image(data, image_size, fit, "pil", color, max_pixels)
+    return pack_square(pixels, Square.of(image_size, fit, color))
 
 
 def load_stored_image(

@@ -8,7 +8,6 @@ profiles, thumbnails, bytes after the end) is never stored and never shown in an
 from __future__ import annotations
 
 import io
-import re
 import struct
 from collections.abc import Callable
 
@@ -23,6 +22,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from composer_path.data.image_error import ImageError
+from composer_path.data.jpeg import Jpeg, is_jpeg
+
 # 16,384 px a side: 8 mm of a slide at 20x (0.5 um a pixel), far more than a region that is shown to a model,
 # and 0.8 GB of RGB in a loader worker at worst. Pillow's own limit (0.18 G pixels) stays as it is, unused.
 MAX_PIXELS = 2**28
@@ -31,7 +33,7 @@ MAX_ASPECT_RATIO = 256
 
 # Only formats whose decoders are meant for untrusted pixels: Pillow would hand PostScript to an interpreter.
 _FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
-    ("JPEG", lambda head: head.startswith(b"\xff\xd8\xff"), JpegImageFile),
+    ("JPEG", is_jpeg, JpegImageFile),
     ("PNG", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
     ("TIFF", lambda head: head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
     ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", WebPImageFile),
@@ -51,41 +53,11 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# JPEG: a marker is 0xFF (any number of them) and a byte that is neither 0 nor 0xFF. In the entropy-coded data
-# of a scan 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data
-# (ITU-T T.81, B.1.1).
-_MARKER = re.compile(rb"\xff\xff*([^\x00\xff])")  # \xff\xff* is searched twice as fast as \xff+
-_SCAN_CHUNK = 2**18  # a progressive file has many short scans
-_EOI, _SOS, _APP0, _APP14 = 0xD9, 0xDA, 0xE0, 0xEE
-_STAND_ALONE = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})  # TEM, SOI, RSTn: no segment follows
-# Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
-_CODING = frozenset({*range(0xC0, 0xD0), _SOS, 0xDB, 0xDC, 0xDD})
-# Version 1.1, square pixels, no thumbnail.
-_PLAIN_JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
-
 # PNG: what pixels are made of. Everything else (text, eXIf, iCCP, tIME, gAMA, animation) is left out.
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 # Where an orientation may stand. Pillow finds it by decoding, so a file without these words is not asked.
 _PNG_MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
-
-
-class ImageError(ValueError):
-    """A picture that can't be used.
-
-    Attributes:
-        rule: Short name of the rule, e.g. `unreadable-image`.
-        found: What was found, in sizes and formats only: never metadata nor a name from inside the file.
-        fix: What to do about it.
-    """
-
-    def __init__(self, rule: str, found: str = "", fix: str = "") -> None:
-        super().__init__(rule, found, fix)  # all three, so that the error survives pickling between workers
-        self.rule, self.found, self.fix = rule, found, fix
-
-    def __str__(self) -> str:
-        found = f": found {self.found}" if self.found else ""
-        return f"{self.rule}{found}{'; ' + self.fix if self.fix else ''}"
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
@@ -145,17 +117,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Check that an image can be decoded in full, as fast as its format allows.
 
-    A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made.
+    A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made. One whose data end
+    early is found, though decoders take it (see `Jpeg.check_complete`).
 
     Raises:
         ImageError: As `decode_pixels`.
     """
     image = open_image(data, max_pixels)
     if isinstance(image, JpegImageFile):
-        image.draft(None, (1, 1))
+        _check_jpeg(image, Jpeg(bytes(data)), data)
+        return
     _load(image, data)
-    if not isinstance(image, JpegImageFile):
-        _in_plain_mode(image)
+    _in_plain_mode(image)
 
 
 def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
@@ -179,20 +152,23 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = Tru
     """
     data = bytes(data)
     image = open_image(data, max_pixels)
-    if isinstance(image, JpegImageFile) and orientation_of(image) == 1:
-        if decode:
-            check_image(data, max_pixels)
-        return _strip_jpeg(data, whole=not decode)
+    if isinstance(image, JpegImageFile):
+        jpeg = Jpeg(data, whole=not decode)
+        upright = orientation_of(image) == 1
+        stored = _check_jpeg(image, jpeg, data) if decode or not upright else jpeg.stripped()
+        if upright:
+            return stored
+        image = open_image(data, max_pixels)  # not at an eighth
     if not decode and isinstance(image, PngImageFile) and not any(word in data for word in _PNG_MAY_BE_TURNED):
         return _strip_png(data, whole=True)
     _load(image, data)
     pixels = _in_plain_mode(_upright(image))
     if isinstance(image, PngImageFile) and orientation_of(image) == 1:
         return _strip_png(data)
-    stored = io.BytesIO()
+    file = io.BytesIO()
     pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile
-    pixels.save(stored, "PNG")
-    return stored.getvalue()
+    pixels.save(file, "PNG")
+    return file.getvalue()
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -230,6 +206,18 @@ def _load(image: ImageFile, data: bytes) -> None:
         image.load()
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more
         raise _unreadable(image.format or "image", data, error) from None
+
+
+def _check_jpeg(image: JpegImageFile, jpeg: Jpeg, data: bytes) -> bytes:
+    """Check that all pixels are there, and return the file without metadata."""
+    stripped = jpeg.stripped()
+    try:
+        jpeg.check_complete(image, stripped)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _unreadable("JPEG", data, error) from None
+    return stripped
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -271,68 +259,6 @@ def _plain_16_bit(image: Image.Image) -> Image.Image:
 
 def _scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
     return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded; 65535 = 257 * 255
-
-
-def _strip_jpeg(data: bytes, whole: bool = False) -> bytes:
-    """Copy a JPEG's coding segments and scans, and nothing that lies before, between or after them.
-
-    With `whole` its end marker must be there; decoders do without it if the pixels are complete.
-    """
-    kept: list[bytes | memoryview] = [b"\xff\xd8"]
-    position = 2
-    ended = not whole
-    while match := _MARKER.search(data, position):
-        marker, position = match[1][0], match.end()
-        if marker == _EOI:
-            ended = True
-            break
-        if marker in _STAND_ALONE:
-            continue
-        segment = data[position : position + 2]
-        length = struct.unpack(">H", segment)[0] if len(segment) == 2 else 0
-        segment = data[position : position + length]
-        if length < 2 or len(segment) < length:
-            raise ImageError("unreadable-image", f"a JPEG file of {len(data)} bytes that ends in a segment")
-        position += length
-        if marker in _CODING:
-            kept += [bytes((0xFF, marker)), segment]
-        else:  # APPn, comments, extensions
-            kept.append(_color_segment(marker, segment[2:]))
-        if marker == _SOS:
-            end_position = _end_of_scan(data, position)
-            kept.append(memoryview(data)[position:end_position])  # not copied twice
-            position = end_position
-    if not ended:
-        found = f"a JPEG file of {len(data)} bytes that has no end"
-        raise ImageError("unreadable-image", found, "replace the file")
-    return b"".join([*kept, b"\xff\xd9"])
-
-
-def _end_of_scan(data: bytes, position: int) -> int:
-    """Return where the first marker that ends a scan's coded data begins, fill bytes before it included."""
-    for start in range(position, len(data), _SCAN_CHUNK):
-        codes = np.frombuffer(data, np.uint8, min(_SCAN_CHUNK + 1, len(data) - start), start)
-        found = np.flatnonzero(codes[:-1] == 0xFF)
-        after = codes[found + 1]
-        found = found[(after != 0) & (after != 0xFF) & ((after < 0xD0) | (after > 0xD7))]
-        if len(found):
-            end = start + int(found[0])
-            while end > position and data[end - 1] == 0xFF:
-                end -= 1
-            return end
-    return len(data)
-
-
-def _color_segment(marker: int, payload: bytes) -> bytes:
-    """Return what a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
-
-    Both say in which colours the data are (YCbCr, RGB, CMYK or YCCK); all else in them is made constant.
-    """
-    if marker == _APP0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
-        return _PLAIN_JFIF
-    if marker == _APP14 and payload.startswith(b"Adobe") and len(payload) >= 12:
-        return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + payload[11:12]
-    return b""
 
 
 def _strip_png(data: bytes, whole: bool = False) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from composer.core import DataSpec
@@ -21,6 +22,8 @@ from composer_path.data.image import pad_color_of
 from composer_path.data.microbatches import Batch, split_batch
 from composer_path.stream.error import StreamError
 
+log = logging.getLogger(__name__)
+
 
 class WholeEpochLoader(DataLoader):
     """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
@@ -32,6 +35,8 @@ class WholeEpochLoader(DataLoader):
         expected, seen, failed = dataset.samples_to_come(), 0, False
         try:
             for batch in super().__iter__():
+                if not seen:
+                    self._tell_imbalance()
                 seen += len(batch["num_images"])
                 yield batch
         except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
@@ -46,6 +51,12 @@ class WholeEpochLoader(DataLoader):
             found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
             where = ", ".join(stream.where for stream in dataset.streams)
             raise StreamError.of("", "samples-missing", where, found, "please report this")
+
+    def _tell_imbalance(self) -> None:
+        """Once an epoch, on the first rank; the epoch's order is known once its first batch is here."""
+        found = getattr(self.dataset, "imbalance", None)
+        if found is not None and dist.get_global_rank() == 0:
+            log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
 
 
 def end_with_parent(worker_id: int) -> None:
@@ -67,6 +78,8 @@ def build_dataloader(
     global_batch_size: int,
     max_tokens_per_microbatch: int | None = None,
     loss_average: str = "token",
+    balance: Literal["node", "global"] | None = None,
+    lengths: str | None = None,
     drop_last: bool = False,
     num_workers: int = 4,
     prefetch_factor: int | None = 2,
@@ -85,6 +98,9 @@ def build_dataloader(
         global_batch_size: Samples in a step over all ranks; the ranks must divide it.
         max_tokens_per_microbatch: Most tokens in one forward pass of a rank; bounds the memory. None for one pass.
         loss_average: See `PackedCollator`.
+        balance: Exchange samples inside each global batch so that ranks have equally many tokens: `node` with the
+            ranks of a node, `global` with all; None leaves them where they were drawn. Needs measured lengths.
+        lengths: Folder or URL of those, from data_prep/measure_lengths.py; None for beside each set.
         drop_last: Leave out an epoch's last, smaller batch.
         num_workers: Processes a rank that read, decode and tokenize.
         prefetch_factor: Batches each of them prepares ahead.
@@ -98,6 +114,7 @@ def build_dataloader(
 
     Raises:
         ValueError: The ranks don't divide the batch, or a sample may be longer than a microbatch.
+        LengthsError: `balance` without lengths that fit tokenizer, template, encoder and set.
     """
     world_size = dist.get_world_size()
     if global_batch_size % world_size:
@@ -119,6 +136,10 @@ def build_dataloader(
         pad_color=pad_color_of(mean),
         batch_size=global_batch_size // world_size,
     )
+    if balance is not None:
+        tokens = samples.stored_lengths(lengths)  # on every rank, so that all refuse what doesn't fit
+        if dist.get_local_rank() == 0:  # whose first worker deals an epoch's samples out
+            samples.balance(tokens, balance)
     loader = WholeEpochLoader(
         samples,
         batch_size=global_batch_size // world_size,

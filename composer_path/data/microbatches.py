@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from composer.utils import dist
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 from torch import Tensor
 
 Batch = dict[str, Any]  # see composer_path/data/collator.py
@@ -130,28 +130,38 @@ def agree_over_ranks(num_bins: int, loss_weight: float) -> tuple[int, float]:
 
 
 def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start to stop of a row as a batch of their own; its tensors are views but for the shifted indices."""
+    """Samples start to stop of a row as a batch of their own; its tensors are views but for the shifted indices.
+
+    Everything lies on the CPU still: Composer moves each microbatch to the device when its turn has come. So nothing
+    here waits for the device.
+    """
     borders = batch["cu_seq_lens"].tolist()
     tokens = slice(borders[start], borders[stop])
     images = _range(batch["num_images"], start, stop)
     targets = _range(batch["num_targets"], start, stop)
     placeholders = _range(batch["num_placeholders"], start, stop)
     weights = batch["target_weights"][targets]
-    cu_seq_lens = batch["cu_seq_lens"][start : stop + 1] - borders[start]
+    cu_seq_lens = _shifted(batch["cu_seq_lens"][start : stop + 1], borders[start])
     part = {key: batch[key][tokens] for key in ("input_ids", "position_ids", "labels")}
-    part |= {key: batch[key][images] for key in ("pixel_values", "is_he", "image_sample_ids")}
+    of_images = ("pixel_values", "image_features", "is_he", "image_sample_ids")
+    part |= {key: batch[key][images] for key in of_images if key in batch}
     part |= {key: batch[key][start:stop] for key in ("sample_ids", "num_images", "num_targets", "num_placeholders")}
     part |= {key: batch[key][start:stop] for key in ("sources", "problems")}
     return part | {
         "cu_seq_lens": cu_seq_lens,
         "max_seq_len": int(torch.diff(cu_seq_lens).max()),
-        "supervised_index": batch["supervised_index"][targets] - borders[start],
+        "supervised_index": _shifted(batch["supervised_index"][targets], borders[start]),
         "targets": batch["targets"][targets],
         "target_weights": weights,
         "loss_weight": float(weights.double().sum()),
-        "image_index": batch["image_index"][placeholders] - borders[start],
+        "image_index": _shifted(batch["image_index"][placeholders], borders[start]),
         "samples_per_bin": [stop - start],
     }
+
+
+def _shifted(index: Int[Tensor, " entries"], by: int) -> Int[Tensor, " entries"]:
+    """An index counted from another start; page-locked if the row is, so that its copy to the device doesn't wait."""
+    return torch.sub(index, by, out=torch.empty_like(index, pin_memory=index.is_pinned()))
 
 
 def _range(counts: Int64[Tensor, " samples"], start: int, stop: int) -> slice:

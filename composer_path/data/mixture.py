@@ -69,13 +69,16 @@ def build_stream(
         ValueError: These don't go together.
     """
     check_stream(name, proportion=proportion, repeat=repeat, choose=choose, loss_weight=loss_weight)
-    settings: dict[str, Any] = {"name": template} if isinstance(template, str) else dict(template)
-    if system is not None:
-        settings["system"] = system
     stream = GuardedStream(
         local=local, remote=remote, split=split, proportion=proportion, repeat=repeat, choose=choose, name=name
     )
-    return stream, Source(name, get_template(settings), loss_weight)
+    return stream, Source(name, template_of(template, system), loss_weight)
+
+
+def template_of(template: str | Mapping[str, Any], system: str | None = None) -> PromptTemplate:
+    """A stream's prompt template, with its own system message."""
+    settings: dict[str, Any] = {"name": template} if isinstance(template, str) else dict(template)
+    return get_template(settings if system is None else settings | {"system": system})
 
 
 def check_stream(name: str, **keywords: Any) -> None:

@@ -61,7 +61,7 @@ def pack_attention(language_model: PreTrainedModel) -> None:
     chosen = str(language_model.config._attn_implementation)
     if not chosen.startswith("packed_"):
         chosen = resolve_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    language_model.packed_attention = chosen
+    language_model.packed_attention = chosen  # type: ignore[assignment]
 
     def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         wanted = language_model.packed_attention if kwargs.get("cu_seq_lens_q") is not None else PADDED
@@ -160,7 +160,12 @@ def _one_dtype(
 
 
 def _no_flash(query: Float[Tensor, "1 h t d"]) -> bool:
-    """Flash kernels take half precision on a GPU only; an fp32 run, or one on a GPU machine's CPU, does without."""
+    """Flash kernels take half precision on a GPU only; an fp32 run, or one on a GPU machine's CPU, does without.
+
+    On the meta device, where memory is planned, the operator stands for any fused kernel.
+    """
+    if query.device.type == "meta":
+        return False
     half = query.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(query.device.type)
     return query.device.type == "cpu" or not half
 
@@ -181,12 +186,19 @@ def packed_sdpa(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return _attend_each_sample(query, key, value, cu_seq_lens, dropout, scaling).transpose(1, 2), None
+
+
+@torch.compiler.disable  # how many samples there are is known only when it runs
+def _attend_each_sample(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, dropout: float, scaling: float | None
+) -> Tensor:
     lengths = [length for length in torch.diff(cu_seq_lens).tolist() if length]  # empty samples fill a row up
     parts = [
         F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2)
 
 
 def packed_torch_flash(

@@ -56,10 +56,11 @@ class ComposerPathMLLM(ComposerModel):
             position_ids=batch["position_ids"],
             cu_seq_lens=batch["cu_seq_lens"],
             max_seq_len=batch["max_seq_len"],
-            pixel_values=batch["pixel_values"],
+            pixel_values=batch.get("pixel_values"),
             image_index=batch["image_index"],
             logits_index=batch["supervised_index"],
             targets=batch["targets"],
+            image_features=batch.get("image_features"),
         )
 
     def loss(self, outputs: Float[Tensor, " targets"], batch: Batch) -> Float[Tensor, ""]:
@@ -78,7 +79,8 @@ class ComposerPathMLLM(ComposerModel):
 
     def flops_per_batch(self, batch: Batch) -> float:
         """Operations that a batch of this rank needs: Composer's SpeedMonitor makes MFU of it."""
-        return self.flops.needed(*batch_sizes(batch)).total
+        needed = self.flops.needed(*batch_sizes(batch))
+        return needed.total - (needed.vision_encoder if batch.get("image_features") is not None else 0.0)
 
     def hardware_flops_per_batch(self, batch: Batch) -> float:
         """Those, and what is computed a second time to save memory."""

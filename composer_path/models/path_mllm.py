@@ -25,6 +25,7 @@ MODEL_TYPE = "composer_path"
 Pixels = (
     UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
 )  # floats are normalised already
+Features = Float[Tensor, "images vision_tokens vision_dim"]
 
 
 class PathMLLM(nn.Module):
@@ -59,10 +60,11 @@ class PathMLLM(nn.Module):
         position_ids: Int64[Tensor, " tokens"],
         cu_seq_lens: Int32[Tensor, " borders"],
         max_seq_len: int,
-        pixel_values: Pixels,
+        pixel_values: Pixels | None,
         image_index: Int64[Tensor, " placeholders"],
         logits_index: Int64[Tensor, " targets"] | None = None,
         targets: Int64[Tensor, " targets"] | None = None,
+        image_features: Features | None = None,
     ) -> Float[Tensor, "targets vocab"] | Float[Tensor, " targets"]:
         """Logits where a label is, or with `targets` their losses.
 
@@ -80,8 +82,9 @@ class PathMLLM(nn.Module):
             image_index: Positions of the placeholders, in order.
             logits_index: Positions to compute logits at; None for every position.
             targets: The vocabulary ids that should follow at those positions.
+            image_features: In place of `pixel_values`, what the vision encoder makes of them.
         """
-        image_embeds = self.embed_images(pixel_values)
+        image_embeds = self.embed_images(pixel_values) if image_features is None else self.project(image_features)
         inputs_embeds = self.embed_tokens(input_ids, image_embeds, image_index)
         if self.row_multiple is not None:
             inputs_embeds, position_ids, cu_seq_lens, max_seq_len = fill_row(
@@ -120,12 +123,13 @@ class PathMLLM(nn.Module):
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(losses, rows, ids, use_reentrant=False) for rows, ids in chunks])
 
-    def embed_images(self, pixel_values: Pixels) -> Float[Tensor, "images image_tokens hidden"]:
+    def embed_images(self, pixel_values: Pixels | None) -> Float[Tensor, "images image_tokens hidden"]:
         """Images to vectors in the language model's word space.
 
         A row without images still runs one dummy image through vision encoder and projector: under FSDP every rank
         must gather the same weights, and every projector weight must get a gradient, be it 0.
         """
+        assert pixel_values is not None
         if pixel_values.shape[0] == 0:
             size = self.vision_encoder.image_size
             dummy = self.embed_images(pixel_values.new_zeros((1, 3, size, size)))
@@ -136,6 +140,13 @@ class PathMLLM(nn.Module):
         trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.vision_encoder(images)
+        return self.project(features)
+
+    def project(self, features: Features) -> Float[Tensor, "images image_tokens hidden"]:
+        """Vision features to those vectors; none of them still runs a dummy one, see `embed_images`."""
+        if features.shape[0] == 0:
+            dummy = self.project(features.new_zeros((1, *features.shape[1:])))
+            return dummy[:0] + 0.0 * dummy.sum()
         weight = next(self.projector.parameters(), features)
         return self.projector(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
 

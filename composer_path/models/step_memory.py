@@ -1,7 +1,7 @@
 """How much memory a step's activations take, found by running the model without data.
 
-On the meta device tensors have shapes and no content, so the step of a 13B takes a second on a laptop. Every storage that
-comes to life is counted until it dies; what is left is the peak.
+On the meta device tensors have shapes and no content, so the step of a 13B takes seconds on a laptop. Every storage
+that comes to life is counted until it dies; what is left is the peak.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -73,16 +72,22 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-class _FlashOnMeta(TorchFunctionMode):
-    """Attention of the vision encoder and the pooler as its fused kernel keeps it; on meta, torch takes the plain one."""
+@contextmanager
+def _flash_on_meta() -> Iterator[None]:
+    """Attention of vision encoder and pooler as the fused kernel keeps it; on meta, torch takes the plain one."""
+    original = F.scaled_dot_product_attention
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
-            query, key, value = args[:3]
-            scale, causal = kwargs.get("scale"), kwargs.get("is_causal", False)
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
-        return func(*args, **kwargs)
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type != "meta":
+            return original(query, key, value, *args, **kwargs)
+        causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)[0]
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def peak_of_step(model: PathMLLM, row: RowSize) -> int:
@@ -100,7 +105,7 @@ def peak_of_step(model: PathMLLM, row: RowSize) -> int:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter in trained]
     try:
-        with _FlashOnMeta(), LiveBytes(iter(known)) as live:
+        with _flash_on_meta(), LiveBytes(iter(known)) as live:
             model(**batch).sum().backward()
         return live.peak
     finally:
@@ -116,19 +121,18 @@ def _empty_batch(model: PathMLLM, row: RowSize, device: torch.device) -> dict[st
     """A row of this size; on a real device everything in it is 0."""
     size, total = model.vision_encoder.image_size, row.samples * row.tokens
     images = row.samples * row.images
-    int64 = {"dtype": torch.int64, "device": device}
     starts = torch.arange(row.samples, device=device)[:, None] * row.tokens
     placeholders = torch.arange(row.images * model.num_image_tokens(), device=device)
     answers = torch.arange(row.tokens - row.targets - 1, row.tokens - 1, device=device)
     return {
-        "input_ids": torch.zeros(total, **int64),
+        "input_ids": torch.zeros(total, dtype=torch.int64, device=device),
         "position_ids": torch.arange(row.tokens, device=device).repeat(row.samples),
         "cu_seq_lens": torch.arange(0, total + 1, row.tokens, dtype=torch.int32, device=device),
         "max_seq_len": row.tokens,
         "pixel_values": torch.zeros((images, 3, size, size), dtype=torch.uint8, device=device),
         "image_index": (starts + placeholders).flatten(),
         "logits_index": (starts + answers).flatten(),
-        "targets": torch.zeros(row.samples * row.targets, **int64),
+        "targets": torch.zeros(row.samples * row.targets, dtype=torch.int64, device=device),
     }
 
 

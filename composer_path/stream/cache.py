@@ -10,8 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -59,21 +58,6 @@ def take_cache(folder: Path) -> IO[str]:
         lock.write(str(os.getpid()))
         lock.flush()
         return lock
-
-
-@contextmanager
-def one_start_at_a_time() -> Iterator[None]:
-    """Two runs that start at the same moment would take the same name in shared memory."""
-    path = Path(tempfile.gettempdir()) / f"composer_path-{os.getuid()}-start.lock"
-    with open(path, "a", encoding="utf-8") as lock:
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.05)
-        yield
 
 
 def clear_left_overs(folders: Sequence[Path]) -> None:

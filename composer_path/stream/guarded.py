@@ -8,7 +8,7 @@ As Streaming 0.13 is, a missing or damaged shard ends an epoch early with succes
 4. the first failure is noted in shared memory, where the other processes of this machine find it;
 5. an epoch that ends before its last sample is an error.
 
-Some methods replace ones of Streaming and follow them closely; tests/data/test_streaming_originals.py notices when
+Some methods replace ones of Streaming and follow them closely; tests/stream/test_streaming_originals.py notices when
 those change.
 """
 
@@ -32,12 +32,12 @@ from composer_path.stream.cache import (
     INDEX,
     agree_on_failure,
     clear_left_overs,
-    one_start_at_a_time,
     refresh_index,
     take_cache,
 )
 from composer_path.stream.error import FailureNote, StreamError
 from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
+from composer_path.stream.shared_prefix import prefix_picked_once
 from composer_path.stream.transfer import Stopped
 
 DOWNLOAD_TIMEOUT = 60.0
@@ -101,10 +101,7 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def _start(self, streams: Sequence[GuardedStream], streaming: dict[str, Any], leads: bool) -> None:
         try:
-            if leads:
-                with one_start_at_a_time():
-                    super().__init__(streams=streams, **streaming)
-            else:
+            with prefix_picked_once():
                 super().__init__(streams=streams, **streaming)
         except ValueError as error:
             if not str(error).startswith("Reused local directory"):

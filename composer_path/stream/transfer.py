@@ -7,6 +7,7 @@ connection keeps it for half an hour, Google's errors are swallowed, and public 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 import time
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlparse
+from urllib.parse import quote, urlparse
 
 from composer_path.stream.error import without_password
 
@@ -118,7 +119,7 @@ class Transfer:
         bring = {"": self._copy, "s3": self._from_s3, "gs": self._from_gs}.get(scheme, self._from_elsewhere)
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "ab" if scheme == "s3" else "wb") as file:
+            with open(part, "ab" if scheme in ("s3", "gs") else "wb") as file:
                 bring(url, _Part(file, limits), limits)
         except OSError as error:
             raise cache_fault(error) from None
@@ -172,8 +173,7 @@ class Transfer:
             request["Range"] = f"bytes={arrived}-"
         try:
             answer = self._s3_client(limits, endpoint, keys).get_object(**request)
-            if arrived and answer["ResponseMetadata"]["HTTPStatusCode"] != 206:  # this server sends all of it again
-                part.seek(0)
+            if not _goes_on(answer.get("ContentRange"), arrived):
                 part.truncate(0)
                 arrived = 0
             whole = arrived + answer["ContentLength"]
@@ -197,7 +197,7 @@ class Transfer:
             ConnectionError,
             TimeoutError,
         ) as error:
-            raise Fault("unreachable", _name(error), _REACH, transient=True) from None
+            raise _broken_off(error) from None
         except (boto.BotoCoreError, ValueError) as error:  # such as an endpoint that is no URL
             raise Fault("endpoint", _name(error), "check S3_ENDPOINT_URL and the bucket's name") from None
 
@@ -207,32 +207,55 @@ class Transfer:
             keys = {"aws_access_key_id": os.environ["GCS_KEY"], "aws_secret_access_key": os.environ["GCS_SECRET"]}
             endpoint = "https://storage.googleapis.com"
             return self._from_s3_store(url, part, limits, endpoint, {**keys, "region_name": "auto"})
-        from google.api_core.exceptions import ClientError, GoogleAPICallError, TooManyRequests
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from google.cloud.storage import Client
+        from google.auth.exceptions import GoogleAuthError, TransportError
         from requests.exceptions import RequestException
         from urllib3.exceptions import HTTPError
 
-        if self._client is None or self._client_key != os.getpid():
-            try:
-                self._client = Client()
-            except DefaultCredentialsError:  # a public bucket is read without
-                self._client = Client.create_anonymous_client()
-            self._client_key = os.getpid()
         place = urlparse(url)
-        blob = self._client.bucket(place.netloc).blob(place.path.lstrip("/"))
+        arrived = part.tell()
+        headers = {"Accept-Encoding": "gzip"} | ({"Range": f"bytes={arrived}-"} if arrived else {})  # as it is stored
         timeout = (min(_CONNECT_SECONDS, limits.stall), limits.stall)
         try:
-            blob.download_to_file(part, raw_download=True, timeout=timeout, retry=None)
-        except TooManyRequests as error:
-            raise Fault("unreachable", f"answer {error.code}", _REACH, transient=True) from None
-        except ClientError as error:
-            raise _refusal(int(error.code or 400), type(error).__name__) from None
+            session, endpoint = self._gs_session()
+            address = f"{endpoint}/download/storage/v1/b/{place.netloc}/o/{quote(place.path.lstrip('/'), safe='')}"
+            with session.get(f"{address}?alt=media", headers=headers, timeout=timeout, stream=True) as answer:
+                if answer.status_code == 416:  # the part is as long as the file
+                    part.truncate(0)
+                if not answer.ok:
+                    raise _status_fault(answer.status_code, "")
+                if not _goes_on(answer.headers.get("Content-Range"), arrived):
+                    part.truncate(0)
+                    arrived = 0
+                whole = arrived + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+                for data in _pieces(answer.raw):
+                    part.write(data)
+            if whole is not None and part.tell() < whole:
+                raise Fault("cut", f"{part.tell():,} of {whole:,} bytes arrived", _REACH, transient=True)
+        except TransportError as error:  # the token couldn't be fetched
+            raise Fault("unreachable", _name(error), _REACH, transient=True) from None
         except GoogleAuthError as error:
             raise Fault("forbidden", _name(error), "check the credentials, see docs/streaming.md") from None
-        except (GoogleAPICallError, RequestException, HTTPError, ConnectionError, TimeoutError) as error:
-            raise Fault("unreachable", _name(error), _REACH, transient=True) from None
+        except (RequestException, HTTPError, ConnectionError, TimeoutError) as error:
+            raise _broken_off(error) from None
         return None
+
+    def _gs_session(self) -> tuple[Any, str]:
+        """A session with the user's credentials, or without for public buckets; and the store's address."""
+        if self._client is None or self._client_key != os.getpid():
+            import google.auth
+            from google.auth.credentials import AnonymousCredentials
+            from google.auth.transport.requests import AuthorizedSession
+
+            try:
+                credentials, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_only"])
+            except google.auth.exceptions.DefaultCredentialsError:
+                credentials = AnonymousCredentials()
+            domain = getattr(credentials, "universe_domain", "googleapis.com")
+            endpoint = os.environ.get("STORAGE_EMULATOR_HOST", f"https://storage.{domain}").rstrip("/")
+            endpoint = endpoint if "://" in endpoint else f"http://{endpoint}"
+            self._client = (AuthorizedSession(credentials), endpoint)
+            self._client_key = os.getpid()
+        return self._client
 
     def _from_elsewhere(self, url: str, part: _Part, limits: Limits) -> None:
         """Stores that Streaming knows and we don't: its downloader, in a thread that is left behind if it hangs."""
@@ -265,14 +288,34 @@ class Transfer:
             Path(target).unlink(missing_ok=True)
 
 
+def _goes_on(content_range: str | None, arrived: int) -> bool:
+    """Whether an answer has the bytes after those that arrived, and not all of them again.
+
+    Its range tells: servers are about that send a part with the status 200 of a whole.
+    """
+    return (content_range or "").startswith(f"bytes {arrived}-")
+
+
 def _as_they_come(body: Any) -> Iterator[bytes]:
     """Bytes as soon as they are there: botocore's own iterator waits for whole chunks, past any bound."""
     raw: Any = getattr(body, "_raw_stream", None)
-    if not hasattr(raw, "read1"):  # an older or a newer botocore or urllib3
+    if raw is None:  # an older or a newer botocore
         yield from body.iter_chunks(1 << 14)
-        return
-    while data := raw.read1(_CHUNK):
+    else:
+        yield from _pieces(raw)
+
+
+def _pieces(raw: Any) -> Iterator[bytes]:
+    """Of an answer of urllib3; as they were sent, not unpacked."""
+    read = functools.partial(raw.read1, _CHUNK) if hasattr(raw, "read1") else functools.partial(raw.read, 1 << 14)
+    while data := read(decode_content=False):
         yield data
+
+
+def _broken_off(error: Exception) -> Fault:
+    """A connection that failed, or ended before the file did."""
+    text = f"{type(error).__name__} {error}"
+    return Fault("cut" if "IncompleteRead" in text else "unreachable", _name(error), _REACH, transient=True)
 
 
 def _source_fault(error: OSError) -> Fault:
@@ -288,20 +331,20 @@ def _source_fault(error: OSError) -> Fault:
 def _s3_fault(error: Any, unsigned: bool) -> Fault:
     status = int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
     code = str(error.response.get("Error", {}).get("Code", status))
+    return _status_fault(status, code, unsigned)
+
+
+def _status_fault(status: int, code: str, unsigned: bool = False) -> Fault:
+    """What an answer other than 2xx means."""
+    found = f"answer {status} {code}".rstrip()
     if status >= 500 or status in (408, 416, 429) or code in ("RequestTimeout", "SlowDown", "Throttling"):
-        return Fault("unreachable", f"answer {status} {code}", _REACH, transient=True)
-    return _refusal(status, code, unsigned)
-
-
-def _refusal(status: int, code: str, unsigned: bool = False) -> Fault:
-    """An answer that asking again doesn't change."""
-    found = f"answer {status} {code}"
+        return Fault("unreachable", found, _REACH, transient=True)
     if status == 404:
         return Fault("missing", found, "check remote, or convert the data again")
     if status in (401, 403):
         without = " (none were found, so the bucket was asked without)" if unsigned else ""
         return Fault("forbidden", found, f"check the credentials{without} and the bucket's rights")
-    return Fault("refused", found, "check the credentials, the region and S3_ENDPOINT_URL")
+    return Fault("refused", found, "check the credentials, the region and the endpoint")
 
 
 def _name(error: BaseException) -> str:

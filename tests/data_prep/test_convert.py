@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -139,4 +140,21 @@ def test_the_command_runs_as_a_script_from_elsewhere(arguments: list[str], tmp_p
     shown = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0, shown.stderr
     assert SECRET not in shown.stdout + shown.stderr
+    assert (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_full_disk_is_named_and_the_command_goes_on(repo_root: Path, tmp_path: Path) -> None:
+    words = ["--data", "test_data/captions.json", "--images", "test_data/imgs", "--key", str(tmp_path / "key")]
+    command = [sys.executable, "data_prep/convert.py", *words, "--out", str(tmp_path / "out"), "--workers", "1"]
+
+    def no_large_file() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    full = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, preexec_fn=no_large_file)
+    assert full.returncode == 1
+    assert full.stderr.startswith(f"{tmp_path / 'out'}: File too large; nothing was published.")
+    assert len(full.stderr.splitlines()) == 1
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert not list(tmp_path.rglob("*.unfinished"))
+    subprocess.run([*command, "--resume"], cwd=repo_root, check=True, capture_output=True)
     assert (tmp_path / "out" / "index.json").exists()

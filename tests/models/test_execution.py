@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,13 +201,26 @@ def test_liger_without_a_gpu_or_without_the_package_is_refused() -> None:
         choose_execution(build(["projector"]), fusion="liger")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
-def test_compiled_blocks_are_equal_to_rounding(checkpointing: str) -> None:
-    expected_loss, expected = step(build(STAGES["stage 2"]))
+COMPILED = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_execution import STAGES, build, choose_execution, largest_difference, step
+expected_loss, expected = step(build(STAGES["stage 2"]))
+for kind in ("off", "selective", "full"):
     model = choose_execution(
-        build(STAGES["stage 2"]), fusion="compile", activation_checkpointing=checkpointing, row_multiple=64
+        build(STAGES["stage 2"]), fusion="compile", activation_checkpointing=kind, row_multiple=64
     )
     loss, gradients = step(model)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
-    assert largest_difference(gradients, expected) < 1e-5
+    print(kind, abs(loss / expected_loss - 1).item(), largest_difference(gradients, expected))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_equal_to_rounding() -> None:
+    """In a process of its own: the shape checks of the tests can't be compiled."""
+    words = [sys.executable, "-c", COMPILED.format(folder=str(Path(__file__).parent))]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = [line.split() for line in run.stdout.splitlines()]
+    assert [kind for kind, _, _ in found] == ["off", "selective", "full"]
+    assert all(float(loss) < 1e-6 and float(gradient) < 1e-5 for _, loss, gradient in found)  # measured 0, 4e-7

@@ -12,6 +12,7 @@ from s3_server import KEY, SECRET, Proxy, Spoil, serve_s3
 from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, shard_names, write_set
 
 from composer_path.stream.error import StreamError
+from composer_path.stream.transfer import Fault, Limits, Transfer
 
 REMOTE = "s3://bucket/set"
 BAD = "shard.00005.mds"
@@ -68,6 +69,19 @@ def test_a_fault_that_passes_costs_no_sample(name: str, num_workers: int, proxy:
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_cut_transfer_goes_on_where_it_was_cut(proxy: Proxy, bucket: tuple[Path, int], tmp_path: Path) -> None:
+    """This server sends the rest of an object with the status 200 of a whole one."""
+    proxy.spoils, arrived = [Spoil(BAD, "cut:1000", 3)], []
+    transfer, part = Transfer(REMOTE), tmp_path / "part"
+    for _ in range(3):
+        with pytest.raises(Fault):
+            transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+        arrived.append(part.stat().st_size)
+    assert arrived == [1000, 2000, 3000]
+    transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+    assert part.read_bytes() == (bucket[0] / BAD).read_bytes()
+
+
 # name: (spoils, rule, seconds)
 ENDS = {
     "403": (Spoil(BAD, "status:403"), "forbidden", 4),
@@ -76,7 +90,7 @@ ENDS = {
     "endless 503": (Spoil(BAD, "status:503"), "unreachable", SECONDS + 2),
     "endless resets": (Spoil(BAD, "reset"), "unreachable", SECONDS + 2),
     "black hole": (Spoil(BAD, "hang"), "unreachable", SECONDS + 2),
-    "nothing but cut bodies": (Spoil(BAD, "cut:0"), "", SECONDS + 2),
+    "nothing but cut bodies": (Spoil(BAD, "cut:0"), "cut", SECONDS + 2),
     "always a changed byte": (Spoil(BAD, "flip:2000"), "hash", 5),
     "too slow": (Spoil(BAD, "slow:300"), "too-slow", SECONDS + 2),
     "403 on the index": (Spoil("index.json", "status:403"), "forbidden", 4),
@@ -93,10 +107,11 @@ def test_a_fault_that_stays_ends_in_one_named_error(name: str, num_workers: int,
     start = time.monotonic()
     with pytest.raises(StreamError) as caught:
         read(tmp_path, num_workers, download_timeout=2.0)
-    assert time.monotonic() - start < seconds + 12  # building a client, starting and ending workers, on a busy machine
+    # Above the bound: building a client, starting and ending workers, on a busy machine.
+    assert time.monotonic() - start < seconds + 25
     error = caught.value
     assert error.shard == ("index.json" if "index" in name else BAD)
-    assert error.rule == rule or not rule
+    assert error.rule == rule
     assert error.where == REMOTE
     assert error.fix
     assert not list(tmp_path.glob(f"{error.shard}*"))

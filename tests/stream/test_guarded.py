@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -10,10 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from session_processes import processes_of, wait_until_gone
+from streaming.base.dataset import _ShardState
 from tiny_shards import NUM_SAMPLES, build_loader, damage, end_workers, read_epoch, shard_names, write_set
 
 from composer_path.stream.error import StreamError
+from composer_path.stream.guarded import GuardedStreamingDataset
 
 
 @pytest.fixture
@@ -142,6 +147,46 @@ def test_a_cache_limit_is_kept_and_never_touches_data_without_a_remote(remote: P
     assert len(shard_names(remote)) == 10
 
 
+def test_a_shard_that_changes_after_its_check_is_told(remote: Path, cache: Path) -> None:
+    dataset = build_loader(remote=str(remote), local=str(cache)).dataset
+    assert dataset[0]["id"] == 0
+    path = cache / shard_names(remote)[0]
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(StreamError, match=r"changed: a sample of it can't be read .* as the file changed in the cache"):
+        dataset[1]
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_ends_too_early_is_an_error(
+    num_workers: int, remote: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = GuardedStreamingDataset.__iter__
+    monkeypatch.setattr(GuardedStreamingDataset, "__iter__", lambda dataset: itertools.islice(whole(dataset), 18))
+    assert fail(num_workers=num_workers, local=str(remote)).rule == "samples-missing"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_shard_that_a_killed_worker_left_half_way_is_not_waited_for_for_ever(
+    num_workers: int, remote: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hurried:
+        """A clock that goes 20 times too fast; the bound is 46 s."""
+
+        sleep, time_ns = time.sleep, time.time_ns
+
+        @staticmethod
+        def monotonic() -> float:
+            return 20 * time.monotonic()
+
+    monkeypatch.setattr("composer_path.stream.guarded.time", Hurried)
+    loader = build_loader(num_workers, remote=str(remote), local=str(cache))
+    loader.dataset._shard_states[4] = np.uint8(_ShardState.PREPARING)
+    with pytest.raises(StreamError, match=r"shard shard.00004.mds of .*: stalled: another process has been preparing"):
+        read_epoch(loader)
+    end_workers(loader)
+
+
 # --------------------------------------------------------------------------------------------------- runs
 
 RUN = """
@@ -163,29 +208,9 @@ print("done", flush=True)
 
 
 def start_run(num_workers: int, pause: float = 0.0, **place: str) -> subprocess.Popen:
-    code = RUN.format(tests=str(Path(__file__).parent), num_workers=num_workers, place=place, pause=pause)
+    code = RUN.format(tests=str(Path(__file__).parents[1]), num_workers=num_workers, place=place, pause=pause)
     words = [sys.executable, "-c", code]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def processes_of(session: int) -> list[int]:
-    """Processes that a run started and that are still there."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(path.parent.name))
-    return found
-
-
-def wait_until_gone(session: int, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while processes_of(session) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert processes_of(session) == []
 
 
 def test_a_run_with_a_bad_shard_ends_with_an_error_code_and_leaves_no_process(remote: Path, cache: Path) -> None:
@@ -205,8 +230,8 @@ def test_a_killed_run_leaves_neither_workers_nor_a_blocked_cache(remote: Path, c
     run = start_run(2, pause=60, **place)
     try:
         assert run.stdout is not None
-        while run.stdout.readline().strip() in ("reading", ""):
-            pass
+        while (line := run.stdout.readline()).strip() in ("reading", ""):
+            assert line, "the run ended before it had read a batch"
         # A second run finds the folder taken ...
         assert fail(**place, seconds=20).rule == "cache-in-use"
         # ... and free as soon as the first is killed, though its shared memory is still there.
@@ -225,12 +250,12 @@ def test_a_killed_run_leaves_neither_workers_nor_a_blocked_cache(remote: Path, c
 
 
 @pytest.mark.world_size(2)
-@pytest.mark.parametrize("kind", ["missing", "index"])
+@pytest.mark.parametrize("kind", ["missing", pytest.param("index", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_both_of_two_ranks_end(kind: str, num_workers: int, remote: Path, cache: Path, tmp_path: Path) -> None:
     damage(remote / (shard_names(remote)[5] if kind == "missing" else "index.json"), "missing")
     place = {"remote": str(remote), "local": str(cache)}
-    code = RUN.format(tests=str(Path(__file__).parent), num_workers=num_workers, place=place, pause=0)
+    code = RUN.format(tests=str(Path(__file__).parents[1]), num_workers=num_workers, place=place, pause=0)
     (tmp_path / "run.py").write_text(code)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(tmp_path / "run.py")]
     run = subprocess.Popen(

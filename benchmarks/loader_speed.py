@@ -1,0 +1,259 @@
+"""What the loader does with an image: the reference's way against ours, and MDS against a plain folder.
+
+python -m benchmarks.loader_speed [--quick] [--images FOLDER]
+
+Measured twice. "image path": the work of one loader worker on records and images alone, in this process, no texts.
+"whole loader": an epoch of a torch DataLoader with one worker, where ours are complete `ConversationDataset`s (texts
+tokenized and labelled, the reference's too) and the way from the worker to the training process counts. CPU time, each
+variant in a process of its own, in an order that is shuffled anew each repetition. The reference's way reads a folder,
+decodes with PIL, pads to a square, resizes bicubically and normalises to float. Pixels are compared before anything is
+timed.
+`COMPOSER_PATH_HISTOLOGY` may name a folder of pictures to crop; `--images` keeps the crops for another run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.convert_speed import REPOSITORY, write_records
+from benchmarks.measure import interleaved, paired_ratio, print_table, spread, write_result
+from benchmarks.tissue_images import QUALITY, SIDE, write_tissue_images
+from composer_path.data.image import IMAGE_MEAN, IMAGE_STD, PAD_COLOR, load_image, load_stored_image, normalize_image
+from composer_path.data.sample_format import unpack_images
+
+IMAGE_SIZE, NUM_IMAGE_TOKENS, BATCH_SIZE = 448, 128, 8
+TOKENIZER = REPOSITORY / "test_data" / "tokenizer"
+REFERENCE, PIL, TORCHVISION, RESIZED = "reference's way", "decoder: pil", "decoder: torchvision", "--resize 448"
+FOLDER, MDS = "folder, bytes only", "MDS, bytes only"
+VARIANTS = (REFERENCE, PIL, TORCHVISION, RESIZED, FOLDER, MDS)
+IMAGE_PATH, WHOLE_LOADER = "image path", "whole loader"
+# Ratio of speeds: (variant, compared with, at least)
+TARGETS = [(PIL, REFERENCE, None), (TORCHVISION, REFERENCE, 1.9), (RESIZED, REFERENCE, 15.0), (MDS, FOLDER, 0.9)]
+
+
+class FolderOfFiles(Dataset):
+    """Records and the bytes of their image files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines = (folder / "data.jsonl").read_text().splitlines()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = json.loads(self.lines[index])
+        return {**record, "images": (self.folder / record["image"]).read_bytes()}
+
+
+class ReferenceImages(FolderOfFiles):
+    """Records, and images as LLaVA-like training code prepares them: one float tensor each."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = json.loads(self.lines[index])
+        return {**record, "pixel_values": reference_pixels(self.folder / record["image"])[None]}
+
+
+class ReferenceSamples(FolderOfFiles):
+    """As LLaVA-like training code prepares a record."""
+
+    def __init__(self, folder: Path) -> None:
+        from composer_path.data.vocabulary import load_tokenizer
+
+        super().__init__(folder)
+        self.tokenizer = load_tokenizer(TOKENIZER)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = json.loads(self.lines[index])
+        text = " ".join(turn["value"] for turn in record["conversations"])
+        ids = self.tokenizer(text, return_tensors="pt").input_ids[0]
+        return {"input_ids": ids, "pixel_values": reference_pixels(self.folder / record["image"])[None]}
+
+
+def reference_square(path: Path) -> np.ndarray:
+    image = Image.open(path).convert("RGB")
+    if image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), PAD_COLOR)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    return np.array(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+
+
+def reference_pixels(path: Path) -> torch.Tensor:
+    scaled = reference_square(path).astype(np.float32) / np.float32(255)
+    normal = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(normal.transpose(2, 0, 1)))
+
+
+def dataset_of(kind: str, name: str, folder: Path) -> Any:
+    from composer_path.data.dataset import ConversationDataset
+    from composer_path.data.vocabulary import load_tokenizer
+    from composer_path.stream.guarded import GuardedStreamingDataset
+
+    class ShardImages(GuardedStreamingDataset):
+        """Records of shards, and their images as the loader prepares them."""
+
+        def get_item(self, sample_id: Any, retry: int = 7) -> Any:
+            record = super().get_item(sample_id, retry)
+            decoder: Any = "torchvision" if name == TORCHVISION else "pil"
+            images = [
+                load_stored_image(image, IMAGE_SIZE, decoder=decoder) for image in unpack_images(record["images"])
+            ]
+            return {**record, "pixel_values": torch.stack(images)}
+
+    if name == FOLDER:
+        return FolderOfFiles(folder)
+    if name == REFERENCE:
+        return ReferenceImages(folder) if kind == IMAGE_PATH else ReferenceSamples(folder)
+    shards = folder / ("resized" if name == RESIZED else "stored")
+    streaming: dict[str, Any] = {"local": str(shards), "batch_size": BATCH_SIZE, "shuffle": False}
+    if name == MDS:
+        return GuardedStreamingDataset(**streaming)
+    if kind == IMAGE_PATH:
+        return ShardImages(**streaming)
+    return ConversationDataset(
+        tokenizer=load_tokenizer(TOKENIZER),
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        image_size=IMAGE_SIZE,
+        template="llava_llama_2",
+        decoder="torchvision" if name == TORCHVISION else "pil",
+        **streaming,
+    )
+
+
+def stack_pixels(samples: list[dict[str, Any]]) -> Any:
+    """One tensor of all images, as collators make; bytes stay as they are."""
+    if "pixel_values" not in samples[0]:
+        return samples
+    return torch.cat([sample["pixel_values"] for sample in samples]), [sample["input_ids"] for sample in samples]
+
+
+def run_variant(kind: str, name: str, folder: Path) -> dict[str, float]:
+    """CPU seconds of all samples, this process and its worker; called in a process of its own."""
+    import torchvision  # noqa: F401 (not timed)
+
+    dataset = dataset_of(kind, name, folder)
+    before = os.times()
+    if kind == IMAGE_PATH:
+        count = sum(dataset[index] is not None for index in range(len(dataset)))
+    else:
+        loader = DataLoader(dataset, batch_size=BATCH_SIZE, num_workers=1, collate_fn=stack_pixels)
+        count = sum(1 for _ in samples_of(loader))
+    return {"cpu": sum(os.times()[:4]) - sum(before[:4]), "samples": count}
+
+
+def samples_of(loader: DataLoader) -> Iterator[Any]:
+    """The samples of an epoch; its worker has ended, and its time is known, when they are through."""
+    for batch in loader:
+        yield from batch[0] if isinstance(batch, tuple) else batch
+    deadline = time.monotonic() + 30
+    while torch.multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def timed(kind: str, name: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.loader_speed", "--variant", kind, name, str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    run = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def check_equality(folder: Path, count: int) -> dict[str, Any]:
+    """Compare pixels: ours with the reference's, those of resized shards, and torchvision's within one grey level."""
+    from composer_path.shard_set.view import ShardView
+
+    views = {name: ShardView(folder / name) for name in ("stored", "resized")}
+    largest = 0
+    for position in range(count):
+        path = folder / f"{position:05}.jpg"
+        square = torch.from_numpy(reference_square(path)).permute(2, 0, 1)
+        data = {name: view.sample(position).images[0] for name, view in views.items()}
+        exact = load_image(data["stored"], IMAGE_SIZE)
+        same = torch.equal(exact, square) and torch.equal(normalize_image(exact), reference_pixels(path))
+        if not same or not torch.equal(load_stored_image(data["resized"], IMAGE_SIZE), exact):
+            raise SystemExit(f"image {position}: pixels aren't the reference's; no time is reported")
+        fast = load_image(data["stored"], IMAGE_SIZE, decoder="torchvision")
+        largest = max(largest, int((fast.int() - exact.int()).abs().max()))
+    if largest > 1:
+        raise SystemExit(f"torchvision's pixels differ by {largest} grey levels; no time is reported")
+    return {"images": count, "pil_and_resized_equal_the_reference": True, "torchvision_largest_difference": largest}
+
+
+def convert_sets(folder: Path) -> None:
+    from composer_path.conversion.convert import convert
+
+    resized = {"image_size": IMAGE_SIZE, "fit": "pad", "pad_color": list(PAD_COLOR)}
+    for name, options in (("stored", {}), ("resized", {"resized": resized})):
+        convert(folder / "data.jsonl", folder, folder / name, check="header", ids="keep", overwrite=True, **options)
+
+
+def measure(folder: Path, count: int, repetitions: int) -> dict[str, Any]:
+    write_tissue_images(folder, count)
+    write_records(folder / "data.jsonl", count)
+    convert_sets(folder)
+    equality = check_equality(folder, min(count, 50))
+    kinds = {kind: measure_kind(kind, folder, count, repetitions) for kind in (IMAGE_PATH, WHOLE_LOADER)}
+    return {
+        "settings": {"images": count, "side": SIDE, "quality": QUALITY, "repetitions": repetitions, "workers": 1},
+        "equality": equality,
+        **kinds,
+    }
+
+
+def measure_kind(kind: str, folder: Path, count: int, repetitions: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _, name in interleaved(VARIANTS, repetitions):
+        found = timed(kind, name, folder)
+        if found["samples"] != count:
+            raise SystemExit(f"'{name}': {found['samples']} samples of {count}; no time is reported")
+        times[name].append(found["cpu"])
+    ratios = {}
+    for name, other, target in TARGETS:
+        ratio = paired_ratio(times[other], times[name])
+        reached = None if target is None else ratio["median"] >= target
+        ratios[f"{name} : {other}"] = {"target": target, "reached": reached, **ratio}
+    speeds = {name: round(count / spread(found)["median"], 1) for name, found in times.items()}
+    print_table([kind, "samples / CPU s"], list(speeds.items()))
+    print_table(["ratio of speeds", "median", "target"], [[n, r["median"], r["target"]] for n, r in ratios.items()])
+    return {"ratios_of_speed": ratios, "samples_per_cpu_second": speeds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="60 images, one repetition; writes no result")
+    parser.add_argument("--images", type=Path, help="folder that keeps the images for another run")
+    parser.add_argument("--variant", nargs=3, metavar=("KIND", "NAME", "FOLDER"), help="used for its child processes")
+    options = parser.parse_args(arguments)
+    if options.variant:
+        kind, name, folder = options.variant
+        print(json.dumps(run_variant(kind, name, Path(folder))))
+        return
+    count, repetitions = (60, 1) if options.quick else (500, 3)
+    folder = options.images or Path(tempfile.mkdtemp())
+    try:
+        result = measure(folder, count, repetitions)
+        if not options.quick:
+            print(write_result("loader_speed", result))
+    finally:
+        if options.images is None:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Balanced batches: an epoch's samples are exchanged inside each global batch until all ranks have equal work.
+
+An epoch is Streaming's array of sample ids `[nodes, ranks, workers, batches, batch_size]`. A rank takes its workers'
+batches in turn, so the global batch of step `s` is `[:, :, s % workers, s // workers]`. No sample leaves its global
+batch, so loss, gradients and the order in which a resumed run goes on stay as they are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Int64, Integer
+
+REACHES = ("node", "global")
+_GROUPS_AT_ONCE = 4096
+_SWAPS_PER_RANK = 2  # after the dealing; twice as many even out nothing more that could be measured
+
+Work = Int64[np.ndarray, "nodes ranks workers batches batch_size"]
+Tokens = Integer[np.ndarray, " samples"]
+
+
+def balance_work(work: Work, tokens: Tokens, reach: str) -> Work:
+    """Exchange samples inside each global batch so that every rank has as many as before, of nearly equal tokens.
+
+    Args:
+        work: An epoch's sample ids; -1 where a slot is empty.
+        tokens: Length of each sample.
+        reach: `node`: ranks exchange with those of their node, whose shards lie on the same disk; `global`: with all.
+
+    Raises:
+        ValueError: Another reach.
+    """
+    if reach not in REACHES:
+        raise ValueError(f"balance: found {reach!r}; it must be one of {', '.join(REACHES)}")
+    steps = _by_step(work)
+    groups = steps.reshape(-1, *steps.shape[-2:]) if reach == "node" else _across_nodes(steps)
+    balanced = np.concatenate(
+        [_balance(groups[at : at + _GROUPS_AT_ONCE], tokens) for at in range(0, len(groups), _GROUPS_AT_ONCE)]
+        or [groups]
+    ).reshape(steps.shape)
+    batches, workers = work.shape[3], work.shape[2]
+    return np.ascontiguousarray(balanced.reshape(batches, workers, *balanced.shape[1:]).transpose(2, 3, 1, 0, 4))
+
+
+def imbalance(work: Work, tokens: Tokens) -> float:
+    """How much longer steps take than with equal ranks: the fullest rank's tokens over the mean rank's, over all steps.
+
+    1 is perfect; every rank waits for the fullest one. An epoch without a sample counts as 1.
+    """
+    steps = _across_nodes(_by_step(work))
+    loads = _lengths_of(steps, tokens).sum(axis=2)
+    mean = loads.mean(axis=1).sum()
+    return float(loads.max(axis=1).sum() / mean) if mean else 1.0
+
+
+def _by_step(work: Work) -> Int64[np.ndarray, "steps nodes ranks batch_size"]:
+    nodes, ranks, workers, batches, size = work.shape
+    return np.ascontiguousarray(work.transpose(3, 2, 0, 1, 4)).reshape(batches * workers, nodes, ranks, size)
+
+
+def _across_nodes(
+    steps: Int64[np.ndarray, "steps nodes ranks batch_size"],
+) -> Int64[np.ndarray, "steps all_ranks batch_size"]:
+    count, nodes, ranks, size = steps.shape
+    return steps.reshape(count, nodes * ranks, size)
+
+
+def _lengths_of(
+    ids: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
+) -> Int64[np.ndarray, "groups ranks batch_size"]:
+    return np.where(ids >= 0, tokens[ids], 0).astype(np.int64)
+
+
+def _balance(
+    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
+) -> Int64[np.ndarray, "groups ranks batch_size"]:
+    """Whole groups together; the epoch's last one, whose batches may be smaller, by itself."""
+    balanced = groups.copy()
+    filled: Bool[np.ndarray, "groups ranks batch_size"] = groups >= 0
+    whole = filled.all(axis=(1, 2))
+    if whole.any():
+        balanced[whole] = _deal(groups[whole], tokens)
+    for at in np.flatnonzero(~whole & filled.any(axis=(1, 2))):
+        counts = filled[at].sum(axis=1)
+        if (counts == counts[0]).all():  # as Streaming makes it; ranks must keep their numbers of samples
+            balanced[at][filled[at]] = _deal(groups[at][filled[at]].reshape(1, len(counts), -1), tokens).ravel()
+    return balanced
+
+
+def _deal(
+    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
+) -> Int64[np.ndarray, "groups ranks batch_size"]:
+    """The longest sample first, each to the rank with the fewest tokens that still has room; then some are swapped."""
+    count, ranks, size = groups.shape
+    flat = groups.reshape(count, ranks * size)
+    order = np.lexsort((flat, -tokens[flat].astype(np.int64)), axis=1)  # equally long ones by their ids
+    ids = np.take_along_axis(flat, order, axis=1)
+    lengths = tokens[ids].astype(np.int64)
+    dealt, rows = np.empty_like(groups), np.arange(count)
+    loads, taken = np.zeros((count, ranks), np.int64), np.zeros((count, ranks), np.int64)
+    for at in range(ranks * size):
+        rank = np.where(taken < size, loads, np.iinfo(np.int64).max).argmin(axis=1)
+        dealt[rows, rank, taken[rows, rank]] = ids[:, at]
+        loads[rows, rank] += lengths[:, at]
+        taken[rows, rank] += 1
+    for _ in range(_SWAPS_PER_RANK * ranks):
+        if not _swap(dealt, tokens, loads):
+            break
+    return dealt
+
+
+def _swap(
+    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens, loads: Int64[np.ndarray, "groups ranks"]
+) -> bool:
+    """In each group, swap the pair of samples that best evens out the fullest and the emptiest rank.
+
+    Returns:
+        Whether any pair was worth it. `groups` and `loads` are changed in place.
+    """
+    rows = np.arange(len(groups))
+    full, empty = loads.argmax(axis=1), loads.argmin(axis=1)
+    gap = loads[rows, full] - loads[rows, empty]
+    ours, theirs = groups[rows, full], groups[rows, empty]
+    moved = tokens[ours].astype(np.int64)[:, :, None] - tokens[theirs].astype(np.int64)[:, None, :]
+    left = np.abs(gap[:, None, None] - 2 * moved).reshape(len(groups), -1)  # of the gap, after the swap
+    best = left.argmin(axis=1)
+    at = np.flatnonzero(left[rows, best] < gap)
+    i, j = np.unravel_index(best[at], moved.shape[1:])
+    groups[at, full[at], i], groups[at, empty[at], j] = theirs[at, j], ours[at, i]
+    loads[at, full[at]] -= moved[at, i, j]
+    loads[at, empty[at]] += moved[at, i, j]
+    return len(at) > 0

@@ -1,0 +1,35 @@
+"""Every benchmark's quick run goes through all of its lines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPECTED = {
+    "step_speed": "frozen language model",
+    "end_to_end": "nearly empty model",
+    "scaling": "KB a token",
+    "learning": "loops_range_between_seeds",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_quick_run_ends_well_and_leaves_the_results_alone(name: str, repo_root: Path) -> None:
+    results = repo_root / "benchmarks" / "results"
+    before = {path: path.stat().st_mtime_ns for path in results.glob(f"{name}*")}
+    process = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick"],
+        cwd=repo_root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert EXPECTED[name] in process.stdout
+    assert {path: path.stat().st_mtime_ns for path in results.glob(f"{name}*")} == before
