@@ -38,6 +38,7 @@ test: $(READY)
 	python -m pytest -m "not slow"
 
 test-slow: $(READY)
+	python -m pip install --quiet --constraint constraints.txt --editable '.[dev,slow]'
 	python -m pytest -m slow
 
 # The same suite on a newer torch and transformers: Composer's own pins are passed over, see docs/versions.md.

@@ -134,7 +134,7 @@ class RowModel(nn.Module):
 
 
 def run_transformers(config: Any, skip: int, folder: Path) -> dict[str, Any]:
-    """transformers' Trainer over our loader's rows, one row a step."""
+    """Transformers' Trainer over our loader's rows, one row a step."""
     from transformers import Trainer, TrainingArguments
 
     settings = plain(config)

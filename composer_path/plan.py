@@ -130,8 +130,14 @@ class Plan:
 
     @property
     def best(self) -> Fit | None:
-        """The kind that computes least twice among those in which the longest sample fits."""
-        return next((fit for fit in self.fits if fit.most_tokens >= max(self.max_seq_len, self.sample.tokens)), None)
+        """The kind that keeps most of those that compute least twice, or the one with the largest rows.
+
+        Only kinds in which the longest sample fits; the first choice is one in which the YAML's microbatches do.
+        """
+        fitting = [fit for fit in self.fits if fit.most_tokens >= max(self.max_seq_len, self.sample.tokens)]
+        least = [fit for fit in fitting if fit.recomputed == min(other.recomputed for other in fitting)]
+        wide = [fit for fit in least if fit.most_tokens >= self.wanted_tokens]
+        return wide[0] if wide else max(least, key=lambda fit: fit.most_tokens, default=None)
 
 
 def parse_memory(text: str) -> float:

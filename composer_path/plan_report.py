@@ -73,7 +73,7 @@ def _microbatches(plan: Plan) -> list[str]:
         lines.append("no kind of checkpointing fits: take more GPUs, optimizer adamw_8bit, or a shorter max_seq_len")
     elif best.checkpointing != plan.chosen or not plan.fitting:
         lines.append(
-            f"least computed twice: execution.activation_checkpointing={best.checkpointing} "
+            f"try: execution.activation_checkpointing={best.checkpointing} "
             f"train_loader.max_tokens_per_microbatch={best.most_tokens // 256 * 256}"
         )
     return lines

@@ -17,8 +17,9 @@ class BatchReport(Callback):
 
     `batch/supervised_share`: answer tokens over tokens. `batch/padding_avoided`: the share of padding that the batch
     would have, padded to its longest sample. `batch/tokens`, `batch/images`. `batch/loader_wait_share`: of the step's
-    time. `batch/unusable_samples`: so far; each kind is named once, with its position in the stream. Once an epoch, where
-    ranks are balanced: `batch/rank_imbalance` and `batch/rank_imbalance_as_drawn`, the fullest rank's tokens over the mean.
+    time. `batch/unusable_samples`: so far; each kind is named once, with its position in the stream. Once an epoch,
+    where ranks are balanced, `batch/rank_imbalance` and `batch/rank_imbalance_as_drawn`: the fullest rank over the
+    mean rank's.
     """
 
     def __init__(self) -> None:

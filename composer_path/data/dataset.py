@@ -19,7 +19,8 @@ from composer_path.data.image import PAD_COLOR, ImageError, load_stored_image
 from composer_path.data.lengths import lengths_key, lengths_place, read_lengths
 from composer_path.data.mixture import Source, build_streams, check_streams
 from composer_path.data.prompts import TemplateError, get_template
-from composer_path.data.sample_format import COLUMNS, unpack_images
+from composer_path.data.resized import Square, is_square, unpack_square
+from composer_path.data.sample_format import COLUMNS, image_views
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
 from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded import GuardedStreamingDataset
@@ -87,6 +88,7 @@ class ConversationDataset(GuardedStreamingDataset):
         self.image_position = image_position
         self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder}
         self.image_keywords |= {"pad_color": pad_color} | ({} if max_pixels is None else {"max_pixels": max_pixels})
+        self._square = Square.of(image_size, fit, pad_color)
         self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
         for shard in self.shards:
             columns = getattr(shard, "column_names", [])
@@ -103,7 +105,7 @@ class ConversationDataset(GuardedStreamingDataset):
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
         try:
-            images = unpack_images(record["images"])
+            images = image_views(record["images"])
             conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
         except ValueError as error:  # the shard is damaged here
             return self._unusable(sample_id, record, str(error))
@@ -150,27 +152,29 @@ class ConversationDataset(GuardedStreamingDataset):
         shard_id, _ = self.spanner[sample_id]
         return self.sources[int(self.stream_per_shard[shard_id])]
 
-    def _load(self, image: bytes) -> Tensor:
+    def _load(self, image: memoryview) -> Tensor:
         """The pixels of a stored image, or its features."""
         if is_features(image) != (self.features is not None):
             if self.features is None:
                 raise FeaturesError(
                     "the shards hold features, but their index.json doesn't say so; take the one that encode.py wrote"
                 )
-            load_stored_image(image, **self.image_keywords)  # encode.py leaves a file that can't be decoded as it is
+            load_stored_image(bytes(image), **self.image_keywords)  # encode.py leaves a file that can't be decoded as it is
             raise FeaturesError("a set of features holds an image file; encode the set again")
         if self.features is not None:
             return unpack_features(image, self.features)
-        return load_stored_image(image, **self.image_keywords)
+        if is_square(image):
+            return unpack_square(image, self._square)
+        return load_stored_image(bytes(image), **self.image_keywords)
 
     def _with_images(self, sample: Sample, seen: list[Tensor]) -> Sample:
         """A sample with its pixels or features; none is none of the right shape."""
         if self.features is not None:
             empty = torch.empty((0, self.features.num_tokens, self.features.dim), dtype=torch.bfloat16)
-            sample["image_features"] = torch.stack(seen) if seen else empty
+            sample["image_features"] = _stacked(seen) if seen else empty
         else:
             size = self.image_keywords["image_size"]
-            sample["pixel_values"] = torch.stack(seen) if seen else torch.empty((0, 3, size, size), dtype=torch.uint8)
+            sample["pixel_values"] = _stacked(seen) if seen else torch.empty((0, 3, size, size), dtype=torch.uint8)
         return sample
 
     def _index_of(self, stream: GuardedStream) -> bytes:
@@ -247,6 +251,11 @@ class ConversationDataset(GuardedStreamingDataset):
         if num_samples == 0 and from_beginning:
             state["epoch"] = max(state["epoch"], self.next_epoch)
         return state
+
+
+def _stacked(seen: list[Tensor]) -> Tensor:
+    """Images of a sample in one tensor; a single one isn't copied."""
+    return seen[0][None] if len(seen) == 1 else torch.stack(seen)
 
 
 def is_hematoxylin_eosin(stain: str | None) -> bool:

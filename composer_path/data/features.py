@@ -113,12 +113,12 @@ def pack_features(features: BFloat16[Tensor, "tokens dim"]) -> bytes:
     return _HEADER.pack(_MAGIC, tokens, dim) + values.astype("<i2", copy=False).tobytes()
 
 
-def is_features(data: bytes) -> bool:
+def is_features(data: bytes | memoryview) -> bool:
     """Whether a stored image is features."""
-    return data.startswith(_MAGIC)
+    return data[: len(_MAGIC)] == _MAGIC
 
 
-def unpack_features(data: bytes, expected: FeatureSet) -> BFloat16[Tensor, "tokens dim"]:
+def unpack_features(data: bytes | memoryview, expected: FeatureSet) -> BFloat16[Tensor, "tokens dim"]:
     """What `pack_features` stored.
 
     Raises:

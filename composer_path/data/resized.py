@@ -56,7 +56,7 @@ class Square:
         return f"image_size {self.image_size}, fit {self.fit}{color}"
 
 
-def is_square(data: bytes) -> bool:
+def is_square(data: bytes | memoryview) -> bool:
     """Whether a stored image is a finished square and no image file."""
     return data[: len(_MAGIC)] == _MAGIC
 
@@ -68,7 +68,7 @@ def pack_square(pixels: UInt8[Tensor, "3 size size"], square: Square) -> bytes:
     return header + pixels.contiguous().numpy().tobytes()
 
 
-def square_of(data: bytes) -> Square:
+def square_of(data: bytes | memoryview) -> Square:
     """Read a square's header.
 
     Raises:
@@ -86,7 +86,7 @@ def square_of(data: bytes) -> Square:
     return Square.of(side, _FITS[fit], color)
 
 
-def unpack_square(data: bytes, wanted: Square) -> UInt8[Tensor, "3 size size"]:
+def unpack_square(data: bytes | memoryview, wanted: Square) -> UInt8[Tensor, "3 size size"]:
     """Return a square's pixels, checked to be what the model wants.
 
     Raises:

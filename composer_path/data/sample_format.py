@@ -32,6 +32,11 @@ def unpack_images(data: bytes) -> list[bytes]:
     Raises:
         ValueError: the sizes don't add up, so the value is damaged or of another format.
     """
+    return [bytes(image) for image in image_views(data)]
+
+
+def image_views(data: bytes) -> list[memoryview]:
+    """As ``unpack_images``, without a copy: a finished square or features are large, and are copied once anyway."""
     count = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
     start = 4 + 4 * count
     sizes = struct.unpack_from(f"<{count}I", data, 4) if start <= len(data) else ()
@@ -40,8 +45,8 @@ def unpack_images(data: bytes) -> list[bytes]:
             f"packed images must be a count, sizes and files, found {len(data)} bytes for {count} images; "
             "the shard is damaged or not of this format: convert the data again"
         )
-    images = []
+    images, whole = [], memoryview(data)
     for size in sizes:
-        images.append(data[start : start + size])
+        images.append(whole[start : start + size])
         start += size
     return images

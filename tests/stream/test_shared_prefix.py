@@ -44,11 +44,15 @@ for turn in range({turns}):
 print(json.dumps(taken), flush=True)
 """
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def start(pick: str = "register_prefix", turns: int = 100, **environment: str) -> subprocess.Popen:
     words = [sys.executable, "-c", TAKE.format(pick=pick, turns=turns)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    # A training run in this very process leaves its rank in the environment.
+    inherited = {key: value for key, value in os.environ.items() if key not in RANKS}
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**inherited, **environment})
 
 
 def finish(runs: list[subprocess.Popen]) -> list[list[tuple[float, int]]]:
