@@ -62,6 +62,8 @@ bench: $(READY)
 	python -m benchmarks.learning
 	python -m benchmarks.convert_speed
 	python -m benchmarks.loader_speed
+	PYTHONPATH=tests python -m benchmarks.first_batch
+	python -m benchmarks.convert_memory
 
 # One GPU that holds a 7B's training (141 GB); `make bench-gpu GPU_FLAGS=--tiny` goes through every line on a CPU.
 bench-gpu: $(READY)

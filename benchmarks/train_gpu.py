@@ -19,7 +19,7 @@ import torch
 from benchmarks.gpu_ceilings import measure_ceilings
 from benchmarks.gpu_sets import TOKENIZER, write_stage_set
 from benchmarks.instruction_set import REPOSITORY
-from benchmarks.measure import print_table, write_result
+from benchmarks.measure import RESULTS, print_table, write_result
 from composer_path.plan import PEAK_FLOPS
 
 LLAMA_7B = (
@@ -133,9 +133,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=240, help="that one run may take")
     parser.add_argument("--peak", type=float, help="FLOP/s of the GPU; by default the datasheet's")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_gpu"), help="for sets and runs")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument(
+        "--results", type=Path, help="folder; by default benchmarks/results, with --tiny that of --folder"
+    )
     options = parser.parse_args()
     options.folder = options.folder.resolve()
+    results = options.results or (options.folder if options.tiny else RESULTS)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("there is no GPU; --tiny runs every line on a CPU")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -155,7 +158,7 @@ def main() -> int:
         found = {name: run_variant(stage, name, shards, options.folder, options) for name in options.variants}
         compare(stage, found, peak)
         result[stage] = found
-        write_result("train_gpu_tiny" if options.tiny else "train_gpu", result, options.results)
+        write_result("train_gpu", result, results)
     ours = [result[stage].get("ours, eager", {}) for stage in options.stages]
     return 1 if any("failed" in report for report in ours) else 0
 

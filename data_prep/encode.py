@@ -6,8 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if importlib.util.find_spec("composer_path") is None:  # run from a clone that isn't installed
@@ -29,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="as given to train.py")
     parser.add_argument("--batch-size", type=int, default=32, help="images that are encoded together (default: 32)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="threads that decode (default: all cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode (default: cores)")
     options = parser.parse_intermixed_args(arguments)
     if options.workers < 1 or options.batch_size < 1:
         parser.error("--workers and --batch-size must be at least 1")
@@ -50,37 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    from composer_path.conversion.progress import every_ten_seconds
     from composer_path.encoding import build_feature_encoder, encode_set
     from composer_path.shard_set.view import ShardView
 
     try:
         view, encoder = ShardView(options.shards), build_feature_encoder(settings, options.device)
-        report = every_ten_seconds(len(view))
+        report = every_ten_seconds(len(view), "samples encoded")
         print(encode_set(view, options.out, encoder, options.batch_size, options.workers, report))
     except (ValueError, OSError) as error:  # OSError: no space left, no right to write there, a store's refusal
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def every_ten_seconds(total: int) -> Callable[[int], None]:
-    """Make a progress report that prints at most once in ten seconds; what is quick stays silent."""
-    began = last = time.monotonic()
-
-    def report(count: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= 10:
-            last = now
-            left = (total - count) * (now - began) / count
-            print(f"{count} of {total} samples encoded, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return report
-
-
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

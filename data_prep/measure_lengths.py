@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if importlib.util.find_spec("composer_path") is None:  # run from a clone that isn't installed
@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--out", metavar="DIR_OR_URI", help="in place of LOADER.lengths or beside each set")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
-    parser.add_argument("--workers", type=int, default=num_cores(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     options = parser.parse_intermixed_args(arguments)
     if options.workers < 1:
         parser.error("--workers must be at least 1")
@@ -54,36 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    from composer_path.conversion.progress import every_ten_seconds
     from composer_path.measuring import measure
 
+    report = functools.partial(every_ten_seconds, done="shards measured")
     loaders = tuple(options.loader) if options.loader else None
     try:
-        for line in measure(settings, loaders, options.out, options.workers, options.force, every_ten_seconds):
+        for line in measure(settings, loaders, options.out, options.workers, options.force, report):
             print(line, flush=True)
     except (ValueError, OSError) as error:  # OSError: no space left, no right to write there, a store's refusal
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def every_ten_seconds(total: int) -> Callable[[int], None]:
-    """Make a progress report that prints at most once in ten seconds; what is quick stays silent."""
-    began = last = time.monotonic()
-
-    def report(count: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= 10:
-            last = now
-            left = (total - count) * (now - began) / count
-            print(f"{count} of {total} shards measured, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return report
-
-
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import io
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             help="source=cmu, 'stain=H&E|IHC', organ!=colon, 'mpp<0.6', meta.site=A, images=1, 'turns>2'",
         )
     for command in (summary, verify, choose, sample):
-        command.add_argument("--workers", type=int, default=num_cores(), help="processes (default: all cores)")
+        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parsed, extra = parser.parse_known_args(arguments)
     if (extra and not hasattr(parsed, "conditions")) or any(word.startswith("-") for word in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
@@ -93,13 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def summarize(view: ShardView, options: argparse.Namespace) -> int:
     """Print the data card and what the shards hold."""
+    from composer_path.conversion.progress import every_ten_seconds
     from composer_path.shard_set.summary import summarize as count
 
     rows: list[tuple[str, Any]] = [("shards", len(view.shards))]
     rows.append(("MB", f"{sum(shard['raw_data']['bytes'] for shard in view.shards) / 1e6:.1f}"))
     rows += [(f"card: {key}", json.dumps(value)) for key, value in view.card.items() if key != "columns"]
     print("\n".join(f"{name:<36}{value}" for name, value in rows))
-    print(count(view, options.workers, every_ten_seconds(len(view.shards))))
+    print(count(view, options.workers, every_ten_seconds(len(view.shards), "shards read")))
     return 0
 
 
@@ -143,13 +143,14 @@ def write_images(sample: StoredSample, folder: Path) -> list[Path]:
 
 def verify(view: ShardView, options: argparse.Namespace) -> int:
     """Check the whole set and print what is wrong."""
+    from composer_path.conversion.progress import every_ten_seconds
     from composer_path.shard_set.check import LabelCounter, check_shards
 
     count_labels = None
     if options.template is not None:
         cut, position = (options.max_seq_len, options.image_tokens), options.image_position
         count_labels = LabelCounter(options.tokenizer, options.template, *cut, position)
-    result = check_shards(view, options.workers, count_labels, every_ten_seconds(len(view.shards)))
+    result = check_shards(view, options.workers, count_labels, every_ten_seconds(len(view.shards), "shards read"))
     print(result)
     return 1 if result.problems else 0
 
@@ -162,26 +163,6 @@ def choose(view: ShardView, options: argparse.Namespace) -> int:
     num_samples, seed = (options.num_samples, options.seed) if options.command == "sample" else (None, 0)
     print(select_samples(view, options.out, conditions, num_samples, seed, options.workers))
     return 0
-
-
-def every_ten_seconds(total: int) -> Callable[[int], None]:
-    """Make a progress report that prints at most once in ten seconds; what is quick stays silent."""
-    began = last = time.monotonic()
-
-    def report(count: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= 10:
-            last = now
-            left = (total - count) * (now - began) / count
-            print(f"{count} of {total} shards read, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return report
-
-
-def num_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

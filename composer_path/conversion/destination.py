@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _OURS = re.compile(
     rf"|part-\d+/(shard\.\d+\.mds|{DONE_NAME}|{IMAGE_HASHES_NAME}))"
     r"|(part-\d+/)?\.[\w.]+\.unfinished"
 )
+# What data_prep/measure_lengths.py lays beside a set's index; without use for another set, but never in its way.
+LENGTHS_NAME = re.compile(r"lengths-[0-9a-f]{16}\.npz")
 
 
 def prepare(
@@ -48,7 +50,7 @@ def prepare(
     """
     files = place.files()
     several = manifest["parts"] > 1
-    foreign = sorted(name for name in files if not _OURS.fullmatch(name))
+    foreign = sorted(name for name in files if not (_OURS.fullmatch(name) or LENGTHS_NAME.fullmatch(name)))
     if foreign and (resume or overwrite or several):
         found = f"{len(foreign)} others, such as {foreign[0]!r}"
         raise ConvertError(f"--out {place}: must hold nothing but what a conversion wrote, found {found}; move them")
@@ -92,13 +94,19 @@ def read_json(place: Folder | Bucket, name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def publish(place: Folder | Bucket, dones: Iterable[dict[str, Any]], card: dict[str, Any]) -> None:
+def publish(
+    place: Folder | Bucket,
+    dones: Iterable[dict[str, Any]],
+    card: dict[str, Any],
+    index_keys: Mapping[str, Any] | None = None,
+) -> None:
     """Write data card and index of partitions whose files have been verified, the index last.
 
     Args:
         place: the destination.
         dones: the partitions' markers, in order.
         card: the data card.
+        index_keys: what else stands in the index.
 
     Raises:
         StorageError: a file isn't there or has another size; there is no index then.
@@ -119,7 +127,8 @@ def publish(place: Folder | Bucket, dones: Iterable[dict[str, Any]], card: dict[
     place.delete(left)  # of a killed process
     place.sync(name for name, size in expected.items() if size is not None)
     place.write(CARD_NAME, [_json(card)], durable=True)
-    place.write(INDEX_NAME, [json.dumps({"shards": shards, "version": 2}, sort_keys=True).encode()], durable=True)
+    index = {**(index_keys or {}), "shards": shards, "version": 2}
+    place.write(INDEX_NAME, [json.dumps(index, sort_keys=True).encode()], durable=True)
     place.delete([MANIFEST_NAME])
 
 

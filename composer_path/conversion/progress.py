@@ -1,8 +1,10 @@
-"""How far a conversion is: a bar on a terminal, else a line every ten seconds, with rate and time left."""
+"""How far a long task is: a bar on a terminal for a conversion, else a line every ten seconds, with the time left."""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 _SECONDS = 10.0
@@ -68,3 +70,23 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def every_ten_seconds(total: int, done: str) -> Callable[[int], None]:
+    """A report that prints at most once in ten seconds; what is quick stays silent.
+
+    Args:
+        total: How many there are.
+        done: What is counted, as in "shards read".
+    """
+    began = last = time.monotonic()
+
+    def report(count: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS:
+            last = now
+            left = (total - count) * (now - began) / count
+            print(f"{count} of {total} {done}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return report

@@ -25,12 +25,14 @@ A batch is a dict:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
+from torch.multiprocessing import get_sharing_strategy
 from torch.utils.data import get_worker_info
 
 from composer_path.data.dataset import Sample
@@ -122,7 +124,11 @@ class SentBatch(Batch):
         for key, value in small.items():
             self[key] = _view(self._memory, value.dtype, value.shape, start).copy_(value)
             start += _room(value)
-        self[images] = torch.cat(list(pixels), out=_view(self._memory, pixels[0].dtype, shape, start))
+        self[images] = _view(self._memory, pixels[0].dtype, shape, start)
+        if get_sharing_strategy() == "file_descriptor":
+            _write(storage, pixels, start)
+        else:
+            torch.cat(list(pixels), out=self[images])
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
         address = self._memory.data_ptr()
@@ -149,6 +155,23 @@ def _view(memory: Tensor, dtype: torch.dtype, shape: Sequence[int], start: int) 
     strides = torch.empty(tuple(shape), device="meta").stride()
     storage = memory.untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, tuple(shape), strides)
+
+
+def _write(storage: torch.UntypedStorage, tensors: Sequence[Tensor], start: int) -> None:
+    """Lay tensors behind each other into shared memory, by its file.
+
+    That takes half the time of copying, where the processor has to ask for each new page by itself, and memory that
+    runs out is an error instead of the worker's end by SIGBUS.
+
+    Raises:
+        OSError: There is too little shared memory.
+    """
+    file, _ = storage._share_fd_cpu_()
+    for tensor in tensors:
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(data):
+            written = os.pwrite(file, data, start)
+            data, start = data[written:], start + written
 
 
 def _arrive(memory: Tensor, inside: Mapping[str, Any], batch: Batch) -> Batch:

@@ -149,7 +149,7 @@ class ConversationDataset(GuardedStreamingDataset):
 
     def _source(self, sample_id: int) -> Source:
         """The stream that a position belongs to."""
-        shard_id, _ = self.spanner[sample_id]
+        shard_id, _ = self._find(sample_id)
         return self.sources[int(self.stream_per_shard[shard_id])]
 
     def _load(self, image: memoryview) -> Tensor:
@@ -159,7 +159,9 @@ class ConversationDataset(GuardedStreamingDataset):
                 raise FeaturesError(
                     "the shards hold features, but their index.json doesn't say so; take the one that encode.py wrote"
                 )
-            load_stored_image(bytes(image), **self.image_keywords)  # encode.py leaves a file that can't be decoded as it is
+            load_stored_image(
+                bytes(image), **self.image_keywords
+            )  # encode.py leaves a file that can't be decoded as it is
             raise FeaturesError("a set of features holds an image file; encode the set again")
         if self.features is not None:
             return unpack_features(image, self.features)

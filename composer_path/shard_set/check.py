@@ -14,9 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, MANIFEST_NAME
+from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
 from composer_path.conversion.partition import DONE_NAME, IMAGE_HASHES_NAME
 from composer_path.data.conversation import Conversation
+from composer_path.data.features import INDEX_KEY as FEATURES_KEY
+from composer_path.data.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
 from composer_path.data.image_file import ImageError, check_image
 from composer_path.data.prompts import TemplateError
 from composer_path.data.resized import ResizedMismatch, Square, is_square, square_of
@@ -165,6 +167,8 @@ def check_shards(
 def _set_problems(view: ShardView) -> list[Problem]:
     """What is wrong with the set as a whole: its card, and objects that no index names."""
     problems = []
+    if view.features is not None and _feature_set(view) is None:
+        problems.append(Problem(INDEX_NAME, "features", "of a kind that this version of composer_path doesn't know"))
     records = view.card.get("records")
     if not view.card:
         problems.append(Problem(CARD_NAME, "missing", "there is no data card"))
@@ -183,9 +187,18 @@ def _set_problems(view: ShardView) -> list[Problem]:
         for other in sorted(beside.keys() - shards):
             if other in files and view.place.digest(other) != beside[other]:
                 problems.append(Problem(other, "hash", f"another file than {name} says"))
-    for name in sorted(files - known - {INDEX_NAME, CARD_NAME, MANIFEST_NAME}):
+    known |= {INDEX_NAME, CARD_NAME, MANIFEST_NAME} | {name for name in files if LENGTHS_NAME.fullmatch(name)}
+    for name in sorted(files - known):
         problems.append(Problem(_shown_name(name), "not-in-index", "a file that belongs to no shard of this set"))
     return problems
+
+
+def _feature_set(view: ShardView) -> FeatureSet | None:
+    """What the index says of features; None if it says nothing, or what only a later version knows."""
+    try:
+        return features_in_index(json.dumps({FEATURES_KEY: view.features}).encode())
+    except FeaturesError:
+        return None
 
 
 def _marked_files(view: ShardView, name: str) -> list[dict[str, Any]]:
@@ -240,6 +253,7 @@ def _check_samples(
     name, start = name_of(shard), view.starts[number]
     resized = view.card.get("resized")
     wanted = Square.of(**resized) if isinstance(resized, dict) else None
+    features = _feature_set(view)
     for position, columns in enumerate(read_shard(file, shard, range(shard["samples"])), start=start):
         result.samples += 1
         try:
@@ -250,7 +264,7 @@ def _check_samples(
             continue
         for image in sample.images:
             result.images += 1
-            if (problem := _image_problem(image, wanted)) is not None:
+            if (problem := _image_problem(image, wanted, features)) is not None:
                 result.problems.append(Problem(name, *problem, position))
         if count_labels is None:
             continue
@@ -261,13 +275,23 @@ def _check_samples(
             result.problems.append(Problem(name, "template", str(error), position))
 
 
-def _image_problem(data: bytes, wanted: Square | None) -> tuple[str, str] | None:
-    """Rule and finding, if an image doesn't decode or isn't of the kind that the data card speaks of."""
+def _image_problem(data: bytes, wanted: Square | None, features: FeatureSet | None) -> tuple[str, str] | None:
+    """Rule and finding, if an image doesn't decode or isn't of the kind that index and data card speak of."""
     try:
+        if features is not None and is_features(data):
+            unpack_features(data, features)
+            return None
+        if is_features(data):
+            return "features", "features, of which the index says nothing"
+        if features is not None:
+            check_image(data)
+            return "features", "an image file in a set of features; encode the set again"
         if not is_square(data):
             check_image(data)
             return None if wanted is None else ("not-resized", f"an image file, the data card says {wanted}")
         found = square_of(data)
+    except FeaturesError as error:
+        return "features", str(error)
     except ImageError as error:
         return error.rule, error.found
     except ResizedMismatch as error:

@@ -13,6 +13,7 @@ from typing import Any
 
 from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, MANIFEST_NAME, publish
 from composer_path.conversion.shard_writer import HASHES, ShardWriter
+from composer_path.data.features import INDEX_KEY as FEATURES_KEY
 from composer_path.data.sample_format import COLUMNS
 from composer_path.shard_set.summary import ShardSummary
 from composer_path.shard_set.view import (
@@ -31,7 +32,7 @@ KEYS = ("id", "source", "organ", "stain", "magnification", "mpp", "patient", "sl
 _IDENTIFYING = ("id", "patient", "slide", "meta")
 
 # Keys of a data card that hold for a part of the set, too. Not `fingerprint`: no conversion makes this set.
-_KEPT = ("format", "format_version", "composer_path", "source", "options", "columns", "resized")
+_KEPT = ("format", "format_version", "composer_path", "source", "options", "columns", "resized", "features")
 _PART, _SIZE_LIMIT = "part-00000", 2**26
 _CONDITION = re.compile(r"([A-Za-z_][\w.-]*)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
@@ -149,7 +150,8 @@ def select_samples(
             summary.count(sample)
         writer.finish()
         card = _card(view, summary, writer.shards, conditions, num_samples, seed)
-        publish(place, [{"partition": 0, "files": writer.files, "shards": writer.shards}], card)
+        done = {"partition": 0, "files": writer.files, "shards": writer.shards}
+        publish(place, [done], card, {} if view.features is None else {FEATURES_KEY: view.features})
     except BaseException:
         ours = (INDEX_NAME, CARD_NAME, MANIFEST_NAME, f"{_PART}/")
         place.delete([name for name in place.files() if name.startswith(ours)])

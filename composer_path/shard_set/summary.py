@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from composer_path.data.features import is_features
 from composer_path.data.image_file import ImageError, open_image
 from composer_path.data.resized import is_square, square_of
 from composer_path.shard_set.view import ShardView, StoredSample, in_processes
@@ -25,7 +26,7 @@ class ShardSummary:
         question_chars: characters of a human turn -> turns.
         answer_chars: characters of an assistant turn -> turns.
         image_sizes: (width, height) -> images.
-        image_kinds: file format or "resized" -> images; "unreadable" for neither.
+        image_kinds: file format, "resized" or "features" -> images; "unreadable" for none of them.
         image_bytes: bytes of all images.
     """
 
@@ -106,6 +107,8 @@ def _summarize_shard(task: tuple[ShardView, int]) -> ShardSummary:
 def _look(data: bytes) -> tuple[str, tuple[int, int] | None]:
     """An image's kind and size, from its header."""
     try:
+        if is_features(data):
+            return "features", None
         if is_square(data):
             size = square_of(data).image_size
             return "resized", (size, size)

@@ -72,6 +72,7 @@ class ShardView:
         place: where it lies.
         shards: the index's entries, in order.
         card: what ``dataset.json`` holds; empty if there is none.
+        features: what the index says of stored features; None for a set of images.
         starts: position of each shard's first sample; one more at the end, the number of samples.
 
     Raises:
@@ -93,6 +94,7 @@ class ShardView:
                 "content; write shards with data_prep/convert.py"
             )
         self.shards: list[dict[str, Any]] = shards
+        self.features: dict[str, Any] | None = index.get("features")
         card = self._read_json(CARD_NAME)
         self.card: dict[str, Any] = card if isinstance(card, dict) else {}
         self.starts = [0]

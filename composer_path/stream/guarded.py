@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from threading import Event, _register_atexit  # type: ignore[attr-defined]
@@ -37,6 +38,7 @@ from composer_path.stream.cache import (
 )
 from composer_path.stream.error import FailureNote, StreamError
 from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
+from composer_path.stream.sample_reader import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
 from composer_path.stream.transfer import Stopped
 
@@ -113,6 +115,8 @@ class GuardedStreamingDataset(StreamingDataset):
         for stream in streams:
             state.update((stream.folder / INDEX).read_bytes())
         self.data_hash = state.hexdigest()[:16]  # other data has another order of samples
+        self._samples = SampleReader()
+        self._starts: list[int] = self.sample_offset_per_shard.tolist()
         self._failure = FailureNote(f"{self._shm_prefix_int:06}_failure")
         if leads:
             self._failure.clear()
@@ -164,6 +168,10 @@ class GuardedStreamingDataset(StreamingDataset):
         stream: GuardedStream = self.streams[self.stream_per_shard[shard_id]]
         shard = self.shards[shard_id]
         name = self._name_of(shard_id)
+        if self._shard_states[shard_id] == _ShardState.LOCAL and (stream.folder / name).is_file():
+            # Streaming asks before each sample; the lock would cost more than a small sample's reading.
+            self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+            return
         while not self._claim(shard_id, name):
             if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
                 return
@@ -229,16 +237,28 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Any:
         """A sample by its index; its shard is brought here and checked first."""
-        shard_id, _ = self.spanner[int(sample_id)]
+        shard_id, number = self._find(int(sample_id))
         if self._shard_states[shard_id] != _ShardState.LOCAL:
             self.prepare_shard(shard_id)
         try:
-            return super().get_item(int(sample_id), retry)
+            event = getattr(self, "_event", None)
+            record = None if event is not None and event.is_set() else self._samples.read(self.shards[shard_id], number)
+            if record is None:  # Streaming brings a file that is gone, or raises what another thread met
+                return super().get_item(int(sample_id), retry)
+            self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+            return record
         except StreamError:
             raise
         except Exception as error:
             self.raise_failure()
             raise self._note(self._damage(shard_id, error)) from error
+
+    def _find(self, sample_id: int) -> tuple[int, int]:
+        """A sample's shard, and its number in it; Streaming's spanner compares every shard of a span of samples."""
+        if not 0 <= sample_id < self.num_samples:
+            raise IndexError(f"samples go from 0 to {self.num_samples - 1:,}, found {sample_id:,}")
+        shard_id = bisect_right(self._starts, sample_id) - 1
+        return shard_id, sample_id - self._starts[shard_id]
 
     def _damage(self, shard_id: int | np.integer, error: Exception) -> StreamError:
         """What is wrong with a shard that was good when it was checked, or whose contents aren't samples."""

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from composer_path.data import IGNORE_INDEX, IMAGE_TOKEN_ID
-from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
+from composer_path.data.collator import LOSS_AVERAGES, PackedCollator, SentBatch
 from composer_path.data.dataset import Sample
 from composer_path.data.microbatches import fewest_bins, slice_batch
 
@@ -287,3 +288,64 @@ def test_a_slice_copies_nothing_big() -> None:
     part = slice_batch(batch, 3, 9)
     for key in VIEWS:
         assert part[key].untyped_storage().data_ptr() == batch[key].untyped_storage().data_ptr(), key
+
+
+# ------------------------------------------------------------------------------------------------- out of a worker
+
+
+def featured_samples() -> list[Sample]:
+    """The same with features in place of images; bf16, which numpy doesn't know."""
+    samples = mixed_samples()
+    for sample in samples:
+        num_images = len(sample.pop("pixel_values"))
+        sample["image_features"] = torch.arange(num_images * 15).view(num_images, 3, 5).bfloat16()
+    return samples
+
+
+class AndMore(PackedCollator):
+    """A collator of somebody's own, which changes a batch in the worker."""
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        batch = super().__call__(samples)
+        assert type(batch) is SentBatch
+        batch["doubled"] = 2 * batch["labels"]
+        batch["targets"] = batch["targets"].clone()
+        return batch
+
+
+@pytest.mark.parametrize("strategy", ["file_descriptor", "file_system"])
+@pytest.mark.parametrize("samples", [mixed_samples(), mixed_samples()[1:2], featured_samples()])
+def test_a_worker_sends_the_same_batch_in_one_piece(
+    samples: list[Sample], strategy: str, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: torch.multiprocessing.set_sharing_strategy("file_descriptor"))
+    torch.multiprocessing.set_sharing_strategy(strategy)
+    expected = PackedCollator(16)(samples)
+    assert type(expected) is dict  # without a worker nothing is sent
+    (batch,) = DataLoader(samples, batch_size=8, num_workers=1, collate_fn=PackedCollator(16))
+    assert type(batch) is dict
+    assert set(batch) == set(expected)
+    for key, value in expected.items():
+        assert_same(batch[key], value, key)
+    tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.numel()]
+    assert len(tensors) > 10
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
+def test_what_a_collator_of_ones_own_changes_in_the_worker_arrives() -> None:
+    expected = PackedCollator()(mixed_samples())
+    (batch,) = DataLoader(mixed_samples(), batch_size=8, num_workers=1, collate_fn=AndMore())
+    assert_same(batch.pop("doubled"), 2 * expected["labels"], "doubled")
+    assert set(batch) == set(expected)
+    for key, value in expected.items():
+        assert_same(batch[key], value, key)
+
+
+def test_batches_of_a_worker_do_not_share_memory_with_each_other() -> None:
+    samples = [make_sample(index, 3, 2, images=1) for index in range(12)]
+    batches = list(DataLoader(samples, batch_size=2, num_workers=1, collate_fn=PackedCollator()))
+    for start, batch in zip(range(0, 12, 2), batches, strict=True):
+        assert_same(batch["pixel_values"], PackedCollator()(samples[start : start + 2])["pixel_values"], "pixel_values")
+    batches[0]["pixel_values"].zero_()
+    assert batches[1]["pixel_values"][:, 0, 0, 0].tolist() == [20, 30]
