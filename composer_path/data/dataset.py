@@ -12,7 +12,7 @@ from jaxtyping import BFloat16, Bool, Int64, Integer, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.data.balance import balance_work, imbalance
+from composer_path.data.balanced_dataset import BalancedStreamingDataset
 from composer_path.data.conversation import Conversation
 from composer_path.data.features import FeaturesError, common_features, is_features, unpack_features
 from composer_path.data.image import PAD_COLOR, ImageError, load_stored_image
@@ -23,7 +23,6 @@ from composer_path.data.resized import Square, is_square, unpack_square
 from composer_path.data.sample_format import COLUMNS, image_views
 from composer_path.data.tokenize import IGNORE_INDEX, tokenize_conversation
 from composer_path.stream.cache import INDEX
-from composer_path.stream.guarded import GuardedStreamingDataset
 from composer_path.stream.guarded_stream import GuardedStream
 
 
@@ -41,7 +40,7 @@ class Sample(TypedDict):
     loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
 
 
-class ConversationDataset(GuardedStreamingDataset):
+class ConversationDataset(BalancedStreamingDataset):
     """Conversations over images, streamed from MDS shards on disk or in a bucket, or from a mixture of several.
 
     Args:
@@ -80,8 +79,6 @@ class ConversationDataset(GuardedStreamingDataset):
             check_streams(streams)
             streaming["streams"], self.sources = build_streams(streams, template)
         super().__init__(**streaming)
-        self._balance: tuple[Integer[np.ndarray, " samples"], str] | None = None
-        self._imbalance: Tensor | None = None
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.max_seq_len = max_seq_len
@@ -203,44 +200,6 @@ class ConversationDataset(GuardedStreamingDataset):
             )
             found.append(read_lengths(lengths_place(stream.where, folder), key, int(num_samples)).tokens)
         return np.concatenate(found)
-
-    def balance(self, tokens: Integer[np.ndarray, " samples"], reach: str) -> None:
-        """From the next epoch on, give all ranks equally many tokens of each global batch.
-
-        Args:
-            tokens: Length of each sample, by its position in the stream.
-            reach: See `composer_path.data.balance.balance_work`.
-
-        Raises:
-            ValueError: Each rank is to have batches of one stream only.
-        """
-        if self.batching_method == "device_per_stream":
-            raise ValueError(
-                "balance: would mix the streams that dataset.batching_method=device_per_stream keeps apart on each "
-                "rank; leave out one of the two"
-            )
-        self._balance = tokens, reach
-        self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
-
-    @property
-    def imbalance(self) -> tuple[float, float] | None:
-        """Of the epoch that was begun last, as it would be and as it is; None where nothing is balanced.
-
-        Known on the first rank of each node, see `composer_path.data.balance.imbalance`.
-        """
-        return None if self._imbalance is None else (float(self._imbalance[0]), float(self._imbalance[1]))
-
-    def _share_work(self, sample_ids: Int64[np.ndarray, "nodes ranks workers batches batch_size"]) -> Any:
-        """Streaming's one place where an epoch's order is complete, before this node's other workers get it.
-
-        It is changed in place, because the worker that made it goes on with this very array.
-        """
-        if self._balance is not None and self._imbalance is not None and sample_ids.size:
-            tokens, reach = self._balance
-            balanced = balance_work(sample_ids, tokens, reach)
-            self._imbalance[0], self._imbalance[1] = imbalance(sample_ids, tokens), imbalance(balanced, tokens)
-            sample_ids[:] = balanced
-        return super()._share_work(sample_ids)
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where to go on.

@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from composer_path.data import IGNORE_INDEX, IMAGE_TOKEN_ID
-from composer_path.data.collator import LOSS_AVERAGES, PackedCollator, SentBatch
+from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
 from composer_path.data.dataset import Sample
 from composer_path.data.microbatches import fewest_bins, slice_batch
+from composer_path.data.sent_batch import SentBatch
 
 # Whatever isn't shifted to the slice's own start.
 VIEWS = (
