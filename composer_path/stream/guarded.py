@@ -182,10 +182,12 @@ class GuardedStreamingDataset(StreamingDataset):
             stream.stopped = self._failure.is_set  # not a method of ours: a cycle would keep the cache's lock
             delta = stream.prepare_shard(shard)
         except BaseException as error:
-            self._shard_states[shard_id] = np.uint8(_ShardState.REMOTE)
+            with FileLock(self._cache_filelock_path):
+                self.cache_usage -= self._reserved(shard_id)
+                self._shard_states[shard_id] = np.uint8(_ShardState.REMOTE)
             raise self._note(error, name) from (None if isinstance(error, StreamError | Stopped) else error)
         with FileLock(self._cache_filelock_path):
-            self.cache_usage += delta
+            self.cache_usage += delta - self._reserved(shard_id)
             self._shard_access_times[shard_id] = np.uint64(time.time_ns())
             self._shard_states[shard_id] = np.uint8(_ShardState.LOCAL)
 
@@ -205,8 +207,14 @@ class GuardedStreamingDataset(StreamingDataset):
             elif self.cache_limit and stream.remote is not None:
                 while self.cache_limit < self.cache_usage + shard.get_max_size() and self._make_room(shard_id):
                     pass
+            self.cache_usage += self._reserved(shard_id)
             self._shard_states[shard_id] = np.uint8(_ShardState.PREPARING)
             return True
+
+    def _reserved(self, shard_id: int | np.integer) -> int:
+        """Bytes that count as used while a shard is on its way, so that two at once don't take the same room."""
+        cached = self.cache_limit and self.streams[self.stream_per_shard[shard_id]].remote is not None
+        return self.shards[shard_id].get_max_size() if cached else 0
 
     def _make_room(self, wanted: int | np.integer) -> bool:
         """Remove the shard that was not read for the longest time, never one that has no remote."""
