@@ -60,6 +60,7 @@ bench: $(READY)
 	python -m benchmarks.end_to_end
 	python -m benchmarks.scaling
 	python -m benchmarks.learning
+	python -m benchmarks.loss_chunk
 	python -m benchmarks.convert_speed
 	python -m benchmarks.loader_speed
 	PYTHONPATH=tests python -m benchmarks.first_batch
