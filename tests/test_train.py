@@ -229,8 +229,8 @@ def test_every_sample_is_seen_once_an_epoch_in_another_order_each(finetuned: dic
 
 
 @pytest.fixture(scope="module")
-def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
-    def finetune(loss_average: str, max_tokens: int) -> dict[str, Any]:
+def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    def finetune(loss_average: str, max_tokens: int, *levers: str) -> dict[str, Any]:
         more = [
             f"model.projector.weights={runs}/pretrain/projector.safetensors",
             f"train_loader.loss_average={loss_average}",
@@ -238,6 +238,7 @@ def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             "trainer.max_duration=2ba",
             "algorithms=null",  # clipping and AdamW both hide a gradient's scale
             *WITHOUT_EVALUATION,
+            *levers,
         ]
         trainer, witness = run(load_tiny_config("finetune", runs / "shards", tmp_path_factory.mktemp("run"), more))
         return witness.notes() | {"weights": weights_of(trainer)}
@@ -246,15 +247,26 @@ def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.mark.parametrize("loss_average", ["token", "sample", "square"])
-def test_the_size_of_microbatches_changes_nothing(
-    two_steps: Callable[[str, int], dict[str, Any]], loss_average: str
-) -> None:
+def test_the_size_of_microbatches_changes_nothing(two_steps: Callable[..., dict[str, Any]], loss_average: str) -> None:
     small, large = two_steps(loss_average, 320), two_steps(loss_average, 4000)
     assert min(small["metrics"]["batch/microbatches"]) >= 3
     assert max(large["metrics"]["batch/microbatches"]) == 1
     assert list(small["losses"].values()) == pytest.approx(list(large["losses"].values()), rel=1e-5)  # measured 1e-7
     assert largest_error(small["gradients"], large["gradients"]) < 1e-5  # measured 4e-7
     assert largest_error(small["weights"], large["weights"]) < 1e-5  # measured 1e-7
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_how_a_step_is_computed_changes_nothing_under_fsdp(
+    two_steps: Callable[..., dict[str, Any]], checkpointing: str
+) -> None:
+    levers = (
+        f"execution={{activation_checkpointing: {checkpointing}, loss_chunk: 7, vision_chunk: 2, row_multiple: 64}}"
+    )
+    plain, other = two_steps("token", 700), two_steps("token", 700, levers)
+    assert list(other["losses"].values()) == pytest.approx(list(plain["losses"].values()), rel=1e-5)
+    assert largest_error(other["gradients"], plain["gradients"]) < 1e-5
+    assert largest_error(other["weights"], plain["weights"]) < 1e-5
 
 
 # --- the product's YAMLs ---------------------------------------------------------------------------------------------

@@ -201,6 +201,18 @@ def test_liger_without_a_gpu_or_without_the_package_is_refused() -> None:
         choose_execution(build(["projector"]), fusion="liger")
 
 
+@pytest.mark.gpu
+def test_ligers_layers_are_equal_to_rounding_of_bf16() -> None:
+    pytest.importorskip("liger_kernel")
+
+    def loss_of(**levers: str) -> float:
+        model = choose_execution(build(STAGES["stage 1"]).to("cuda", torch.bfloat16), **levers)
+        batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in row().items()}
+        return ComposerPathMLLM(model)(batch).float().mean().item()
+
+    assert loss_of(fusion="liger") == pytest.approx(loss_of(), rel=1e-2)
+
+
 COMPILED = """
 import sys
 sys.path.insert(0, {folder!r})
