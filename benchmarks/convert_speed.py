@@ -119,7 +119,7 @@ def timed(name: str, folder: Path) -> dict[str, float]:
 
 def check_equality(folder: Path, count: int) -> dict[str, int]:
     """Compare what is read back with the files: stored JPEGs bit for bit, also those of `MDSWriter`."""
-    from composer_path.shard_set.view import ShardView
+    from composer_path.shards.view import ShardView
 
     found = {}
     for name in ("convert --check header", "convert --check full", "MDSWriter, the files' bytes"):

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu_ceilings import wait_for_device
-from composer_path.builders import build_loader, build_model, build_tokenizer, plain
-from composer_path.config import load_config
-from composer_path.data.tokenize import IGNORE_INDEX
-from composer_path.models import ComposerPathMLLM, PathMLLM
+from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.config.reading import load_config
 from composer_path.models.composer_model import batch_sizes
 from composer_path.models.flops import FlopCounter
+from composer_path.records.tokenize import IGNORE_INDEX
+from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
 
 
 class StepClock(Callback):

@@ -76,7 +76,7 @@ def demo_words() -> list[str]:
 
 def train_vocabulary(words: list[str], folder: Path) -> sentencepiece.SentencePieceProcessor:
     """512 pieces with bytes as a fallback, as a tokenizer folder that transformers reads as LLaMA's."""
-    from composer_path.data.vocabulary import load_tokenizer, save_tokenizer
+    from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 
     folder.mkdir(parents=True)
     sentencepiece.SentencePieceTrainer.train(

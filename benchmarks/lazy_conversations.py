@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import CLIPImageProcessor, LlamaTokenizer
 
-from composer_path.data.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID
+from composer_path.records.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 IMAGE_TAG = "<image>"
 

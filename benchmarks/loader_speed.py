@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.convert_speed import REPOSITORY, write_records
 from benchmarks.measure import interleaved, paired_ratio, print_table, spread, write_result
 from benchmarks.tissue_images import QUALITY, SIDE, write_tissue_images
-from composer_path.data.image import IMAGE_MEAN, IMAGE_STD, PAD_COLOR, load_image, load_stored_image, normalize_image
-from composer_path.data.sample_format import unpack_images
+from composer_path.images.pixels import IMAGE_MEAN, IMAGE_STD, PAD_COLOR, load_image, load_stored_image, normalize_image
+from composer_path.shards.columns import unpack_images
 
 IMAGE_SIZE, NUM_IMAGE_TOKENS, BATCH_SIZE = 448, 128, 8
 TOKENIZER = REPOSITORY / "test_data" / "tokenizer"
@@ -75,7 +75,7 @@ class ReferenceSamples(FolderOfFiles):
     """As LLaVA-like training code prepares a record."""
 
     def __init__(self, folder: Path) -> None:
-        from composer_path.data.vocabulary import load_tokenizer
+        from composer_path.records.vocabulary import load_tokenizer
 
         super().__init__(folder)
         self.tokenizer = load_tokenizer(TOKENIZER)
@@ -108,8 +108,8 @@ def reference_pixels(path: Path) -> torch.Tensor:
 
 
 def dataset_of(kind: str, name: str, folder: Path) -> Any:
-    from composer_path.data.dataset import ConversationDataset
-    from composer_path.data.vocabulary import load_tokenizer
+    from composer_path.batches.dataset import ConversationDataset
+    from composer_path.records.vocabulary import load_tokenizer
     from composer_path.stream.guarded import GuardedStreamingDataset
 
     class ShardImages(GuardedStreamingDataset):
@@ -155,7 +155,7 @@ def bytes_as_they_are(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def collator_of(name: str) -> Any:
-    from composer_path.data.collator import PackedCollator
+    from composer_path.batches.collator import PackedCollator
 
     return {REFERENCE: pad_and_stack, FOLDER: bytes_as_they_are, MDS: bytes_as_they_are}.get(name) or PackedCollator()
 
@@ -207,7 +207,7 @@ def timed(kind: str, name: str, folder: Path) -> dict[str, float]:
 
 def check_equality(folder: Path, count: int) -> dict[str, Any]:
     """Compare pixels: ours with the reference's, those of resized shards, and torchvision's within one grey level."""
-    from composer_path.shard_set.view import ShardView
+    from composer_path.shards.view import ShardView
 
     views = {name: ShardView(folder / name) for name in ("stored", "resized")}
     largest = 0

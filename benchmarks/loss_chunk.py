@@ -16,11 +16,11 @@ import torch
 from benchmarks.measure import interleaved, paired_ratio, print_table, process_time, require_equal, write_result
 from benchmarks.packed_step import packed_loss
 from benchmarks.proportions import STAGES, build_proportioned_model, draw_batch
-from composer_path.data.collator import PackedCollator
-from composer_path.models import ComposerPathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path import ComposerPathMLLM
+from composer_path.batches.collator import PackedCollator
 from composer_path.models.execution import choose_execution
-from composer_path.models.step_memory import RowSize, computing_in, peak_of_step, to_meta
+from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step, to_meta
+from composer_path.weights.assembly import assemble_model
 
 CHUNK = 256
 REPETITIONS = 5

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from composer_path.data.image import normalize_image
-from composer_path.data.microbatches import Batch, split_batch
-from composer_path.models import ComposerPathMLLM, PathMLLM
+from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.batches.microbatches import Batch, split_batch
+from composer_path.images.pixels import normalize_image
 from composer_path.models.path_mllm import token_losses
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from composer_path.data.image import normalize_image
-from composer_path.data.tokenize import IGNORE_INDEX
-from composer_path.models import PathMLLM
+from composer_path import PathMLLM
+from composer_path.images.pixels import normalize_image
+from composer_path.records.tokenize import IGNORE_INDEX
 
 PADDING_ID = 0
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from composer_path.data.dataset import Sample
-from composer_path.data.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID
-from composer_path.models import PathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path import PathMLLM
+from composer_path.batches.dataset import Sample
+from composer_path.records.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID
+from composer_path.weights.assembly import assemble_model
 
 IMAGE_TOKENS = 128
 VOCABULARY = 512

@@ -30,9 +30,9 @@ from benchmarks.packed_step import packed_loss
 from benchmarks.padded_step import set_checkpointing
 from benchmarks.proportions import IMAGE_TOKENS, STAGES, build_proportioned_model, draw_sample
 from benchmarks.step_speed import Variant, run_step
-from composer_path.data.collator import PackedCollator
-from composer_path.data.dataset import Sample
-from composer_path.models import ComposerPathMLLM, PathMLLM
+from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.batches.collator import PackedCollator
+from composer_path.batches.dataset import Sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHECKPOINTING = {"off": False, "full": True}
@@ -148,9 +148,9 @@ def memory(token_counts: Sequence[int]) -> list[dict[str, Any]]:
 def loader_rates(workers: Sequence[int], num_records: int, repetitions: int) -> list[dict[str, Any]]:
     """Samples a second that the real loader yields, images decoded, at the demo's sizes; wall time."""
     from benchmarks.instruction_set import write_instruction_set
-    from composer_path.data.image import IMAGE_MEAN
-    from composer_path.data.loader import build_dataloader
-    from composer_path.data.vocabulary import load_tokenizer
+    from composer_path.batches.loader import build_dataloader
+    from composer_path.images.pixels import IMAGE_MEAN
+    from composer_path.records.vocabulary import load_tokenizer
 
     rates: dict[int, list[float]] = {count: [] for count in workers}
     with tempfile.TemporaryDirectory() as folder:

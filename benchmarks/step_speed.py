@@ -33,9 +33,9 @@ from benchmarks.measure import (
 from benchmarks.packed_step import given_features, packed_loss
 from benchmarks.padded_step import PaddedModel, pad_samples, padded_loss, set_checkpointing, with_normalized_images
 from benchmarks.proportions import STAGES, build_proportioned_model, draw_batch
-from composer_path.data.collator import PackedCollator
-from composer_path.data.dataset import Sample
-from composer_path.models import ComposerPathMLLM, PathMLLM
+from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.batches.collator import PackedCollator
+from composer_path.batches.dataset import Sample
 
 TARGETS = {"captions": 1.4, "instructions": 1.8}
 BASELINE, OURS = "reference-like", "ours"

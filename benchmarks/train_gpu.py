@@ -20,7 +20,7 @@ from benchmarks.gpu_ceilings import measure_ceilings
 from benchmarks.gpu_sets import TOKENIZER, write_stage_set
 from benchmarks.instruction_set import REPOSITORY
 from benchmarks.measure import RESULTS, print_table, write_result
-from composer_path.plan import PEAK_FLOPS
+from composer_path.planning.plan import PEAK_FLOPS
 
 LLAMA_7B = (
     "{model_type: llama, hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, num_attention_heads: 32, "

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 from benchmarks.instruction_set import IMAGES, REPOSITORY, InstructionSet
 from benchmarks.lazy_conversations import LazyConversations
 from benchmarks.padded_step import PaddedModel, pad_samples
-from composer_path.builders import build_loader, build_model, build_tokenizer, plain
-from composer_path.config import load_config
-from composer_path.data.microbatches import split_batch
-from composer_path.models import ComposerPathMLLM
-from composer_path.optimizer import build_optimizer
+from composer_path import ComposerPathMLLM
+from composer_path.batches.microbatches import split_batch
+from composer_path.config.reading import load_config
+from composer_path.run.optimizer import build_optimizer
+from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
 
 # About the proportions of a 7B, a quarter of the lengths.
 SMALL = {
@@ -138,7 +138,7 @@ def lazy_dataset(config: Any, data: Path, images: Path = IMAGES) -> LazyConversa
     """The records of a JSON file for the padded runs, prepared as the configuration's loader prepares its shards."""
     from transformers import LlamaTokenizer
 
-    from composer_path.data.prompts import get_template
+    from composer_path.records.prompts import get_template
 
     settings = plain(config)
     dataset, model = settings["train_loader"]["dataset"], build_model(config)

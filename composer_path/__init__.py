@@ -1,3 +1,95 @@
-"""composer_path: train and finetune pathology vision-language models on MosaicML Composer and Streaming."""
+"""composer_path: train and finetune pathology vision-language models on MosaicML Composer and Streaming.
+
+The public names, each imported when it is first asked for: importing this package takes no time. Training is
+`from composer_path.train import train`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from composer_path.asking.assistant import Assistant
+    from composer_path.batches.dataset import ConversationDataset
+    from composer_path.config.reading import load_config
+    from composer_path.conversion.convert import convert
+    from composer_path.images.error import ImageError
+    from composer_path.images.pixels import load_image, normalize_image
+    from composer_path.models.composer_model import ComposerPathMLLM
+    from composer_path.models.language_model import build_language_model
+    from composer_path.models.path_mllm import PathMLLM
+    from composer_path.models.projector import build_projector
+    from composer_path.models.vision_encoder import build_vision_encoder
+    from composer_path.records.conversation import Conversation
+    from composer_path.records.rules import RecordError
+    from composer_path.records.tokenize import (
+        IGNORE_INDEX,
+        IMAGE_TOKEN_ID,
+        TokenizedConversation,
+        tokenize_conversation,
+        tokenize_prompt,
+    )
+    from composer_path.weights.reference import load_reference_model, save_reference_model
+    from composer_path.weights.tensor_file import read_tensor_file
 
 __version__ = "0.1.0"
+
+_NAMES_OF = {
+    "asking.assistant": ("Assistant",),
+    "batches.dataset": ("ConversationDataset",),
+    "config.reading": ("load_config",),
+    "conversion.convert": ("convert",),
+    "images.error": ("ImageError",),
+    "images.pixels": ("load_image", "normalize_image"),
+    "models.composer_model": ("ComposerPathMLLM",),
+    "models.language_model": ("build_language_model",),
+    "models.path_mllm": ("PathMLLM",),
+    "models.projector": ("build_projector",),
+    "models.vision_encoder": ("build_vision_encoder",),
+    "records.conversation": ("Conversation",),
+    "records.rules": ("RecordError",),
+    "records.tokenize": (
+        "IGNORE_INDEX",
+        "IMAGE_TOKEN_ID",
+        "TokenizedConversation",
+        "tokenize_conversation",
+        "tokenize_prompt",
+    ),
+    "weights.reference": ("load_reference_model", "save_reference_model"),
+    "weights.tensor_file": ("read_tensor_file",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_TOKEN_ID",
+    "Assistant",
+    "ComposerPathMLLM",
+    "Conversation",
+    "ConversationDataset",
+    "ImageError",
+    "PathMLLM",
+    "RecordError",
+    "TokenizedConversation",
+    "build_language_model",
+    "build_projector",
+    "build_vision_encoder",
+    "convert",
+    "load_config",
+    "load_image",
+    "load_reference_model",
+    "normalize_image",
+    "read_tensor_file",
+    "save_reference_model",
+    "tokenize_conversation",
+    "tokenize_prompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

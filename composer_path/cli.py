@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from composer_path.config import load_config
-    from composer_path.plan import PEAK_FLOPS, Machine, SampleSize, make_plan, parse_memory
-    from composer_path.plan_report import format_plan
+    from composer_path.config.reading import load_config
+    from composer_path.planning.plan import PEAK_FLOPS, Machine, SampleSize, make_plan, parse_memory
+    from composer_path.planning.report import format_plan
 
     counts = {
         "--gpus": options.gpus,
@@ -109,9 +109,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from composer_path.config import load_config
-    from composer_path.run_report import CONFIG
-    from composer_path.weights.export import export_checkpoint
+    from composer_path.config.reading import load_config
+    from composer_path.run.export import export_checkpoint
+    from composer_path.run.report import CONFIG
 
     # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
     config_path = options.config or options.checkpoint.absolute().parent.parent / CONFIG
@@ -127,7 +127,7 @@ def _ask(options: argparse.Namespace) -> int:
         raise ValueError("give a question, or --chat to be asked for one")
     from transformers import TextStreamer
 
-    from composer_path.assistant import Assistant
+    from composer_path.asking.assistant import Assistant
 
     assistant = Assistant.from_pretrained(options.model)
     tokenizer: Any = assistant.tokenizer  # transformers annotates the streamer's argument with a factory class
@@ -160,14 +160,14 @@ def _next_question() -> str:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from composer_path.evaluation.closed_questions import compare_with_blank, read_closed_questions
+    from composer_path.asking.closed_questions import compare_with_blank, read_closed_questions
 
     questions = read_closed_questions(options.data)
     if not options.images.is_dir():
         raise ValueError(f"--images {options.images}: there is no such folder")
 
-    from composer_path.assistant import Assistant
-    from composer_path.run_table import EVALUATION, format_closed
+    from composer_path.asking.assistant import Assistant
+    from composer_path.asking.run_table import EVALUATION, format_closed
     from composer_path.weights.folder import write_json
 
     comparison = compare_with_blank(Assistant.from_pretrained(options.model), questions, options.images)
@@ -177,7 +177,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    from composer_path.run_table import format_runs
+    from composer_path.asking.run_table import format_runs
 
     print(format_runs(options.root))
     return 0

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composer_path.builders import (
+from composer_path.config.files import check_lengths, check_start
+from composer_path.config.reading import ConfigError, load_config
+from composer_path.run.parts import (
     build_callbacks,
     build_loader,
     build_loggers,
@@ -21,8 +23,6 @@ from composer_path.builders import (
     settle_on_device,
     trainer_keywords,
 )
-from composer_path.config import ConfigError, load_config
-from composer_path.start_check import check_lengths, check_start
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -75,13 +75,13 @@ def train(config: DictConfig) -> Trainer:
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
-    from composer_path.checkpoint_safety import require_safe_checkpoints
-    from composer_path.checkpoints import ResumableCheckpoints, TrainedOnly
-    from composer_path.models import ComposerPathMLLM
+    from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
-    from composer_path.optimizer import build_optimizer, count_parameters, describe_parameters
-    from composer_path.run_report import RunReport
-    from composer_path.sharding import build_parallelism_config, mend_gloo_averaging
+    from composer_path.run.checkpoint_safety import require_safe_checkpoints
+    from composer_path.run.checkpoints import ResumableCheckpoints, TrainedOnly
+    from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
+    from composer_path.run.report import RunReport
+    from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
 
     given, config = config, settle_on_device(config)
     settings = plain(config)

@@ -1,4 +1,4 @@
-"""Store vision features in place of a set's images, for runs on them; the work is in composer_path.encoding."""
+"""Store vision features in place of a set's images, for runs on them; the work is in composer_path.planning.encoded_features."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse_arguments(arguments)
     # Only now: importing the training libraries takes seconds, and --help should not.
-    from composer_path.builders import plain
-    from composer_path.config import ConfigError, load_config
+    from composer_path.config.reading import ConfigError, load_config
+    from composer_path.run.parts import plain
 
     try:
         settings = plain(load_config(options.yaml, options.overrides))
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     from composer_path.conversion.progress import every_ten_seconds
-    from composer_path.encoding import build_feature_encoder, encode_set
-    from composer_path.shard_set.view import ShardView
+    from composer_path.planning.encoded_features import build_feature_encoder, encode_set
+    from composer_path.shards.view import ShardView
 
     try:
         view, encoder = ShardView(options.shards), build_feature_encoder(settings, options.device)

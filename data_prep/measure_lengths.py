@@ -1,4 +1,4 @@
-"""Measure how long each sample of a run's sets is, for balanced batches; the work is in composer_path.measuring."""
+"""Measure how long each sample of a run's sets is, for balanced batches; the work is in composer_path.planning.measured_lengths."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse_arguments(arguments)
     # Only now: importing the training libraries takes seconds, and --help should not.
-    from composer_path.builders import plain
-    from composer_path.config import ConfigError, load_config
+    from composer_path.config.reading import ConfigError, load_config
+    from composer_path.run.parts import plain
 
     try:
         settings = plain(load_config(options.yaml, options.overrides))
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     from composer_path.conversion.progress import every_ten_seconds
-    from composer_path.measuring import measure
+    from composer_path.planning.measured_lengths import measure
 
     report = functools.partial(every_ten_seconds, done="shards measured")
     loaders = tuple(options.loader) if options.loader else None

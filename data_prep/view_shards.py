@@ -16,7 +16,7 @@ if importlib.util.find_spec("composer_path") is None:  # run from a clone that i
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from composer_path.shard_set.view import ShardView, StoredSample
+    from composer_path.shards.view import ShardView, StoredSample
 
 # Text of a record may hold anything; a terminal must not obey it.
 _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse_arguments(arguments)
     # Only now: importing the streaming library takes seconds, and --help should not.
-    from composer_path.shard_set.view import ShardView
+    from composer_path.shards.view import ShardView
 
     command = {"summary": summarize, "show": show, "verify": verify, "filter": choose, "sample": choose}
     try:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def summarize(view: ShardView, options: argparse.Namespace) -> int:
     """Print the data card and what the shards hold."""
     from composer_path.conversion.progress import every_ten_seconds
-    from composer_path.shard_set.summary import summarize as count
+    from composer_path.shards.summary import summarize as count
 
     rows: list[tuple[str, Any]] = [("shards", len(view.shards))]
     rows.append(("MB", f"{sum(shard['raw_data']['bytes'] for shard in view.shards) / 1e6:.1f}"))
@@ -121,8 +121,8 @@ def show(view: ShardView, options: argparse.Namespace) -> int:
 
 def write_images(sample: StoredSample, folder: Path) -> list[Path]:
     """Write a sample's images as picture files; finished squares become PNG."""
-    from composer_path.data.image_file import open_image
-    from composer_path.data.resized import is_square, square_of, unpack_square
+    from composer_path.images.file import open_image
+    from composer_path.images.square import is_square, square_of, unpack_square
 
     if sample.images:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def write_images(sample: StoredSample, folder: Path) -> list[Path]:
 def verify(view: ShardView, options: argparse.Namespace) -> int:
     """Check the whole set and print what is wrong."""
     from composer_path.conversion.progress import every_ten_seconds
-    from composer_path.shard_set.check import LabelCounter, check_shards
+    from composer_path.shards.check import LabelCounter, check_shards
 
     count_labels = None
     if options.template is not None:
@@ -157,7 +157,7 @@ def verify(view: ShardView, options: argparse.Namespace) -> int:
 
 def choose(view: ShardView, options: argparse.Namespace) -> int:
     """Write a new set of the records that fit, or of some drawn by chance."""
-    from composer_path.shard_set.select import Condition, select_samples
+    from composer_path.shards.select import Condition, select_samples
 
     conditions = [Condition.parse(text) for text in options.conditions]
     num_samples, seed = (options.num_samples, options.seed) if options.command == "sample" else (None, 0)

@@ -13,6 +13,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
 
+pytest_plugins = ["tokenizer_fixtures"]
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tiny_model import IMAGES, tiny_model_folder
 
-from composer_path.assistant import Assistant
+from composer_path.asking.assistant import Assistant
 from composer_path.cli import main
 
 TILE = str(IMAGES / "cmu_x1120_y1960_160.jpg")
@@ -154,7 +154,7 @@ def test_evaluate_prints_a_table_and_leaves_it_beside_the_model_for_summary(
 
 
 def test_help_and_summary_come_at_once_without_torch() -> None:
-    code = "import sys, composer_path.cli, composer_path.run_table; sys.exit('torch' in sys.modules)"
+    code = "import sys, composer_path.cli, composer_path.asking.run_table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -35,7 +35,7 @@ def test_a_documented_command_is_one_that_exists(page: str, command: str, monkey
         targets = re.findall(r"^([a-z-]+):", (REPO_ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
     elif words[0] in ("composer", "python") and "train.py" in words:
-        from composer_path.config import load_config
+        from composer_path.config.reading import load_config
 
         arguments = [word for word in words[words.index("train.py") + 1 :] if word != "--check"]
         load_config(arguments[0], arguments[1:])

@@ -25,8 +25,8 @@ from tiny_run import (
     weights_of,
 )
 
-from composer_path.builders import build_model
-from composer_path.models import PathMLLM
+from composer_path import PathMLLM
+from composer_path.run.parts import build_model
 from composer_path.train import main
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from composer_path.config import load_config
+from composer_path.config.reading import load_config
 
 YAMLS = sorted(Path(__file__).resolve().parent.parent.glob("yamls/**/*.yaml"))
 

@@ -14,9 +14,9 @@ def tiny_model_folder(folder: Path) -> Path:
     """The folder, written if it isn't there yet."""
     if (folder / "config.json").is_file():
         return folder
-    from composer_path.data.vocabulary import load_tokenizer
-    from composer_path.models.assembly import assemble_model
-    from composer_path.weights.export import write_model
+    from composer_path.records.vocabulary import load_tokenizer
+    from composer_path.run.export import write_model
+    from composer_path.weights.assembly import assemble_model
 
     model = assemble_model(
         vision_encoder={

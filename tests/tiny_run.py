@@ -87,7 +87,7 @@ def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
 
 def load_tiny_config(stage: str, shards: Path, save_root: Path, more: Iterable[str] = ()) -> Any:
     """A demo YAML, made tiny."""
-    from composer_path.config import load_config
+    from composer_path.config.reading import load_config
 
     path = REPO_ROOT / "yamls" / "demo" / f"{stage}.yaml"
     return load_config(path, [*tiny_overrides(stage, shards, save_root), *more])

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from composer_path.data.conversation import Conversation
-from composer_path.data.sample_format import COLUMNS, pack_images
-from composer_path.shard_set.view import ShardView, StoredSample
+from composer_path.records.conversation import Conversation
+from composer_path.shards.columns import COLUMNS, pack_images
+from composer_path.shards.view import ShardView, StoredSample
 
 REPO = Path(__file__).resolve().parents[1]
 SECRET = "Miller-Jane-4711"

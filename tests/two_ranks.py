@@ -39,7 +39,7 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
 
     road.build_model = build_and_look  # type: ignore[assignment]
     if leg.get("unmended"):
-        from composer_path import sharding
+        from composer_path.run import sharding
 
         mend, sharding.mend_gloo_averaging = sharding.mend_gloo_averaging, lambda: False  # type: ignore[assignment]
     try:

@@ -40,8 +40,8 @@ from composer_path.conversion.partition import ConvertJob, PartitionResult, read
 from composer_path.conversion.record_file import RawRecord
 from composer_path.conversion.rejections import ConvertError, Rejections
 from composer_path.conversion.summary import ConvertSummary, card_after, card_before, rejected_by_rule
-from composer_path.data.image_file import MAX_PIXELS
-from composer_path.data.sample_format import COLUMNS, FORMAT_VERSION, pack_images, unpack_images
+from composer_path.images.file import MAX_PIXELS
+from composer_path.shards.columns import COLUMNS, FORMAT_VERSION, pack_images, unpack_images
 from composer_path.storage.places import Bucket, Folder, is_remote, open_place
 
 __all__ = [

@@ -16,7 +16,7 @@ import numpy as np
 from composer_path.conversion.partition import DONE_NAME, IMAGE_HASHES_NAME
 from composer_path.conversion.rejections import ConvertError
 from composer_path.conversion.spill import SpilledRows
-from composer_path.data.sample_format import FORMAT_VERSION
+from composer_path.shards.columns import FORMAT_VERSION
 from composer_path.storage.places import Bucket, Folder, StorageError
 
 INDEX_NAME = "index.json"

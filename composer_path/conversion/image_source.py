@@ -15,10 +15,10 @@ from typing import Any
 
 import xxhash
 
-from composer_path.data.conversation import RULES, RecordError, resolve_image
-from composer_path.data.image_file import ImageError, check_image, sanitize_image
-from composer_path.data.jpeg import is_jpeg
-from composer_path.data.slide_region import SlideRegion, mpp_of, region_png
+from composer_path.images.file import ImageError, check_image, sanitize_image
+from composer_path.images.jpeg import is_jpeg
+from composer_path.records.conversation import RULES, RecordError, resolve_image
+from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
 # One picture is often asked about in several records in a row: it is read and decoded once.
@@ -101,7 +101,7 @@ class ImageSource:
             else:
                 data = self._read(image)
             if self._resized is not None:
-                from composer_path.data.image import resize_image  # imports torch, which nothing else here needs
+                from composer_path.images.pixels import resize_image  # imports torch, which nothing else here needs
 
                 if self._decode and is_jpeg(data):  # decoding alone doesn't find data that end early
                     check_image(data, self._max_pixels)

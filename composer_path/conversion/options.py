@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_path.conversion.rejections import ConvertError
-from composer_path.conversion.shard_writer import HASHES
+from composer_path.shards.writer import HASHES
 from composer_path.storage.places import Bucket, Folder, StorageError, is_remote, open_place, shown
 
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}

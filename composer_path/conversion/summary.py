@@ -10,7 +10,7 @@ from typing import Any
 
 from composer_path import __version__
 from composer_path.conversion.partition import COUNTS
-from composer_path.data.sample_format import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
+from composer_path.shards.columns import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
 
 # More are counted together: a source should be a data set's name, and a name for each record is none.
 _NUM_SOURCES = 1000

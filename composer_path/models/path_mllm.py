@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from composer_path.data.image import normalize_image
+from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import cast_parameters, decoder_blocks
 from composer_path.models.projector import Projector
@@ -185,8 +185,8 @@ class PathMLLM(nn.Module):
         """Continue one prompt (greedy by default); returns the new tokens only.
 
         Args:
-            input_ids: From `composer_path.data.tokenize_prompt`, negative where an image stands.
-            pixel_values: The prompt's images in order, from `composer_path.data.load_image`.
+            input_ids: From `composer_path.tokenize_prompt`, negative where an image stands.
+            pixel_values: The prompt's images in order, from `composer_path.load_image`.
             **generation: Keywords of transformers' `generate`, such as `max_new_tokens`, `streamer`, `eos_token_id`.
         """
         device = next(self.language_model.parameters()).device

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from composer_path.data.image import IMAGE_MEAN, IMAGE_STD
+from composer_path.images.pixels import IMAGE_MEAN, IMAGE_STD
 from composer_path.models.open_clip_trunk import (
     OpenClipTrunk,
     build_open_clip_trunk,

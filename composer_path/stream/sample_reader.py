@@ -1,7 +1,7 @@
 """Reads samples of MDS shards as Streaming does, value for value, at the cost of reading a file of a folder.
 
 Streaming opens the shard for each sample and copies its bytes three times. Here files stay open, and a large value is
-read straight into its place. What an MDS file holds is written at `composer_path.shard_set.view.read_shard`.
+read straight into its place. What an MDS file holds is written at `composer_path.shards.view.read_shard`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from benchmarks import packed_step, step_speed
 from benchmarks.measure import UnequalError, require_equal
 from benchmarks.step_speed import BASELINE, OURS, VARIANTS, Variant, compare, frozen_against_trained
-from composer_path.data.microbatches import Batch, split_batch
+from composer_path.batches.microbatches import Batch, split_batch
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from composer.core import State
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 
+from composer_path.batches.collator import PackedCollator
 from composer_path.callbacks import BatchReport
-from composer_path.data.collator import PackedCollator
 
 
 def sample(sample_id: int, length: int, answers: int, images: int = 0, problem: str | None = None) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from safetensors.torch import load_file
 
+from composer_path import PathMLLM
 from composer_path.callbacks import SaveWeights
-from composer_path.checkpoints import TrainedOnly
-from composer_path.data.vocabulary import load_tokenizer
-from composer_path.models import PathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path.records.vocabulary import load_tokenizer
+from composer_path.run.checkpoints import TrainedOnly
+from composer_path.weights.assembly import assemble_model
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}

@@ -10,11 +10,11 @@ from composer.core import State
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 
+from composer_path import ComposerPathMLLM
+from composer_path.batches.collator import PackedCollator
+from composer_path.batches.microbatches import split_batch
 from composer_path.callbacks import SourceReport
-from composer_path.data.collator import PackedCollator
-from composer_path.data.microbatches import split_batch
-from composer_path.models import ComposerPathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path.weights.assembly import assemble_model
 
 SOURCES = ("captions", "chats", "captions", "chats", "chats", "captions")
 ANSWERS = (3, 1, 4, 0, 5, 2)

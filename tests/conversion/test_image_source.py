@@ -19,9 +19,9 @@ from tiny_slide import tiny_slide_levels, write_tiny_slide
 from composer_path.conversion import image_source
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.data.image import load_image, load_stored_image
-from composer_path.data.slide_region import SlideRegion, region_png
-from composer_path.shard_set.view import ShardView, StoredSample
+from composer_path.images.pixels import load_image, load_stored_image
+from composer_path.records.slide_region import SlideRegion, region_png
+from composer_path.shards.view import ShardView, StoredSample
 
 openslide = pytest.importorskip("openslide", reason="slide regions need the extra 'wsi'")
 LEVELS = tiny_slide_levels()

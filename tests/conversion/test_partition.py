@@ -14,7 +14,7 @@ from PIL import Image
 
 from composer_path.conversion.convert import ConvertSummary, convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.shard_set.view import ShardView
+from composer_path.shards.view import ShardView
 
 COUNT = 9  # records, three in a partition
 

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from composer_path.conversion.convert import convert
-from composer_path.data.conversation import Conversation
-from composer_path.data.image import load_image
-from composer_path.shard_set.view import ShardView
+from composer_path.images.pixels import load_image
+from composer_path.records.conversation import Conversation
+from composer_path.shards.view import ShardView
 
 REPO = Path(__file__).resolve().parents[2]
 COMMAND = REPO / "data_prep" / "view_shards.py"

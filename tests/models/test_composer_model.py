@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from composer_path.data.collator import LOSS_AVERAGES, PackedCollator
-from composer_path.data.microbatches import split_batch
-from composer_path.models import ComposerPathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path import ComposerPathMLLM
+from composer_path.batches.collator import LOSS_AVERAGES, PackedCollator
+from composer_path.batches.microbatches import split_batch
 from composer_path.models.composer_model import TokenLoss
 from composer_path.models.path_mllm import token_losses
+from composer_path.weights.assembly import assemble_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
 ANSWERS = (5, 1, 9, 0, 3, 2)  # answer tokens of each sample

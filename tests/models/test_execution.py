@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from composer_path.data.collator import PackedCollator
-from composer_path.models import ComposerPathMLLM, PathMLLM
-from composer_path.models.assembly import assemble_model
+from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.batches.collator import PackedCollator
 from composer_path.models.attention import fill_row
 from composer_path.models.execution import choose_execution
+from composer_path.weights.assembly import assemble_model
 
 VISION = {
     "name": "timm/vit_tiny_patch16_224",

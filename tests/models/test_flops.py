@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from composer_path.models.assembly import assemble_model
 from composer_path.models.flops import FlopCounter
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.weights.assembly import assemble_model
 
 LENGTHS = [60, 25, 90]
 NUM_IMAGES = 2

@@ -9,11 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from composer_path.data.collator import PackedCollator
-from composer_path.data.microbatches import split_batch
-from composer_path.models import ComposerPathMLLM, PathMLLM
-from composer_path.models.assembly import assemble_model
-from composer_path.weights import load_reference_model
+from composer_path import ComposerPathMLLM, PathMLLM, load_reference_model
+from composer_path.batches.collator import PackedCollator
+from composer_path.batches.microbatches import split_batch
+from composer_path.weights.assembly import assemble_model
 from composer_path.weights.reference import to_reference
 
 NUM_IMAGE_TOKENS = 128

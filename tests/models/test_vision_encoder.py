@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from composer_path.data.image import IMAGE_MEAN, IMAGE_STD
+from composer_path.images.pixels import IMAGE_MEAN, IMAGE_STD
 from composer_path.models.open_clip_trunk import OpenClipTrunk
 from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
 from composer_path.weights.vision_file import load_vision_weights

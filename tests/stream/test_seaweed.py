@@ -15,8 +15,8 @@ from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_ep
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.shard_set.check import check_shards
-from composer_path.shard_set.view import ShardView
+from composer_path.shards.check import check_shards
+from composer_path.shards.view import ShardView
 from composer_path.storage.object_store import S3FileSystem
 from composer_path.storage.places import Bucket
 from composer_path.stream.error import StreamError

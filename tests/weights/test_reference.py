@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from composer_path.models import PathMLLM
+from composer_path import PathMLLM, load_reference_model, save_reference_model
 from composer_path.models.language_model import build_language_model
 from composer_path.models.projector import build_projector
 from composer_path.models.vision_encoder import build_vision_encoder
-from composer_path.weights import load_reference_model, save_reference_model
 from composer_path.weights.reference import from_reference, to_reference
 from composer_path.weights.tensor_file import WeightsError
 

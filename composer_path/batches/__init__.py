@@ -1,0 +1,1 @@
+"""Samples, and the padding-free batches that they are laid into."""

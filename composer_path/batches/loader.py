@@ -1,0 +1,163 @@
+"""Data loader for Composer: batches, how they are split into microbatches, and how samples and tokens are counted."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from composer.core import DataSpec
+from composer.utils import dist
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from composer_path.batches.collator import PackedCollator
+from composer_path.batches.dataset import ConversationDataset
+from composer_path.batches.microbatches import Batch, split_batch
+from composer_path.images.pixels import pad_color_of
+from composer_path.stream.error import StreamError
+
+log = logging.getLogger(__name__)
+
+
+class WholeEpochLoader(DataLoader):
+    """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """One epoch, or the rest of a resumed one."""
+        dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
+        dataset.raise_failure()
+        expected, seen, failed = dataset.samples_to_come(), 0, False
+        try:
+            for batch in super().__iter__():
+                if not seen:
+                    self._tell_imbalance()
+                seen += len(batch["num_images"])
+                yield batch
+        except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
+            failed = dataset.failure() is not None
+            if not failed:
+                raise
+        if failed:
+            dataset.raise_failure()  # here, so that no worker's traceback stands around it
+        # A worker keeps its own, exact count; here at most its last, incomplete batch may be missing.
+        dropped = (self.batch_size or 1) * max(1, self.num_workers) if self.drop_last else 0
+        if dataset.batching_method == "random" and seen < expected - dropped:
+            found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
+            where = ", ".join(stream.where for stream in dataset.streams)
+            raise StreamError.of("", "samples-missing", where, found, "please report this")
+
+    def _tell_imbalance(self) -> None:
+        """Once an epoch, on the first rank; the epoch's order is known once its first batch is here."""
+        found = getattr(self.dataset, "imbalance", None)
+        if found is not None and dist.get_global_rank() == 0:
+            log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
+
+
+def end_with_parent(worker_id: int) -> None:
+    """Let a loader's worker end when the training process does, even by SIGKILL: it may be waiting for a shard."""
+    parent = multiprocessing.parent_process()
+    pid = os.getppid() if parent is None else parent.pid
+
+    def watch() -> None:
+        while os.getppid() == pid:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def build_dataloader(
+    *,
+    dataset: Mapping[str, Any],
+    global_batch_size: int,
+    max_tokens_per_microbatch: int | None = None,
+    loss_average: str = "token",
+    balance: Literal["node", "global"] | None = None,
+    lengths: str | None = None,
+    drop_last: bool = False,
+    num_workers: int = 4,
+    prefetch_factor: int | None = 2,
+    persistent_workers: bool = True,
+    pin_memory: bool = True,
+    timeout: int | float = 0,
+    tokenizer: PreTrainedTokenizerBase,
+    num_image_tokens: int | Callable[[int], int],
+    image_size: int,
+    mean: tuple[float, ...],
+) -> DataSpec:
+    """A loader of padding-free batches.
+
+    Args:
+        dataset: Keywords of `ConversationDataset` and `streaming.StreamingDataset`.
+        global_batch_size: Samples in a step over all ranks; the ranks must divide it.
+        max_tokens_per_microbatch: Most tokens in one forward pass of a rank; bounds the memory. None for one pass.
+        loss_average: See `PackedCollator`.
+        balance: Exchange samples inside each global batch so that ranks have equally many tokens: `node` with the
+            ranks of a node, `global` with all; None leaves them where they were drawn. Needs measured lengths.
+        lengths: Folder or URL of those, from data_prep/measure_lengths.py; None for beside each set.
+        drop_last: Leave out an epoch's last, smaller batch.
+        num_workers: Processes a rank that read, decode and tokenize.
+        prefetch_factor: Batches each of them prepares ahead.
+        persistent_workers: Keep them from epoch to epoch.
+        pin_memory: Page-locked batches, which copy faster to a GPU; without effect where there is none.
+        timeout: Seconds to wait for a batch before giving up; 0 waits for as long as dataset.fault_timeout allows.
+        tokenizer: Of the language model.
+        num_image_tokens: Asked of the model.
+        image_size: Of the vision encoder, pixels.
+        mean: Of the vision encoder's normalisation; padding has its colour.
+
+    Raises:
+        ValueError: The ranks don't divide the batch, or a sample may be longer than a microbatch.
+        LengthsError: `balance` without lengths that fit tokenizer, template, encoder and set.
+    """
+    world_size = dist.get_world_size()
+    if global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size={global_batch_size} can't be divided by {world_size} ranks; "
+            f"take {max(1, global_batch_size // world_size) * world_size}, or another number of ranks"
+        )
+    max_seq_len = dataset.get("max_seq_len", 4096)
+    if max_tokens_per_microbatch is not None and max_tokens_per_microbatch < max_seq_len:
+        raise ValueError(
+            f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={max_seq_len}: "
+            "a single sample may not fit; raise the one or lower the other"
+        )
+    samples = ConversationDataset(
+        **dataset,
+        tokenizer=tokenizer,
+        num_image_tokens=num_image_tokens,
+        image_size=image_size,
+        pad_color=pad_color_of(mean),
+        batch_size=global_batch_size // world_size,
+    )
+    if balance is not None:
+        tokens = samples.stored_lengths(lengths)  # on every rank, so that all refuse what doesn't fit
+        if dist.get_local_rank() == 0:  # whose first worker deals an epoch's samples out
+            samples.balance(tokens, balance)
+    loader = WholeEpochLoader(
+        samples,
+        batch_size=global_batch_size // world_size,
+        collate_fn=PackedCollator(max_tokens_per_microbatch, loss_average),
+        drop_last=drop_last,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=persistent_workers and num_workers > 0,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=end_with_parent,
+    )
+    return DataSpec(
+        loader,
+        split_batch=split_batch,
+        get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
+        get_num_tokens_in_batch=lambda batch: {
+            "total": len(batch["input_ids"]),
+            "loss_generating": batch["loss_weight"],
+        },
+    )

@@ -1,0 +1,188 @@
+"""A JPEG file's segments and scans: strip all that makes no pixels, and see whether all pixels are there.
+
+Decoders take a file whose data end early for a whole one as long as an end marker follows, and fill up with grey; some
+also take one that lost the last scans of a progressive file. Neither is trained on here.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from composer_path.images.error import ImageError
+
+# A marker is 0xFF (any number of them) and a byte that is neither 0 nor 0xFF. In the entropy-coded data of a scan
+# 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data (ITU-T T.81, B.1.1).
+_MARKER = re.compile(rb"\xff\xff*([^\x00\xff])")  # \xff\xff* is searched twice as fast as \xff+
+_SCAN_CHUNK = 2**18  # a progressive file has many short scans
+_EOI, _SOS, _DRI, _APP0, _APP14 = 0xD9, 0xDA, 0xDD, 0xE0, 0xEE
+_STAND_ALONE = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})  # TEM, SOI, RSTn: no segment follows
+# Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
+_CODING = frozenset({*range(0xC0, 0xD0), _SOS, 0xDB, 0xDC, _DRI})
+_METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn, comments
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_HUFFMAN, _PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC2}), frozenset({0xC2, 0xCA})
+# Version 1.1, square pixels, no thumbnail.
+_PLAIN_JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
+
+# 64 bits that are no code of any table. A decoder wants to see so many beyond the last code it needs.
+_NO_CODES, _MORE_NO_CODES = b"\xff\x00" * 8, b"\xff\x00"
+
+
+def is_jpeg(data: bytes) -> bool:
+    """Whether a file begins as a JPEG."""
+    return data.startswith(b"\xff\xd8\xff")
+
+
+class Jpeg:
+    """The structure of a JPEG file.
+
+    Args:
+        data: The file's bytes; metadata, and whatever follows its end marker, is passed over.
+        whole: Its end marker must be there; decoders do without it if the pixels are complete.
+
+    Raises:
+        ImageError: `unreadable-image`: a segment, a scan or the end is missing.
+    """
+
+    def __init__(self, data: bytes, whole: bool = False) -> None:
+        self._data, self._frame = data, 0
+        self._parts: list[bytes | memoryview] = [b"\xff\xd8"]
+        self._num_scans = 0
+        # For each component the position of the lowest bit that was sent of its 64 coefficients; 255 for none.
+        self._lowest_bits: dict[int, np.ndarray] = {}
+        self._restarts = False
+        ended = self._read() or not whole
+        if not ended:
+            raise self._refused("has no end")
+        if any(lowest.any() for lowest in self._lowest_bits.values()):
+            raise self._refused("lacks some of its scans")
+
+    def stripped(self) -> bytes:
+        """The coding segments and scans, bit for bit, and nothing that lies before, between or after them."""
+        return b"".join([*self._parts, b"\xff\xd9"])
+
+    def check_complete(self, header: JpegImageFile, stripped: bytes) -> None:
+        """Decode the file (an eighth of its pixels a side) and check that its last scan's data suffice.
+
+        The end marker is held back and bits that are no code follow the data instead. A decoder that has all it needs
+        never looks at them; one that lacks data swallows them, and asks for more. What it can't tell: damage of no more
+        than the last two blocks of 8 x 8 pixels, and a progressive file cut exactly at one of its restart markers.
+
+        Args:
+            header: The file, opened but not loaded.
+            stripped: What `stripped` returns.
+
+        Raises:
+            ImageError: `unreadable-image`.
+        """
+        header.draft(None, (1, 1))
+        if self._frame not in _HUFFMAN:  # arithmetic codes may end early by rule
+            header.load()
+            return
+        header.load_prepare()
+        decoder = Image._getdecoder(header.mode, "jpeg", header.tile[0][3], header.decoderconfig)
+        decoder.setimage(header.im, header.tile[0][1])
+        try:
+            if not self._suffices(decoder, stripped):
+                raise self._refused("ends before its pixels do")
+        finally:
+            decoder.cleanup()
+
+    def _suffices(self, decoder: Any, stripped: bytes) -> bool:
+        """Whether the decoder finishes, or, if it waits for further scans, has passed over what is no code."""
+        coded = memoryview(stripped)[:-2]
+        used, error = decoder.decode(coded)
+        rest = bytes(coded[max(used, 0) :]) + _NO_CODES
+        for _ in range(4):  # bits are taken by up to 8 bytes: by chance one time in 7 none is left over
+            if used < 0:
+                return error >= 0
+            used, error = decoder.decode(rest)
+            if (self._num_scans == 1 and used >= 0) or 0 <= used < len(rest):
+                return False
+            rest = _MORE_NO_CODES
+        used, error = decoder.decode(b"\xff\xd9") if used >= 0 else (used, error)
+        return used < 0 <= error
+
+    def _read(self) -> bool:
+        """Collect what is kept; whether there was an end marker."""
+        position = 2
+        while match := _MARKER.search(self._data, position):
+            marker, position = match[1][0], match.end()
+            if marker == _EOI:
+                return True
+            if marker in _STAND_ALONE:
+                continue
+            segment = self._data[position : position + 2]
+            length = struct.unpack(">H", segment)[0] if len(segment) == 2 else 0
+            segment = self._data[position : position + length]
+            if length < 2 or len(segment) < length:
+                raise self._refused("ends in a segment")
+            position += length
+            if marker in _CODING:
+                self._parts += [bytes((0xFF, marker)), segment]
+                self._note(marker, segment[2:])
+            elif marker in _METADATA:
+                self._parts.append(_color_segment(marker, segment[2:]))
+            else:  # nor does any decoder
+                raise self._refused("holds a segment of no known kind")
+            if marker == _SOS:
+                end = self._end_of_scan(position)
+                self._parts.append(memoryview(self._data)[position:end])  # not copied twice
+                position = end
+        return False
+
+    def _note(self, marker: int, segment: bytes) -> None:
+        """Note which coefficients and bits of which components the scans bring."""
+        if marker == _DRI:
+            self._restarts = any(segment[:2])
+        elif marker in _FRAMES and len(segment) >= 6:
+            self._frame = marker
+            num_coefficients = 64 if marker in _PROGRESSIVE else 1
+            self._lowest_bits = {name: np.full(num_coefficients, 255) for name in segment[6::3][: segment[5]]}
+        elif marker == _SOS and segment and len(segment) >= 4 + 2 * segment[0]:
+            self._num_scans += 1
+            first, last, bits = segment[1 + 2 * segment[0] :][:3]
+            if self._frame not in _PROGRESSIVE:
+                first, last, bits = 0, 0, 0
+            for name in segment[1 : 1 + 2 * segment[0] : 2]:
+                if name in self._lowest_bits:
+                    self._lowest_bits[name][first : last + 1] = bits & 15
+
+    def _end_of_scan(self, position: int) -> int:
+        """Return where the first marker that ends a scan's coded data begins, fill bytes before it included."""
+        data = self._data
+        for start in range(position, len(data), _SCAN_CHUNK):
+            codes = np.frombuffer(data, np.uint8, min(_SCAN_CHUNK + 1, len(data) - start), start)
+            found = np.flatnonzero(codes[:-1] == 0xFF)
+            after = codes[found + 1]
+            restarts = (after >= 0xD0) & (after <= 0xD7)
+            ends = found[(after != 0) & (after != 0xFF) & ~restarts]
+            if not self._restarts and restarts.any() and (not len(ends) or found[restarts][0] < ends[0]):
+                raise self._refused("has a restart where there can be none")
+            if len(ends):
+                end = start + int(ends[0])
+                while end > position and data[end - 1] == 0xFF:
+                    end -= 1
+                return end
+        return len(data)
+
+    def _refused(self, how: str) -> ImageError:
+        return ImageError("unreadable-image", f"a JPEG file of {len(self._data)} bytes that {how}", "replace the file")
+
+
+def _color_segment(marker: int, payload: bytes) -> bytes:
+    """Return what a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
+
+    Both say in which colours the data are (YCbCr, RGB, CMYK or YCCK); all else in them is made constant.
+    """
+    if marker == _APP0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
+        return _PLAIN_JFIF
+    if marker == _APP14 and payload.startswith(b"Adobe") and len(payload) >= 12:
+        return b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + payload[11:12]
+    return b""

@@ -1,0 +1,115 @@
+"""Finished squares in place of image files: what `--resize` stores, so that training decodes nothing.
+
+A square is a header of 16 bytes and the pixels, one colour after the other (3 x side x side bytes): 602 kB at 448. They
+are not compressed: as PNG, dense tissue is a fifth smaller and takes 5 ms to read instead of 0.03 ms.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from composer_path.images.file import ImageError
+
+# No image format begins so. The first byte is no text, and a transfer that changes line ends breaks the rest.
+_MAGIC = b"\xc5CPSQ\r\n\x1a"
+_VERSION = 1
+_HEADER = struct.Struct("<8sBBHBBBx")  # magic, version, fit, side, red, green, blue of the padding
+_FITS = ("pad", "crop")
+
+
+class ResizedMismatch(ValueError):
+    """The shards hold squares of another size or fit than the model wants: every sample is wrong, so a run must end."""
+
+
+@dataclass(frozen=True)
+class Square:
+    """How a stored square was made; what must be the same for the model that is trained on it.
+
+    Attributes:
+        image_size: height and width in pixels.
+        fit: `pad` or `crop`, see `load_image`.
+        pad_color: red, green and blue of the padding; None for `crop`, which pads nothing.
+    """
+
+    image_size: int
+    fit: str
+    pad_color: tuple[int, int, int] | None
+
+    @classmethod
+    def of(cls, image_size: int, fit: str, pad_color: Sequence[int] | None) -> Square:
+        """Make one; the colour counts only where there is padding."""
+        if fit not in _FITS:
+            raise ValueError(f"fit must be 'pad' or 'crop', found {fit!r}")
+        if fit == "crop" or pad_color is None:
+            return cls(image_size, fit, None)
+        red, green, blue = (int(channel) for channel in pad_color)
+        return cls(image_size, fit, (red, green, blue))
+
+    def __str__(self) -> str:
+        color = "" if self.pad_color is None else f", pad_color {list(self.pad_color)}"
+        return f"image_size {self.image_size}, fit {self.fit}{color}"
+
+
+def is_square(data: bytes | memoryview) -> bool:
+    """Whether a stored image is a finished square and no image file."""
+    return data[: len(_MAGIC)] == _MAGIC
+
+
+def pack_square(pixels: UInt8[Tensor, "3 size size"], square: Square) -> bytes:
+    """Join header and pixels; `unpack_square` gives the same tensor back."""
+    color = (0, 0, 0) if square.pad_color is None else square.pad_color
+    header = _HEADER.pack(_MAGIC, _VERSION, _FITS.index(square.fit), square.image_size, *color)
+    return header + pixels.contiguous().numpy().tobytes()
+
+
+def square_of(data: bytes | memoryview) -> Square:
+    """Read a square's header.
+
+    Raises:
+        ImageError: `unreadable-image`, its bytes are not as many as its header says.
+        ResizedMismatch: a later version of composer_path wrote it.
+    """
+    version, fit, side, *color = _HEADER.unpack(data[: _HEADER.size])[1:] if len(data) >= _HEADER.size else (0,) * 6
+    if version > _VERSION:
+        raise ResizedMismatch(
+            f"resized images must be of version {_VERSION}, found {version}; update composer_path, or convert again"
+        )
+    if version < 1 or fit >= len(_FITS) or len(data) != _HEADER.size + 3 * side * side:
+        found = f"a resized image of {len(data)} bytes that is truncated or damaged"
+        raise ImageError("unreadable-image", found, "convert the data again")
+    return Square.of(side, _FITS[fit], color)
+
+
+def unpack_square(data: bytes | memoryview, wanted: Square) -> UInt8[Tensor, "3 size size"]:
+    """Return a square's pixels, checked to be what the model wants.
+
+    Raises:
+        ImageError: as `square_of`.
+        ResizedMismatch: another size, fit or padding.
+    """
+    check_resized(square_of(data), wanted)
+    size = wanted.image_size
+    # Copied: the bytes may not be written to, a tensor may.
+    pixels = torch.frombuffer(bytearray(memoryview(data)[_HEADER.size :]), dtype=torch.uint8)
+    return pixels.view(3, size, size)
+
+
+def check_resized(found: Square, wanted: Square) -> None:
+    """Compare how images were resized with what a model wants, in `load_image`'s terms.
+
+    `found` may come from the data card: `Square.of(**card["resized"])`.
+
+    Raises:
+        ResizedMismatch: they differ; names both.
+    """
+    if found != wanted:
+        raise ResizedMismatch(
+            f"the model wants images with {wanted}; the shards hold images resized to {found}: convert the data again "
+            "with --resize for this model, or without it"
+        )

@@ -1,0 +1,1 @@
+"""A record and what becomes of it: its rules, its prompt, its tokens."""

@@ -1,0 +1,170 @@
+"""Tokenization: a conversation becomes input ids with placeholders for images, and labels on the answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from composer_path.records.conversation import Conversation
+from composer_path.records.prompts import ImageSlot, PromptTemplate, Segment, SpecialToken, Text, get_template
+from composer_path.records.vocabulary import TextEncoder, Tokenizer, text_encoder
+
+IMAGE_TOKEN_ID = -200  # the reference's placeholder; never in a vocabulary
+IGNORE_INDEX = -100  # what torch's cross entropy leaves out
+
+NumImageTokens = int | Sequence[int] | Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class TokenizedConversation:
+    """A conversation as the model reads it.
+
+    Attributes:
+        input_ids: token ids; an image stands as `num_image_tokens` times IMAGE_TOKEN_ID.
+        labels: the same ids where the model learns to write them (answers and their ends), IGNORE_INDEX elsewhere;
+            not shifted.
+        num_images: how many images were not cut away; always the first ones.
+        truncated: something was cut away at the end.
+    """
+
+    input_ids: Int64[Tensor, " tokens"]
+    labels: Int64[Tensor, " tokens"]
+    num_images: int
+    truncated: bool = False
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """How many tokens have a label; 0 if the answers were all cut away."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+def tokenize_conversation(
+    conversation: Conversation,
+    tokenizer: Tokenizer | TextEncoder,
+    template: str | Mapping[str, Any] | PromptTemplate,
+    num_image_tokens: NumImageTokens,
+    max_seq_len: int | None = None,
+    image_position: str = "front",
+) -> TokenizedConversation:
+    """Turn a conversation into input ids and labels.
+
+    Args:
+        conversation: its turns alternate, start with a question and end with an answer.
+        tokenizer: any tokenizer of transformers.
+        template: see `composer_path.records.prompts.get_template`.
+        num_image_tokens: placeholders of an image: a number, one for each image, or a function of the image's index.
+        max_seq_len: longer ones are cut at the end, images included; before an image that would not fit whole.
+        image_position: `front` of its turn, or `inline` where its tag is.
+
+    Raises:
+        TemplateError: the template can't express this conversation.
+        ValueError: the tokenizer lacks what the template needs, or counts don't fit.
+    """
+    _check_turns(conversation, last_role="assistant")
+    if max_seq_len is not None and max_seq_len < 1:
+        raise ValueError(f"max_seq_len: must be at least 1, found {max_seq_len}")
+    return _tokenize(conversation, tokenizer, template, num_image_tokens, max_seq_len, image_position)
+
+
+def tokenize_prompt(
+    conversation: Conversation,
+    tokenizer: Tokenizer | TextEncoder,
+    template: str | Mapping[str, Any] | PromptTemplate,
+    num_image_tokens: NumImageTokens,
+    image_position: str = "front",
+) -> Int64[Tensor, " tokens"]:
+    """Turn a conversation that ends with a question into input ids, up to where the answer starts.
+
+    They are the start of what `tokenize_conversation` makes of the same conversation with an answer.
+    """
+    _check_turns(conversation, last_role="human")
+    return _tokenize(conversation, tokenizer, template, num_image_tokens, None, image_position).input_ids
+
+
+def _tokenize(
+    conversation: Conversation,
+    tokenizer: Tokenizer | TextEncoder,
+    template: str | Mapping[str, Any] | PromptTemplate,
+    num_image_tokens: NumImageTokens,
+    max_seq_len: int | None,
+    image_position: str,
+) -> TokenizedConversation:
+    if image_position not in ("front", "inline"):
+        raise ValueError(f"image_position: must be 'front' or 'inline', found {image_position!r}")
+    encoder = text_encoder(tokenizer)
+    template = get_template(template)
+    segments = _joined(template.segments(conversation, encoder, image_position))
+    num_slots = sum(isinstance(segment, ImageSlot) for segment in segments)
+    if num_slots != conversation.num_images:
+        raise ValueError(
+            f"the questions hold {num_slots} image tags and the conversation {conversation.num_images} images; the "
+            "two must be equal"
+        )
+    image_lengths = _image_lengths(num_image_tokens, num_slots)
+    prefix_after_special = template.prefix_after_special or encoder.prefix_after_special
+
+    input_ids: list[int] = []
+    labels: list[int] = []
+    num_images = 0
+    prefix = True  # the next text starts a new piece
+    truncated = False
+    for segment in segments:
+        if isinstance(segment, ImageSlot):
+            ids, supervised = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
+        elif isinstance(segment, SpecialToken):
+            ids, supervised = [segment.id], segment.supervised
+        else:
+            ids, supervised = encoder.encode(segment.text, prefix), segment.supervised
+        prefix = not isinstance(segment, Text) and prefix_after_special
+        room = len(ids) if max_seq_len is None else max_seq_len - len(input_ids)
+        truncated = len(ids) > room
+        if isinstance(segment, ImageSlot):
+            ids = [] if truncated else ids
+            num_images += not truncated
+        ids = ids[:room]
+        input_ids += ids
+        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+        if truncated:
+            break
+    return TokenizedConversation(
+        torch.tensor(input_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), num_images, truncated
+    )
+
+
+def _joined(segments: list[Segment]) -> list[Segment]:
+    """Join neighbouring texts with the same mark, so that a tokenizer sees them as the one text they are."""
+    joined: list[Segment] = []
+    for key, group in groupby(segments, lambda segment: segment.supervised if isinstance(segment, Text) else None):
+        if key is None:
+            joined += group
+        elif text := "".join(segment.text for segment in group if isinstance(segment, Text)):
+            joined.append(Text(text, supervised=key))
+    return joined
+
+
+def _image_lengths(num_image_tokens: NumImageTokens, num_images: int) -> list[int]:
+    if isinstance(num_image_tokens, int):
+        lengths = [num_image_tokens] * num_images
+    elif isinstance(num_image_tokens, Sequence):
+        lengths = list(num_image_tokens)
+    else:
+        lengths = [num_image_tokens(index) for index in range(num_images)]
+    if len(lengths) != num_images or any(length < 1 for length in lengths):
+        raise ValueError(
+            f"num_image_tokens: needs a count of at least 1 for each of the {num_images} images, found {lengths}"
+        )
+    return lengths
+
+
+def _check_turns(conversation: Conversation, last_role: str) -> None:
+    roles = [turn.role for turn in conversation.turns]
+    if roles != ["human", "assistant"] * (len(roles) // 2) + ["human"] * (len(roles) % 2) or roles[-1:] != [last_role]:
+        raise ValueError(
+            f"turns must alternate, start with 'human' and end with {last_role!r}, found {', '.join(roles) or 'none'}"
+        )

@@ -1,0 +1,69 @@
+"""What a run came to: its configuration and a small `summary.json` in its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from omegaconf import DictConfig, OmegaConf
+
+from composer_path.asking.run_table import SUMMARY
+from composer_path.weights.folder import write_json
+
+CONFIG = "config.yaml"
+
+
+class RunReport(Callback):
+    """Writes `config.yaml` and `summary.json` into the run's folder.
+
+    Args:
+        run_folder: Where to.
+        parameters: Numbers of trained and frozen ones.
+    """
+
+    def __init__(self, run_folder: Path, parameters: dict[str, int]) -> None:
+        self.run_folder = run_folder
+        self.summary: dict[str, Any] = {"parameters": parameters, "heldout_token_loss": {}}
+
+    def save_config(self, config: DictConfig) -> None:
+        """Keep the configuration as given: it may name environment variables, but never holds their values."""
+        if dist.get_global_rank() == 0:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(config, self.run_folder / CONFIG)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Note the held-out loss: the first and the newest."""
+        value = state.eval_metrics["heldout"]["token_loss"].compute().item()
+        moment = "before" if state.timestamp.batch == 0 else "after"
+        self.summary["heldout_token_loss"][moment] = value
+
+    def eval_standalone_end(self, state: State, logger: Logger) -> None:
+        """The same for an evaluation outside of training."""
+        self.eval_end(state, logger)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Write the summary."""
+        seconds = state.timestamp.total_wct.total_seconds()
+        self.summary |= {
+            "run": state.run_name,
+            "steps": state.timestamp.batch.value,
+            "samples": state.timestamp.sample.value,
+            "tokens": state.timestamp.token.value,
+            "seconds": seconds,
+            "samples_per_second": state.timestamp.sample.value / max(seconds, 1e-9),
+            "tokens_per_second": state.timestamp.token.value / max(seconds, 1e-9),
+        }
+        if dist.get_global_rank() == 0:
+            write_json(self.run_folder / SUMMARY, self.summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first held-out loss survives a resume. Its key is always there, as sharded checkpoints need."""
+        return {"heldout_token_loss_before": self.summary["heldout_token_loss"].get("before")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        if state["heldout_token_loss_before"] is not None:
+            self.summary["heldout_token_loss"]["before"] = state["heldout_token_loss_before"]

@@ -1,1 +1,0 @@
-"""Looking into a converted set: single samples, a summary, a full check, and choosing a smaller set from it."""

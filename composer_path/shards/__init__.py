@@ -1,0 +1,1 @@
+"""Sets of MDS shards: written, read, looked into."""

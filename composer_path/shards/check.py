@@ -1,0 +1,316 @@
+"""Is a set of shards whole and fit for training? Every object, every sample and every image is looked at."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
+from composer_path.conversion.partition import DONE_NAME, IMAGE_HASHES_NAME
+from composer_path.images.features import INDEX_KEY as FEATURES_KEY
+from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
+from composer_path.images.file import ImageError, check_image
+from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
+from composer_path.records.conversation import Conversation
+from composer_path.records.prompts import TemplateError
+from composer_path.shards.view import (
+    DamagedShard,
+    ShardView,
+    ShardViewError,
+    decompressed,
+    in_processes,
+    name_of,
+    read_shard,
+    stored_info,
+    to_sample,
+)
+from composer_path.storage.places import Bucket
+from composer_path.stream.stored_file import file_hash, pick_hash
+
+LabelCount = Callable[[Conversation], int]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        file: name in the set.
+        rule: a short slug.
+        found: what was found; never text, a name or an id.
+        position: the sample's, if one is meant.
+    """
+
+    file: str
+    rule: str
+    found: str
+    position: int | None = None
+
+    def __str__(self) -> str:
+        """Where, the rule, what was found."""
+        place = "" if self.position is None else f"sample {self.position}: "
+        return f"{self.file}: {place}{self.rule}: {self.found}"
+
+
+@dataclass
+class CheckResult:
+    """What a check looked at and found.
+
+    Attributes:
+        shards: shards read.
+        samples: samples decoded.
+        images: images decoded.
+        without_hash: shards for which the index has no checksum.
+        problems: in the set's order.
+    """
+
+    shards: int = 0
+    samples: int = 0
+    images: int = 0
+    without_hash: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, other: CheckResult) -> None:
+        """Add what was found in another part of the set."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def __str__(self) -> str:
+        """The problems, then one line of what was looked at."""
+        looked = f"{self.shards} shards, {self.samples} samples and {self.images} images"
+        hashes = f"; the index has no checksum of {self.without_hash} shards" if self.without_hash else ""
+        end = f"{len(self.problems)} problems" if self.problems else "no problem"
+        return "\n".join([*map(str, self.problems), f"{looked} read, {end}{hashes}"])
+
+
+@dataclass(frozen=True)
+class LabelCounter:
+    """Counts the tokens of a conversation that are learned, as training would.
+
+    Args:
+        tokenizer: its folder or file.
+        template: name of a prompt template, or its keywords as a JSON object.
+        max_seq_len: samples are cut at this many tokens, images included; None for no limit.
+        num_image_tokens: placeholders of an image.
+        image_position: `front` or `inline`.
+    """
+
+    tokenizer: str
+    template: str
+    max_seq_len: int | None = None
+    num_image_tokens: int = 0
+    image_position: str = "front"
+
+    def __call__(self, conversation: Conversation) -> int:
+        """Return the number of labels.
+
+        Raises:
+            TemplateError: the template can't express this conversation.
+        """
+        from composer_path.records.tokenize import tokenize_conversation
+
+        encoder, template = _encoder(self.tokenizer, self.template)
+        length, position = self.max_seq_len, self.image_position
+        tokens = tokenize_conversation(conversation, encoder, template, self.num_image_tokens, length, position)
+        return tokens.num_answer_tokens
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: str, template: str) -> tuple[Any, Any]:
+    """Load a tokenizer and a template, once a process; without threads of its own, which a fork would not survive."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from composer_path.records.prompts import get_template
+    from composer_path.records.vocabulary import load_tokenizer, text_encoder
+
+    keywords = json.loads(template) if template.lstrip().startswith("{") else template
+    return text_encoder(load_tokenizer(tokenizer)), get_template(keywords)
+
+
+def check_shards(
+    view: ShardView, workers: int = 1, count_labels: LabelCount | None = None, progress: Progress | None = None
+) -> CheckResult:
+    """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
+
+    Args:
+        view: the set.
+        workers: processes.
+        count_labels: tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
+        progress: called with the number of shards after each.
+
+    Returns:
+        All that is wrong; nothing is raised for a damaged set.
+
+    Raises:
+        ValueError: there is no such tokenizer or template.
+    """
+    if isinstance(count_labels, LabelCounter):
+        _encoder(count_labels.tokenizer, count_labels.template)  # a wrong path shows before anything is read
+    result = CheckResult(problems=_set_problems(view))
+    tasks = [(view, number, count_labels) for number in range(len(view.shards))]
+    for number, part in enumerate(in_processes(_check_shard, tasks, workers), start=1):
+        result.add(part)
+        if progress is not None:
+            progress(number)
+    return result
+
+
+def _set_problems(view: ShardView) -> list[Problem]:
+    """What is wrong with the set as a whole: its card, and objects that no index names."""
+    problems = []
+    if view.features is not None and _feature_set(view) is None:
+        problems.append(Problem(INDEX_NAME, "features", "of a kind that this version of composer_path doesn't know"))
+    records = view.card.get("records")
+    if not view.card:
+        problems.append(Problem(CARD_NAME, "missing", "there is no data card"))
+    elif records != len(view):
+        problems.append(Problem(CARD_NAME, "count", f"{records} records, the index has {len(view)}"))
+    shards = {stored_info(shard)["basename"] for shard in view.shards}
+    known, files = set(shards), set(view.place.files())
+    for name in sorted(name for name in files if Path(name).name == DONE_NAME):
+        part = name.removesuffix(DONE_NAME)
+        known |= {name, part + IMAGE_HASHES_NAME}
+        try:
+            beside = {part + file["name"]: (file["bytes"], file["xxh64"]) for file in _marked_files(view, name)}
+        except (ValueError, KeyError, TypeError):
+            problems.append(Problem(name, "damaged", "it isn't what convert.py writes there"))
+            continue
+        for other in sorted(beside.keys() - shards):
+            if other in files and view.place.digest(other) != beside[other]:
+                problems.append(Problem(other, "hash", f"another file than {name} says"))
+    known |= {INDEX_NAME, CARD_NAME, MANIFEST_NAME} | {name for name in files if LENGTHS_NAME.fullmatch(name)}
+    for name in sorted(files - known):
+        problems.append(Problem(_shown_name(name), "not-in-index", "a file that belongs to no shard of this set"))
+    return problems
+
+
+def _feature_set(view: ShardView) -> FeatureSet | None:
+    """What the index says of features; None if it says nothing, or what only a later version knows."""
+    try:
+        return features_in_index(json.dumps({FEATURES_KEY: view.features}).encode())
+    except FeaturesError:
+        return None
+
+
+def _marked_files(view: ShardView, name: str) -> list[dict[str, Any]]:
+    """The files that a partition's marker lists."""
+    return json.loads(view.place.read(name))["files"]
+
+
+def _shown_name(name: str) -> str:
+    """A stray file may be called after a patient; ours never are."""
+    return name if name.endswith((".mds", ".json")) and len(name) < 60 else "(another file)"
+
+
+def _check_shard(task: tuple[ShardView, int, LabelCount | None]) -> CheckResult:
+    view, number, count_labels = task
+    shard, result = view.shards[number], CheckResult(shards=1)
+    name = name_of(shard)
+    try:
+        with _on_disk(view, stored_info(shard)["basename"]) as path:
+            problem = _file_problem(path, shard, result)
+            if problem is not None:
+                result.problems.append(Problem(name, *problem))
+            with open(path, "rb") as file:
+                raw = decompressed(file, shard) if shard.get("zip_data") else file
+                _check_samples(view, number, raw, count_labels, result)
+    except DamagedShard as error:
+        if not result.problems:  # else it is known already that this isn't the file
+            result.problems.append(Problem(name, "damaged", str(error).removeprefix(f"{name}: ")))
+    except ShardViewError as error:
+        found = str(error).removeprefix(f"{view.place}: ").removeprefix(f"{name}: ")
+        result.problems.append(Problem(name, "unreadable", found))
+    return result
+
+
+def _file_problem(path: Path, shard: dict[str, Any], result: CheckResult) -> tuple[str, str] | None:
+    """Rule and finding, if it isn't the file of the index."""
+    info = stored_info(shard)
+    size = path.stat().st_size
+    if size != info["bytes"]:
+        return "size", f"{size} bytes, the index says {info['bytes']}"
+    expected = pick_hash(info.get("hashes") or {})
+    if expected is None:
+        result.without_hash += 1
+    elif (found := file_hash(path, expected[0])) != expected[1]:
+        return "hash", f"{expected[0]} {found}, the index says {expected[1]}"
+    return None
+
+
+def _check_samples(
+    view: ShardView, number: int, file: io.IOBase, count_labels: LabelCount | None, result: CheckResult
+) -> None:
+    shard = view.shards[number]
+    name, start = name_of(shard), view.starts[number]
+    resized = view.card.get("resized")
+    wanted = Square.of(**resized) if isinstance(resized, dict) else None
+    features = _feature_set(view)
+    for position, columns in enumerate(read_shard(file, shard, range(shard["samples"])), start=start):
+        result.samples += 1
+        try:
+            sample = to_sample(position, name, columns)
+        except DamagedShard as error:
+            found = str(error).removeprefix(f"{name}: sample {position}: ")
+            result.problems.append(Problem(name, "damaged", found, position))
+            continue
+        for image in sample.images:
+            result.images += 1
+            if (problem := _image_problem(image, wanted, features)) is not None:
+                result.problems.append(Problem(name, *problem, position))
+        if count_labels is None:
+            continue
+        try:
+            if not count_labels(sample.conversation):
+                result.problems.append(Problem(name, "no-labels", "no token of an answer is left to learn", position))
+        except TemplateError as error:
+            result.problems.append(Problem(name, "template", str(error), position))
+
+
+def _image_problem(data: bytes, wanted: Square | None, features: FeatureSet | None) -> tuple[str, str] | None:
+    """Rule and finding, if an image doesn't decode or isn't of the kind that index and data card speak of."""
+    try:
+        if features is not None and is_features(data):
+            unpack_features(data, features)
+            return None
+        if is_features(data):
+            return "features", "features, of which the index says nothing"
+        if features is not None:
+            check_image(data)
+            return "features", "an image file in a set of features; encode the set again"
+        if not is_square(data):
+            check_image(data)
+            return None if wanted is None else ("not-resized", f"an image file, the data card says {wanted}")
+        found = square_of(data)
+    except FeaturesError as error:
+        return "features", str(error)
+    except ImageError as error:
+        return error.rule, error.found
+    except ResizedMismatch as error:
+        return "resized", str(error)
+    return None if found == wanted else ("resized", f"{found}, the data card says {wanted or 'no resizing'}")
+
+
+@contextmanager
+def _on_disk(view: ShardView, name: str) -> Iterator[Path]:
+    """A file of the set on this machine; one of a bucket is fetched, once, and deleted afterwards."""
+    place = view.place
+    if not isinstance(place, Bucket):
+        with view.open_file(name):  # so that its errors are worded there
+            yield place.path / name
+        return
+    folder = Path(tempfile.mkdtemp(prefix="view_shards_"))
+    try:
+        with view.open_file(name) as source, open(folder / "shard", "wb") as target:
+            shutil.copyfileobj(source, target, 4 * 2**20)
+        yield folder / "shard"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,235 @@
+"""How long each sample of a set is: measured once, kept in a small file, so that batches can be balanced unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from composer_path.records.prompts import PromptTemplate
+from composer_path.records.vocabulary import Tokenizer, text_encoder
+from composer_path.storage.places import Bucket, Folder, open_place
+
+FORMAT = 1
+_PREFIX, _SUFFIX = "lengths-", ".npz"
+_COLUMNS = ("tokens", "answer_tokens", "images")
+_DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that numpy reads
+MEASURE_COMMAND = "python data_prep/measure_lengths.py"
+
+
+class LengthsError(ValueError):
+    """The lengths of a set aren't there, or were measured for another tokenizer, template, encoder or set."""
+
+
+@dataclass(frozen=True)
+class LengthsKey:
+    """What the lengths of a set depend on; other lengths belong to another key.
+
+    Attributes:
+        index: Hash of the set's index, which holds the shards' names, sizes and checksums.
+        tokenizer: Hash of the tokenizer, see `tokenizer_hash`.
+        template: The prompt template's name and a hash of its settings.
+        num_image_tokens: Placeholders of an image.
+        max_seq_len: Where samples are cut, tokens.
+        image_position: `front` or `inline`.
+        format: Of the file.
+    """
+
+    index: str
+    tokenizer: str
+    template: str
+    num_image_tokens: int
+    max_seq_len: int
+    image_position: str
+    format: int = FORMAT
+
+    @property
+    def file_name(self) -> str:
+        """The file's name: lengths of several tokenizers or templates can lie side by side."""
+        return f"{_PREFIX}{_hash(json.dumps(asdict(self), sort_keys=True).encode())}{_SUFFIX}"
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """What another key says otherwise; hashes are named only."""
+        ours = asdict(self)
+        found = []
+        for name, value in ours.items():
+            theirs = other.get(name)
+            if theirs != value:
+                told = name in ("num_image_tokens", "max_seq_len", "image_position", "format")
+                found.append(f"{name} ({theirs} there, {value} here)" if told else _NAMES[name])
+        return found
+
+
+_NAMES = {"index": "the set (its index.json)", "tokenizer": "tokenizer", "template": "template"}
+
+
+@dataclass(frozen=True)
+class SampleLengths:
+    """Counts of each sample of a set, in the set's order; a sample that can't be used is one token without an answer.
+
+    Attributes:
+        tokens: Tokens, placeholders included.
+        answer_tokens: Those with a label.
+        images: Images that were not cut away.
+    """
+
+    tokens: Int32[np.ndarray, " samples"]
+    answer_tokens: Int32[np.ndarray, " samples"]
+    images: Int32[np.ndarray, " samples"]
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.tokens)
+
+
+def lengths_key(
+    index: bytes,
+    tokenizer: Tokenizer,
+    template: PromptTemplate,
+    num_image_tokens: Any,
+    max_seq_len: int,
+    image_position: str,
+) -> LengthsKey:
+    """The key of a set's lengths.
+
+    Args:
+        index: The content of its index.json.
+        tokenizer: Of the language model.
+        template: Prompt template of its samples.
+        num_image_tokens: Placeholders of an image; must be a number.
+        max_seq_len: Where samples are cut, tokens.
+        image_position: `front` or `inline`.
+
+    Raises:
+        LengthsError: Images take different numbers of tokens.
+    """
+    if not isinstance(num_image_tokens, int):
+        raise LengthsError("balance: needs the same number of tokens for every image; leave balance out")
+    return LengthsKey(
+        index=_hash(index),
+        tokenizer=tokenizer_hash(tokenizer),
+        template=template_hash(template),
+        num_image_tokens=num_image_tokens,
+        max_seq_len=max_seq_len,
+        image_position=image_position,
+    )
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """A hash of what decides a tokenizer's ids: its files' contents, special tokens and chat template; not its path."""
+    encoder = text_encoder(tokenizer)
+    parts: dict[str, Any] = {
+        "special_tokens": sorted(encoder.special_tokens.items()),
+        "named": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
+        "prefix_after_special": encoder.prefix_after_special,
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    state = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if file.is_file():
+        state.update(file.read_bytes())
+    if tokenizer.is_fast:
+        state.update(tokenizer.backend_tokenizer.to_str().encode())
+    else:
+        state.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    return state.hexdigest()[:16]
+
+
+def template_hash(template: PromptTemplate) -> str:
+    """A template's name and a hash of its settings."""
+    return f"{template.name}-{_hash(json.dumps(dataclasses.asdict(template), sort_keys=True, default=str).encode())}"
+
+
+def write_lengths(place: Folder | Bucket, key: LengthsKey, lengths: SampleLengths) -> str:
+    """Write the lengths of a set, whole or not at all; returns the file's name.
+
+    Raises:
+        OSError: The place can't be written.
+    """
+    file = io.BytesIO()
+    arrays = {name: getattr(lengths, name) for name in _COLUMNS}
+    np.savez_compressed(file, key=np.frombuffer(json.dumps(asdict(key)).encode(), np.uint8), **arrays)
+    place.write(key.file_name, [file.getvalue()], durable=True)
+    return key.file_name
+
+
+def read_lengths(place: Folder | Bucket, key: LengthsKey, num_samples: int | None = None) -> SampleLengths:
+    """Read the lengths of a set.
+
+    Args:
+        place: Where the file lies: beside the set, or a folder of such files.
+        key: What they must have been measured for.
+        num_samples: How many the set holds, if known.
+
+    Raises:
+        LengthsError: There are none for this key (with what differs, if there are others), or they are damaged.
+    """
+    try:
+        data = place.read(key.file_name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise LengthsError(_missing(place, key)) from None
+    try:
+        lengths, found = _parse(data)
+    except _DAMAGE as error:
+        found_text = f"found a damaged file ({type(error).__name__})"
+        raise LengthsError(f"{place}: {key.file_name}: {found_text}; delete it, and {_fix()}") from None
+    if found != asdict(key) or num_samples not in (None, len(lengths)):
+        counts = "" if num_samples in (None, len(lengths)) else f" ({len(lengths)} samples, the set has {num_samples})"
+        raise LengthsError(f"{place}: {key.file_name}: found lengths of another set{counts}; delete it, and {_fix()}")
+    return lengths
+
+
+def has_lengths(place: Folder | Bucket, key: LengthsKey) -> bool:
+    """Whether a place holds whole lengths for this key."""
+    try:
+        read_lengths(place, key)
+    except LengthsError:
+        return False
+    return True
+
+
+def _parse(data: bytes) -> tuple[SampleLengths, dict[str, Any]]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        columns = {name: arrays[name].astype(np.int32, casting="safe") for name in _COLUMNS}
+        key = json.loads(arrays["key"].tobytes())
+    if len({column.shape for column in columns.values()}) != 1 or columns["tokens"].ndim != 1:
+        raise ValueError
+    return SampleLengths(**columns), key
+
+
+def _missing(place: Folder | Bucket, key: LengthsKey) -> str:
+    """Why there are none: nobody measured, or somebody measured for something else."""
+    others: list[list[str]] = []
+    for name in place.files():
+        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            try:
+                others.append(key.differences(_parse(place.read(name))[1]))
+            except _DAMAGE:
+                continue
+    if not others:
+        return f"{place}: found no lengths of this set's samples; {_fix()}"
+    nearest = ", ".join(sorted(others, key=len)[0])
+    return f"{place}: found lengths of samples, but measured for another {nearest}; {_fix()}"
+
+
+def _fix() -> str:
+    return f"measure with {MEASURE_COMMAND} and this run's YAML"
+
+
+def lengths_place(url: str | Path, folder: str | None) -> Folder | Bucket:
+    """Where a set's lengths lie: in the folder that was named for them, else beside the set."""
+    return open_place(folder if folder is not None else url)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

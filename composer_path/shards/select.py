@@ -1,0 +1,215 @@
+"""Some of a set's samples as a set of its own: those that fit conditions, or as many drawn by chance."""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, MANIFEST_NAME, publish
+from composer_path.images.features import INDEX_KEY as FEATURES_KEY
+from composer_path.shards.columns import COLUMNS
+from composer_path.shards.summary import ShardSummary
+from composer_path.shards.view import (
+    ShardView,
+    ShardViewError,
+    StoredSample,
+    in_processes,
+    name_of,
+    to_sample,
+)
+from composer_path.shards.writer import HASHES, ShardWriter
+from composer_path.storage.places import open_place
+
+# A condition may ask for these, for `meta.KEY`, and for the numbers of images and turns.
+KEYS = ("id", "source", "organ", "stain", "magnification", "mpp", "patient", "slide")
+# What these hold isn't repeated in the new set's data card.
+_IDENTIFYING = ("id", "patient", "slide", "meta")
+
+# Keys of a data card that hold for a part of the set, too. Not `fingerprint`: no conversion makes this set.
+_KEPT = ("format", "format_version", "composer_path", "source", "options", "columns", "resized", "features")
+_PART, _SIZE_LIMIT = "part-00000", 2**26
+_CONDITION = re.compile(r"([A-Za-z_][\w.-]*)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
+_ORDERS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """``key=value``, ``key!=value``, or an order of numbers such as ``mpp<0.6``.
+
+    ``=`` and ``!=`` take several values with ``|`` between them. A sample without the key fits only ``!=``.
+    """
+
+    key: str
+    operator: str
+    values: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """Read a condition.
+
+        Raises:
+            ValueError: it isn't one; the message never repeats a value.
+        """
+        match = _CONDITION.fullmatch(text.strip())
+        if match is None:
+            raise ValueError("a condition must look like stain=H&E, source!=cmu or mpp<0.6 (put it in quotes)")
+        key, sign, value = match[1], match[2], match[3].strip()
+        if key not in (*KEYS, "images", "turns") and not key.startswith("meta."):
+            names = ", ".join((*KEYS, "images", "turns", "meta.KEY"))
+            raise ValueError(f"a condition's key must be one of {names}, found {key!r}")
+        if sign in _ORDERS and _number(value) is None:
+            raise ValueError(f"{key}{sign}: must be followed by a number")
+        return cls(key, sign, (value,) if sign in _ORDERS else tuple(part.strip() for part in value.split("|")))
+
+    def fits(self, sample: StoredSample) -> bool:
+        """Whether a sample is as the condition says."""
+        found = self._value(sample)
+        if self.operator in _ORDERS:
+            number, limit = _number(found), _number(self.values[0])
+            return number is not None and limit is not None and _ORDERS[self.operator](number, limit)
+        equal = found is not None and any(_equal(found, value) for value in self.values)
+        return equal == (self.operator == "=")
+
+    def __str__(self) -> str:
+        """The condition for a data card: without the value where that tells who is meant."""
+        hidden = self.key.split(".")[0] in _IDENTIFYING
+        return f"{self.key}{self.operator}{'...' if hidden else '|'.join(self.values)}"
+
+    def _value(self, sample: StoredSample) -> Any:
+        if self.key == "id":
+            return sample.id
+        if self.key in ("images", "turns"):
+            return len(sample.images if self.key == "images" else sample.conversation.turns)
+        value: Any = sample.metadata
+        for part in self.key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def select_samples(
+    view: ShardView,
+    out: str,
+    conditions: Sequence[Condition] = (),
+    num_samples: int | None = None,
+    seed: int = 0,
+    workers: int = 1,
+) -> ShardSummary:
+    """Write the samples that fit every condition, or some of them drawn by chance, as a set of their own.
+
+    Samples are copied bit for bit and keep their order. The new set has an index only when all of it is verified.
+
+    Args:
+        view: the set to choose from.
+        out: folder or address for the new one; nothing may lie there.
+        conditions: all must fit.
+        num_samples: how many to draw; None for all that fit.
+        seed: of the draw; the same seed draws the same samples of the same set.
+        workers: processes that look for those that fit.
+
+    Returns:
+        What the new set holds.
+
+    Raises:
+        ShardViewError: the set can't be read, too few samples fit, or something lies at ``out``.
+        StorageError: the new set can't be written.
+    """
+    place = open_place(out)
+    if place.files():
+        raise ShardViewError(f"{place}: must be empty, found files; choose another place")
+    positions: Iterable[int] = range(len(view))
+    if conditions:
+        tasks = [(view, number, tuple(conditions)) for number in range(len(view.shards))]
+        positions = [position for part in in_processes(_fitting, tasks, workers) for position in part]
+    positions = list(positions)
+    if num_samples is not None:
+        if not 0 < num_samples <= len(positions):
+            raise ShardViewError(f"{view.place}: there are {len(positions)} samples to draw from, not {num_samples}")
+        positions = sorted(random.Random(seed).sample(positions, num_samples))
+    if not positions:
+        raise ShardViewError(f"{view.place}: no sample fits; nothing was written")
+
+    first = view.shards[0]
+    hashes = [name for name in first["hashes"] if name in HASHES] or ["xxh64"]
+    writer = ShardWriter(place, _PART, COLUMNS, first["size_limit"] or _SIZE_LIMIT, hashes)
+    summary = ShardSummary()
+    try:
+        place.write(MANIFEST_NAME, [b"{}\n"])  # says to who looks in that this set isn't finished
+        for sample, columns in _read(view, positions):
+            writer.write(columns)
+            summary.count(sample)
+        writer.finish()
+        card = _card(view, summary, writer.shards, conditions, num_samples, seed)
+        done = {"partition": 0, "files": writer.files, "shards": writer.shards}
+        publish(place, [done], card, {} if view.features is None else {FEATURES_KEY: view.features})
+    except BaseException:
+        ours = (INDEX_NAME, CARD_NAME, MANIFEST_NAME, f"{_PART}/")
+        place.delete([name for name in place.files() if name.startswith(ours)])
+        raise
+    finally:
+        writer.close()
+    return summary
+
+
+def _fitting(task: tuple[ShardView, int, tuple[Condition, ...]]) -> list[int]:
+    view, number, conditions = task
+    samples = view.samples(number)
+    return [sample.position for sample in samples if all(condition.fits(sample) for condition in conditions)]
+
+
+def _read(view: ShardView, positions: Sequence[int]) -> Iterator[tuple[StoredSample, dict[str, Any]]]:
+    wanted: dict[int, list[int]] = defaultdict(list)
+    for position in positions:
+        wanted[view.shard_of(position)].append(position)
+    for number, inside in wanted.items():
+        for position, columns in view.records(number, inside):
+            yield to_sample(position, name_of(view.shards[number]), columns), columns
+
+
+def _card(
+    view: ShardView,
+    summary: ShardSummary,
+    shards: Sequence[dict[str, Any]],
+    conditions: Sequence[Condition],
+    num_samples: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The new set's data card: what still holds of the old one's, new counts, and how it was chosen."""
+    chosen: dict[str, Any] = {"records": len(view), "conditions": [str(condition) for condition in conditions]}
+    if num_samples is not None:
+        chosen |= {"sampled": num_samples, "seed": seed}
+    return {
+        **{key: view.card[key] for key in _KEPT if key in view.card},
+        "chosen_from": chosen,
+        **{name: getattr(summary, name) for name in ("records", "images", "text_only", "turns", "image_bytes")},
+        "sources": {source: {"records": count} for source, count in sorted(summary.sources.items())},
+        "shards": len(shards),
+        "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
+        "partitions": 1,
+    }
+
+
+def _equal(found: Any, value: str) -> bool:
+    number = _number(found) if not isinstance(found, str) else None
+    return _number(value) == number if number is not None else str(found) == value
+
+
+def _number(value: Any) -> float | None:
+    """A number or a text that is one; magnifications come as 20, "20" and "20x"."""
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        number = float(str(value).strip().lower().removesuffix("x"))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,114 @@
+"""Asking a model: greedy answers are those of the training forward, and prompts are those of training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import IMAGES, MAX_SEQ_LEN, NUM_IMAGE_TOKENS, tiny_model_folder
+
+from composer_path.asking.assistant import Assistant
+from composer_path.records.conversation import Conversation, Turn
+from composer_path.records.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID, tokenize_conversation, tokenize_prompt
+
+TILE = IMAGES / "cmu_x1120_y1960_160.jpg"
+OTHER_TILE = IMAGES / "ihc_x0264_y0352_160.jpg"
+QUESTION = "Which stain was used here, H&E or IHC?"
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    return Assistant.from_pretrained(tiny_model_folder(tmp_path_factory.getbasetemp() / "tiny_model"))
+
+
+def test_a_greedy_answer_takes_the_likeliest_token_of_the_training_forward_at_each_step(assistant: Assistant) -> None:
+    images = [assistant.read_image(TILE)]
+    conversation = Conversation(turns=(Turn("human", f"<image>\n{QUESTION}"),), images=("",))
+    ids = tokenize_prompt(conversation, assistant.tokenizer, "llava_llama_2", NUM_IMAGE_TOKENS)
+    said = assistant.model.generate(ids, torch.stack(images), max_new_tokens=6, eos_token_id=None, pad_token_id=0)
+    assert len(said) == 6
+    for token in said.tolist():
+        logits = assistant.model(
+            input_ids=ids,
+            position_ids=torch.arange(len(ids)),
+            cu_seq_lens=torch.tensor([0, len(ids)], dtype=torch.int32),
+            max_seq_len=len(ids),
+            pixel_values=torch.stack(images),
+            image_index=(ids == IMAGE_TOKEN_ID).nonzero()[:, 0],
+            logits_index=torch.tensor([len(ids) - 1]),
+        )
+        assert int(logits[0].argmax()) == token
+        ids = torch.cat([ids, torch.tensor([token])])
+
+
+def test_the_same_question_about_another_image_or_another_order_gets_another_answer(assistant: Assistant) -> None:
+    first, second = assistant.read_image(TILE), assistant.read_image(OTHER_TILE)
+    answers = [
+        assistant.answer([("human", QUESTION)], images, max_new_tokens=8)
+        for images in ([], [first], [second], [first, second], [second, first])
+    ]
+    assert len(set(answers)) == len(answers)
+
+
+def test_images_without_tags_stand_before_the_first_question(assistant: Assistant) -> None:
+    images = [assistant.read_image(TILE), assistant.read_image(OTHER_TILE)]
+    untagged = assistant.answer([("human", QUESTION)], images, max_new_tokens=8)
+    tagged = assistant.answer([("human", f"<image>\n<image>\n{QUESTION}")], images, max_new_tokens=8)
+    assert untagged == tagged
+
+
+def test_earlier_turns_and_the_system_message_are_part_of_the_prompt(assistant: Assistant) -> None:
+    alone = assistant.answer([("human", QUESTION)], max_new_tokens=8)
+    later = [("human", "Hello."), ("assistant", "Hello."), ("human", QUESTION)]
+    assert assistant.answer(later, max_new_tokens=8) != alone
+    assert assistant.answer([("human", QUESTION)], system="Answer in one word.", max_new_tokens=8) != alone
+
+
+def test_a_prompt_is_what_training_put_before_the_answer(assistant: Assistant) -> None:
+    turns = (Turn("human", f"<image>\n{QUESTION}"), Turn("assistant", "H&E"), Turn("human", "Sure?"))
+    asked = Conversation(turns=turns, images=("",))
+    trained = Conversation(turns=(*turns, Turn("assistant", "Yes.")), images=("",))
+    prompt = tokenize_prompt(asked, assistant.tokenizer, "llava_llama_2", NUM_IMAGE_TOKENS)
+    tokens = tokenize_conversation(trained, assistant.tokenizer, "llava_llama_2", NUM_IMAGE_TOKENS)
+    assert torch.equal(prompt, tokens.input_ids[: len(prompt)])
+    assert (tokens.labels[len(prompt) :] != IGNORE_INDEX).all()
+
+
+def test_an_answer_ends_at_the_token_that_training_put_at_its_end(assistant: Assistant) -> None:
+    assert assistant.end_ids() == [assistant.tokenizer.eos_token_id]
+
+
+def test_a_conversation_that_fills_the_context_is_refused(assistant: Assistant) -> None:
+    with pytest.raises(ValueError, match=rf"takes \d+ tokens of {MAX_SEQ_LEN}; start a new one"):
+        assistant.answer([("human", "nucleus " * MAX_SEQ_LEN)])
+
+
+def test_tags_and_images_must_agree(assistant: Assistant) -> None:
+    with pytest.raises(ValueError, match="1 image tags and the conversation 2 images"):
+        assistant.answer([("human", "<image> What is it?")], [assistant.read_image(TILE)] * 2)
+
+
+def test_an_image_that_cannot_be_read_is_named(assistant: Assistant, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no picture")
+    with pytest.raises(ValueError, match=r"image '.*notes\.txt': unreadable-image"):
+        assistant.read_image(text)
+    with pytest.raises(ValueError, match=r"image '.*none\.jpg': there is no such file"):
+        assistant.read_image(tmp_path / "none.jpg")
+    with pytest.raises(ValueError, match="it is a folder"):
+        assistant.read_image(tmp_path)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give the folder that composer-path export wrote"):
+        Assistant.from_pretrained(tmp_path)
+
+
+def test_asking_does_not_wait_for_composer_to_be_imported() -> None:
+    code = (
+        "import sys, composer_path.asking.assistant; sys.exit('composer' in sys.modules or 'streaming' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

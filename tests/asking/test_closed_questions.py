@@ -1,0 +1,151 @@
+"""Closed questions: which are asked, what counts as an answer, and what a model that sees nothing reaches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from composer_path.asking.closed_questions import (
+    ClosedQuestion,
+    compare_with_blank,
+    evaluate_closed,
+    majority_accuracy,
+    parse_answer,
+    read_closed_questions,
+)
+
+TEST_DATA = Path(__file__).resolve().parent.parent.parent / "test_data"
+IMAGES = TEST_DATA / "imgs"
+
+
+class Oracle:
+    """Stands in for a model: says "dark" or "pale" by how bright the picture is, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def tokenizer(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0] * len(text.split())}
+
+    def read_image(self, path: Path) -> torch.Tensor:
+        return torch.full((3, 4, 4), 40 if "dark" in path.name else 200, dtype=torch.uint8)
+
+    def answer(
+        self, turns: Sequence[tuple[str, str]], images: list[torch.Tensor], *, system: str | None, max_new_tokens: int
+    ) -> str:
+        self.asked.append((tuple(turns), system, max_new_tokens))
+        value = images[0].float().mean()
+        return "I can't tell." if value == 255 else "Pale." if value > 128 else "It is dark, I think."
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[ClosedQuestion]:
+    for name in ("dark1", "dark2", "light"):
+        (tmp_path / f"{name}.jpg").touch()
+    options = ("dark", "pale")
+    turns = (("human", "<image>\nDark or pale?"),)
+    return [
+        ClosedQuestion("tone", turns, options, "dark", ("dark1.jpg",), system="One word."),
+        ClosedQuestion("tone", turns, options, "dark", ("light.jpg",)),
+        ClosedQuestion("tone", turns, options, "pale", ("light.jpg",)),
+        ClosedQuestion("again", (*turns, ("assistant", "dark"), ("human", "Sure?")), options, "dark", ("dark2.jpg",)),
+    ]
+
+
+def test_the_held_out_set_has_closed_questions_of_nine_kinds_and_an_even_majority() -> None:
+    questions = read_closed_questions(TEST_DATA / "heldout.json")
+    assert len(questions) == 140
+    assert len({question.kind for question in questions}) == 9
+    assert majority_accuracy(questions) == 0.5
+    assert all(question.answer in question.options and question.turns[-1][0] == "human" for question in questions)
+
+
+def test_the_demo_asks_in_words_that_training_has_seen() -> None:
+    trained = {
+        turn["value"].replace("<image>", "").strip()
+        for record in json.loads((TEST_DATA / "data.json").read_text(encoding="utf-8"))
+        for turn in record["conversations"]
+    }
+    recipe = (TEST_DATA.parent / "Makefile").read_text(encoding="utf-8")
+    asked = [line.split('"')[1] for line in recipe.splitlines() if "composer-path ask" in line]
+    assert len(asked) >= 2
+    assert set(asked) <= trained
+
+
+def test_the_demo_asks_about_tiles_that_training_has_not_seen() -> None:
+    recipe = (TEST_DATA.parent / "Makefile").read_text(encoding="utf-8")
+    tiles = [json.loads(line) for line in (TEST_DATA / "tiles.jsonl").read_text(encoding="utf-8").splitlines()]
+    split = {tile["image"]: tile["split"] for tile in tiles}
+    shown = [Path(word).name for word in recipe.split() if word.startswith("test_data/imgs/")]
+    assert shown and all(split[name] == "heldout" for name in shown)
+
+
+def test_records_come_as_a_list_or_as_lines_and_those_without_options_are_left_out(tmp_path: Path) -> None:
+    records = json.loads((TEST_DATA / "heldout.json").read_text(encoding="utf-8"))
+    lines = tmp_path / "heldout.jsonl"
+    lines.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    assert read_closed_questions(lines) == read_closed_questions(TEST_DATA / "heldout.json")
+
+
+def test_a_broken_record_is_named_by_place_and_never_quoted(tmp_path: Path) -> None:
+    records = json.loads((TEST_DATA / "heldout.json").read_text(encoding="utf-8"))[:2]
+    records[1]["conversations"][0]["from"] = "surprising"
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"record 1: conversations\[0\].from.*unknown-role") as found:
+        read_closed_questions(path)
+    assert records[1]["conversations"][0]["value"] not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "answer"),
+    [
+        ("H&E", ("H&E", "IHC"), "H&E"),
+        ("  h&e. ", ("H&E", "IHC"), "H&E"),
+        ("The stain is IHC.", ("H&E", "IHC"), "IHC"),
+        ("Either H&E or IHC", ("H&E", "IHC"), None),
+        ("stromal", ("nest", "stroma"), None),
+        ("the stroma field", ("nest", "stroma"), "stroma"),
+        ("", ("nest", "stroma"), None),
+        ("B", ("A", "B"), "B"),
+        ("B. the stroma field", ("A", "B"), "B"),
+        ("(A)", ("A", "B"), "A"),
+        ("A tile with tissue", ("A", "B"), None),
+        ("It is a tile", ("A", "B"), None),
+    ],
+)
+def test_an_answer_counts_when_it_names_one_option(said: str, options: tuple[str, ...], answer: str | None) -> None:
+    assert parse_answer(said, options) == answer
+
+
+def test_answers_are_counted_by_kind(questions: list[ClosedQuestion], tmp_path: Path) -> None:
+    oracle = Oracle()
+    result = evaluate_closed(oracle, questions, tmp_path)  # type: ignore[arg-type]
+    assert (result.accuracy("tone"), result.accuracy("again"), result.accuracy()) == (2 / 3, 1.0, 3 / 4)
+    assert oracle.asked[0] == (questions[0].turns, "One word.", 9)
+    assert oracle.asked[-1][0][-1] == ("human", "Sure?")
+
+
+def test_a_model_that_says_nothing_about_white_pictures_is_wrong_on_them(
+    questions: list[ClosedQuestion], tmp_path: Path
+) -> None:
+    comparison = compare_with_blank(Oracle(), questions, tmp_path)  # type: ignore[arg-type]
+    assert comparison["all"] == {
+        "asked": 4,
+        "majority": 0.75,
+        "with_image": {"correct": 3, "unparsed": 0},
+        "blank_image": {"correct": 0, "unparsed": 4},
+    }
+    assert comparison["kinds"]["tone"]["majority"] == 2 / 3
+    assert list(comparison["kinds"]) == ["again", "tone"]
+
+
+def test_an_image_outside_of_the_folder_is_refused(questions: list[ClosedQuestion], tmp_path: Path) -> None:
+    outside = ClosedQuestion("tone", questions[0].turns, ("dark", "pale"), "dark", ("../dark1.jpg",))
+    with pytest.raises(ValueError, match="path-outside-folder"):
+        evaluate_closed(Oracle(), [outside], tmp_path)  # type: ignore[arg-type]

@@ -1,0 +1,361 @@
+"""A YAML's mistakes are all found, named by their path, and answered with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from omegaconf import OmegaConf
+
+from composer_path.config.reading import ConfigError, load_config
+from composer_path.config.types import describe, fits
+from composer_path.run.names import named_classes, snake_name
+
+# override -> what its one line must say, after the key's path
+MISTAKES = [
+    ("version=2", "version: found 2; it must be one of 1"),
+    ("seed=-1", "seed: found -1; it must be at least 0"),
+    ("sede=3", "sede: unknown key; did you mean seed?"),
+    ("max_seq_len=9", "max_seq_len: unknown key; did you mean train_loader.dataset.max_seq_len"),
+    ("tokenizer.path=null", "tokenizer.path: found null; it must be text"),
+    ("model.atention=auto", "model.atention: unknown key; did you mean model.attention?"),
+    ("model.attention=flash", "model.attention: found the text 'flash'; did you mean"),
+    ("model.trainable=[projecter]", "model.trainable: found the text 'projecter'; did you mean projector?"),
+    ("model.trainable=[]", "model.trainable: found an empty list; name what this stage trains"),
+    ("model.vision_encoder.name=timm/vit_tiny_patch16_244", "did you mean vit_tiny_patch16_224"),
+    ("model.vision_encoder.name=uni", "model.vision_encoder.name: found 'uni'; it must be coca_vit-l, timm/"),
+    ("model.vision_encoder.name=open_clip/ViT-Z", "model.vision_encoder.name: "),
+    ("model.vision_encoder.tokens=cls", "model.vision_encoder.tokens: found the text 'cls'; "),
+    (
+        "model.vision_encoder.image_size=112.5",
+        "model.vision_encoder.image_size: found 112.5; it must be a whole number",
+    ),
+    ("model.projector.type=attn_pool", "model.projector.type: found 'attn_pool'; it must be attn_pool+mlp2x_gelu"),
+    ("model.projector.in_dim=64", "model.projector.in_dim: is not set here; leave it out"),
+    (
+        "model.projector.pooler.heads=4",
+        "model.projector.pooler.heads: unknown key; did you mean model.projector.pooler",
+    ),
+    ("model.language_model.config=null", "model.language_model: found neither of path (weights) and config (random)"),
+    ("model.language_model.path=llama", "model.language_model: found both of path (weights) and config (random)"),
+    (
+        "model.language_model.config={model_type: llama, hiden_size: 64}",
+        "model.language_model.config: unknown key 'hiden_size' for model_type llama; did you mean 'hidden_size'?",
+    ),
+    ("model.language_model.dtype=bf16", "model.language_model.dtype: is not set here; leave it out"),
+    ("train_loader.global_batch_size=0", "train_loader.global_batch_size: found 0; it must be at least 1"),
+    (
+        "train_loader.global_batch_size=many",
+        "train_loader.global_batch_size: found the text 'many'; it must be a whole",
+    ),
+    ("train_loader.global_batch_size='16'", "it must be a whole number (without quotes"),
+    ("train_loader.num_workers=true", "train_loader.num_workers: found true; it must be a whole number"),
+    ("train_loader.loss_average=tokens", "train_loader.loss_average: found the text 'tokens'; did you mean token?"),
+    ("train_loader.max_tokens_per_microbatch=128", "train_loader.max_tokens_per_microbatch: found 128, less than"),
+    ("train_loader.dataset.local=null", "train_loader.dataset.local: found null; it must be text"),
+    ("train_loader.dataset.batch_size=4", "train_loader.dataset.batch_size: is not set here; use global_batch_size"),
+    ("train_loader.dataset.image_size=64", "train_loader.dataset.image_size: is not set here; leave it out"),
+    (
+        "train_loader.dataset.shufle=true",
+        "train_loader.dataset.shufle: unknown key; did you mean train_loader.dataset.shuf",
+    ),
+    (
+        "train_loader.dataset.template=lava_llama_2",
+        "train_loader.dataset.template: template: unknown name 'lava_llama_2'",
+    ),
+    ("train_loader.dataset.template={name: plain, system: x}", "train_loader.dataset.template: template.system: "),
+    ("optimizer.name=adam", "optimizer.name: found the text 'adam'; did you mean adamw?"),
+    (
+        "optimizer.lr='2e-3'",
+        "optimizer.lr: found the text '2e-3'; it must be a number or a mapping of names to a number",
+    ),
+    ("optimizer.lr={projectr: 1e-3}", "optimizer.lr.projectr: is not trained; did you mean projector?"),
+    ("optimizer.lr={language_model: 1e-3}", "optimizer.lr.projector: is missing; give each trained module a rate"),
+    ("optimizer.betas=[0.9]", "optimizer.betas: found a list of 1; it must be a list of 2: a number, a number"),
+    ("optimizer.weight_decay=-0.1", "optimizer.weight_decay: found -0.1; it must be at least 0"),
+    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, betas"),
+    (
+        "scheduler.name=cosine_warmup",
+        "scheduler.name: found the text 'cosine_warmup'; did you mean cosine_with_warmup?",
+    ),
+    ("scheduler.t_warmup=3", "scheduler.t_warmup: found 3; it must be text, a time such as 1ep or 500ba"),
+    ("scheduler.t_warmup=3 percent", "scheduler.t_warmup: Invalid time string: 3 percent; write a number and a unit"),
+    ("scheduler.warmup=3ba", "scheduler.warmup: unknown key; did you mean scheduler.t_warmup?"),
+    ("algorithms.stain_jiter={}", "algorithms.stain_jiter: unknown key; did you mean algorithms.stain_jitter?"),
+    ("algorithms.stain_jitter.strenght=1", "unknown key; did you mean algorithms.stain_jitter.strength?"),
+    ("algorithms.gradient_clipping.threshold=1", "did you mean algorithms.gradient_clipping.clipping_threshold?"),
+    ("callbacks.speed_report.window_size=ten", "callbacks.speed_report.window_size: found the text 'ten'"),
+    ("callbacks.nan_monitor={x: 1}", "callbacks.nan_monitor.x: unknown key; it takes no keywords"),
+    ("callbacks.speed_report=10", "callbacks.speed_report: found 10; it must be a mapping of window_size"),
+    ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: Invalid time string: 1 epoch"),
+    ("callbacks.save_weights.model=x", "callbacks.save_weights.model: unknown key; "),
+    ("callbacks.checkpoint_saver={}", "callbacks.checkpoint_saver: is not set here; use trainer.save_interval"),
+    ("loggers.tensorbord={}", "loggers.tensorbord: unknown key; did you mean loggers.tensorboard?"),
+    ("trainer.max_duratoin=1ep", "trainer.max_duratoin: unknown key; did you mean trainer.max_duration?"),
+    ("trainer.save_interval=1epp", "trainer.save_interval: Invalid time string: 1epp; write a number and a unit"),
+    ("trainer.precision=bf16", "trainer.precision: found the text 'bf16'; did you mean amp_bf16?"),
+    ("trainer.device=cuda", "trainer.device: found the text 'cuda'; it must be one of cpu, gpu, null"),
+    ("trainer.callbacks={}", "trainer.callbacks: is not set here; use the section callbacks"),
+    ("trainer.loggers={}", "trainer.loggers: is not set here; use the section loggers"),
+    ("trainer.algorithms={}", "trainer.algorithms: is not set here; use the section algorithms"),
+    ("trainer.optimizers={}", "trainer.optimizers: is not set here; use the section optimizer"),
+    ("trainer.schedulers={}", "trainer.schedulers: is not set here; use the section scheduler"),
+    ("trainer.model={}", "trainer.model: is not set here; use the section model"),
+    ("trainer.train_dataloader={}", "trainer.train_dataloader: is not set here; use the section train_loader"),
+    ("trainer.seed=1", "trainer.seed: is not set here; use the top-level seed"),
+    ("trainer.save_folder=x", "trainer.save_folder: is not set here; use save_root"),
+    (
+        "trainer.device_train_microbatch_size=4",
+        "trainer.device_train_microbatch_size: is not set here; use train_loader.max_tokens_per_microbatch",
+    ),
+    ("trainer.profiler={}", "trainer.profiler: is not set here; leave it out; it takes an object"),
+    ("trainer.parallelism_config.fspd={}", "did you mean trainer.parallelism_config.fsdp?"),
+    (
+        "trainer.parallelism_config.fsdp.version=3",
+        "trainer.parallelism_config.fsdp.version: found 3; it must be one of 1, 2",
+    ),
+    (
+        "trainer.parallelism_config.fsdp.reshard_after_foward=true",
+        "fsdp.reshard_after_foward: unknown key; did you mean",
+    ),
+    ("trainer.parallelism_config.fsdp.sharding_strategy=FULL_SHARD", "fsdp.sharding_strategy: unknown key; "),
+    (
+        "trainer.parallelism_config.fsdp.mixed_precision=default",
+        "fsdp.mixed_precision: found the text 'default'; it must",
+    ),
+    ("trainer.parallelism_config.fsdp.mixed_precision={param_dtype: int8}", "fsdp.mixed_precision: found a mapping; "),
+    ("trainer.save_interval=null", "trainer.autoresume: has nothing to go on from while save_interval is null"),
+    ("trainer.parallelism_config.fsdp.activation_checkpointing=true", "use execution.activation_checkpointing"),
+    (
+        "execution.activation_checkpointing=ful",
+        "execution.activation_checkpointing: found the text 'ful'; did you mean full?",
+    ),
+    ("execution.loss_chunk=0", "execution.loss_chunk: found 0"),
+    ("execution.fusio=liger", "execution.fusio: unknown key; did you mean execution.fusion?"),
+    ("save_root=???", "save_root: found ???; give a value, here or as the override save_root=..."),
+    ("save_root=${oc.env:COMPOSER_PATH_NOT_SET}", "Environment variable 'COMPOSER_PATH_NOT_SET' not found"),
+    (
+        "save_root=${variables.shard}",
+        "save_root: found ${variables.shard}, which can't be filled in: Interpolation key",
+    ),
+    ("save_root=${oc.create:x}", "save_root: found ${oc.create:x}; filled in are ${other.key} and ${oc.env:NAME} only"),
+    ("trainer", "override 'trainer': it must be key=value"),
+    ("trainer.max_duration=[", "override 'trainer.max_duration=[': can't be applied"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_repo_root(repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repo_root)
+
+
+@pytest.fixture
+def demo(repo_root: Path) -> Path:
+    return repo_root / "yamls" / "demo" / "pretrain.yaml"
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(("override", "line"), MISTAKES, ids=[override for override, _ in MISTAKES])
+def test_a_mistake_is_named_with_what_to_do(demo: Path, override: str, line: str) -> None:
+    problems = problems_of(demo, override)
+    assert any(line in problem for problem in problems), problems
+
+
+def test_an_evaluation_interval_needs_held_out_data_unless_they_are_switched_off(demo: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(demo)
+    del config["eval_loader"]
+    config.trainer.eval_interval = "1ep"
+    OmegaConf.save(config, tmp_path / "without.yaml")
+    line = "trainer.eval_interval: does nothing without the section eval_loader; add it or remove this"
+    assert problems_of(tmp_path / "without.yaml") == [line]
+    assert load_config(demo, ["eval_loader=null", "trainer.eval_interval=1ep"]).eval_loader is None
+
+
+def test_all_mistakes_are_listed_in_one_error_one_a_line(demo: Path) -> None:
+    mistakes = [
+        "trainer.max_duratoin=1ep",
+        "optimizer.beta=[0.9, 0.999]",
+        "algorithms.gradient_clipping.norm=1",
+        "callbacks.lr_monitr={}",
+        "scheduler.alpha=0",
+        "trainer.parallelism_config.fsdp.reshard=true",
+        "train_loader.dataset.fit=padd",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_config(demo, mistakes)
+    error = caught.value
+    paths = {problem.split(":")[0] for problem in error.problems}
+    # eval_loader.dataset.fit follows train_loader's by interpolation.
+    assert paths == {mistake.split("=")[0] for mistake in mistakes} | {"eval_loader.dataset.fit"}
+    assert str(error).splitlines()[0] == f"{demo}: 8 problems"
+    assert len(str(error).splitlines()) == 1 + len(error.problems)
+    assert isinstance(error, ValueError)
+
+
+def test_every_required_key_that_is_missing_is_listed(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("version: 1\nmodle: {}\n")
+    problems = problems_of(path)
+    missing = {problem.split(":")[0] for problem in problems if ": is missing" in problem}
+    assert missing == {"seed", "save_root", "tokenizer", "model", "train_loader", "optimizer", "scheduler", "trainer"}
+    assert any("is it modle?" in problem for problem in problems)
+
+
+def test_unreadable_files_are_config_errors(tmp_path: Path) -> None:
+    assert problems_of(tmp_path / "none.yaml") == ["there is no such file"]
+    path = tmp_path / "bad.yaml"
+    for text in ("a: [", "seed: 1\nseed: 2\n"):
+        path.write_text(text)
+        assert "can't be read as YAML" in problems_of(path)[0]
+    path.write_text("- 1\n")
+    assert "must be a mapping" in problems_of(path)[0]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_typos_inside_either_fsdp_section_are_errors(demo: Path, version: int) -> None:
+    section = f"{{version: {version}, mixed_precison: PURE}}"
+    problems = problems_of(demo, "trainer.parallelism_config=null", f"trainer.parallelism_config={{fsdp: {section}}}")
+    assert problems == [
+        "trainer.parallelism_config.fsdp.mixed_precison: unknown key; did you mean "
+        "trainer.parallelism_config.fsdp.mixed_precision?"
+    ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr={projector: 2e-3}",
+        "optimizer.lr=1",
+        "optimizer.fused=false",
+        "train_loader.dataset.template={name: llava_llama_2, system: Be brief.}",
+        "train_loader.dataset.cache_limit=10gb",
+        "train_loader.prefetch_factor=null",
+        "eval_loader.dataset.remote=s3://bucket/heldout",
+        "model.projector={pooler: null, mlp: null, type: linear}",
+        "model.language_model.config={model_type: qwen2, hidden_size: 64, num_hidden_layers: 2}",
+        "model.vision_encoder.name=open_clip/coca_ViT-L-14",
+        "tokenizer.use_fast=false",
+        "trainer.parallelism_config=null",
+        "execution={activation_checkpointing: off, fusion: compile, loss_chunk: 512, row_multiple: 256}",
+        "execution.activation_checkpointing=selective",
+        "trainer.parallelism_config.fsdp.mixed_precision={param_dtype: bf16, reduce_dtype: fp32}",
+        "trainer.max_duration=100ba",
+        "trainer.max_duration=3",
+        "callbacks.nan_monitor=null",
+        "loggers={wandb: {project: histology, init_kwargs: {mode: offline}}, file: {}}",
+        "variables.anything={of: [any, kind]}",
+    ],
+)
+def test_what_the_libraries_accept_is_accepted(demo: Path, override: str) -> None:
+    load_config(demo, [override])
+
+
+def test_a_choice_brings_its_own_keys(demo: Path, tmp_path: Path) -> None:
+    assert "scheduler.alpha_f: unknown key" in problems_of(demo, "scheduler.name=constant_with_warmup")[0]
+    assert (
+        "fsdp.reshard_after_forward: unknown key" in problems_of(demo, "trainer.parallelism_config.fsdp.version=1")[0]
+    )
+    config = OmegaConf.load(demo)
+    config.scheduler = {"name": "constant_with_warmup", "t_warmup": "10ba", "alpha": 0.5}
+    config.trainer.parallelism_config.fsdp = {"version": 1, "sharding_strategy": "HYBRID_SHARD"}
+    path = tmp_path / "other.yaml"
+    OmegaConf.save(config, path)
+    assert load_config(path).trainer.parallelism_config.fsdp.version == 1
+
+
+def test_sections_left_out_are_there_and_empty(demo: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(demo)
+    for section in ("algorithms", "callbacks", "loggers", "eval_loader"):
+        del config[section]
+    del config.trainer["eval_interval"]
+    path = tmp_path / "short.yaml"
+    OmegaConf.save(config, path)
+    loaded = load_config(path)
+    assert loaded.algorithms == loaded.callbacks == loaded.loggers == {}
+    assert loaded.eval_loader is None
+
+
+def test_values_of_environment_variables_are_used_but_not_written(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPOSER_PATH_TEST_ROOT", "secret_place")
+    monkeypatch.setenv("COMPOSER_PATH_TEST_BATCH", "32")
+    config = load_config(
+        demo,
+        [
+            "save_root=${oc.env:COMPOSER_PATH_TEST_ROOT}",
+            "train_loader.global_batch_size=${oc.decode:${oc.env:COMPOSER_PATH_TEST_BATCH}}",
+        ],
+    )
+    assert config.save_root == "secret_place"
+    assert config.train_loader.global_batch_size == 32
+    assert "secret_place" not in OmegaConf.to_yaml(config)
+
+
+def test_an_environment_variable_is_text_until_it_is_decoded(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPOSER_PATH_TEST_BATCH", "32")
+    problems = problems_of(demo, "train_loader.global_batch_size=${oc.env:COMPOSER_PATH_TEST_BATCH}")
+    assert "oc.decode" in problems[0]
+
+
+def test_overrides_replace_values_and_interpolations_follow(demo: Path) -> None:
+    config = load_config(demo, ["variables.shards=elsewhere", "train_loader.dataset.max_seq_len=256"])
+    assert config.train_loader.dataset.local == "elsewhere/captions"
+    assert config.eval_loader.dataset.max_seq_len == 256
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, float, True),
+        (True, float, False),
+        (True, int, False),
+        (1, bool, False),
+        (1.0, int, False),
+        ("a", str | None, True),
+        (None, str | None, True),
+        ([0.9, 1], tuple[float, float], True),
+        ([0.9], tuple[float, float], False),
+        ([1, "x"], list[int], False),
+        ({"a": 1}, dict[str, float], True),
+        ({"a": "x"}, dict[str, float], False),
+        ("a", Literal["a", "b"], True),
+        (True, Literal[1], False),
+        ("p", Path, True),
+        ("p", type, False),
+        (object(), Any, True),
+    ],
+)
+def test_yaml_values_fit_annotations(value: Any, annotation: Any, expected: bool) -> None:
+    assert fits(value, annotation) is expected
+
+
+def test_types_are_described_in_plain_words() -> None:
+    assert describe(int | str | None) == "a whole number or text or null"
+    assert describe(Literal["a"] | bool) == "'a' or true or false"
+    assert describe(list[str]) == "a list of: text"
+
+
+def test_class_names_become_the_words_of_the_yaml() -> None:
+    names = (
+        "SpeedMonitor",
+        "OOMObserver",
+        "NaNMonitor",
+        "LRMonitor",
+        "EMA",
+        "StainJitter",
+        "CosineAnnealingWithWarmup",
+    )
+    words = ["speed_monitor", "oom_observer", "nan_monitor", "lr_monitor", "ema", "stain_jitter", "cosine_with_warmup"]
+    assert [snake_name(name) for name in names] == words
+
+
+def test_our_own_classes_are_named_beside_composers() -> None:
+    assert {"gradient_clipping", "stain_jitter"} <= set(named_classes("algorithms"))
+    assert {"lr_monitor", "memory_monitor", "save_weights", "batch_report"} <= set(named_classes("callbacks"))
+    assert {"tensorboard", "wandb", "mlflow", "file"} <= set(named_classes("loggers"))
+    assert {"cosine_with_warmup", "linear_with_warmup", "constant"} <= set(named_classes("scheduler"))

@@ -1,0 +1,178 @@
+"""A run's memory and time, before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from composer_path.cli import main
+from composer_path.config.reading import load_config
+from composer_path.models.execution import CHECKPOINTING
+from composer_path.planning.plan import (
+    PEAK_FLOPS,
+    Machine,
+    Plan,
+    SampleSize,
+    _empty_model,
+    make_plan,
+    parse_memory,
+    standing_bytes,
+)
+from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step
+from composer_path.run.parts import plain
+
+MEDIUM = (
+    "{model_type: llama, hidden_size: 512, intermediate_size: 1376, num_hidden_layers: 4, num_attention_heads: 8, "
+    "num_key_value_heads: 8, vocab_size: 4000}"
+)
+SAMPLE = SampleSize(tokens=300, answers=100, images=1)
+
+
+def overrides(*more: str) -> list[str]:
+    return [
+        "model.language_model.path=null",
+        f"model.language_model.config={MEDIUM}",
+        "model.vision_encoder.image_size=224",
+        "model.vision_encoder.kwargs={embed_dim: 192, depth: 2, num_heads: 3}",
+        "model.projector.type=null",
+        "model.projector.pooler={dim: 128}",
+        "model.vision_encoder.weights=null",
+        "train_loader.dataset.max_seq_len=2048",
+        *more,
+    ]
+
+
+def planned(repo_root: Path, stage: str, gpus: int, memory: float, *more: str) -> Plan:
+    config = load_config(repo_root / "yamls" / f"{stage}.yaml", overrides(*more))
+    return make_plan(config, Machine(gpus, memory, PEAK_FLOPS["H100"]), SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def finetune(repo_root: Path) -> Plan:
+    return planned(repo_root, "finetune", 8, 8e9)
+
+
+def test_the_largest_microbatch_just_fits(finetune: Plan, repo_root: Path) -> None:
+    settings = plain(load_config(repo_root / "yamls" / "finetune.yaml", overrides()))
+    free = finetune.machine.memory * 0.92 - finetune.standing.total
+    for fit in finetune.fits:
+        samples = fit.most_tokens // SAMPLE.tokens
+        assert samples > 10
+        with computing_in(_empty_model(settings, fit.checkpointing), torch.bfloat16) as model:
+            inside, beyond = (
+                peak_of_step(model, RowSize(samples + more, SAMPLE.tokens, SAMPLE.answers, 1)) for more in (0, 2)
+            )
+        assert inside <= free * 1.001 < beyond * 1.005
+
+
+def test_less_kept_means_larger_microbatches_and_only_full_computes_twice(finetune: Plan) -> None:
+    assert [fit.checkpointing for fit in finetune.fits] == list(CHECKPOINTING)
+    off, selective, full = finetune.fits
+    assert off.most_tokens < selective.most_tokens < full.most_tokens
+    assert off.recomputed == selective.recomputed == 0 and 0.2 < full.recomputed < 0.34
+
+
+def test_standing_memory_is_16_bytes_a_trained_weight_and_2_a_frozen_one_over_all_gpus(repo_root: Path) -> None:
+    first, second = (planned(repo_root, stage, 8, 8e9) for stage in ("pretrain", "finetune"))
+    for plan in (first, second):
+        trained = sum(count for count, learns in plan.parameters.values() if learns)
+        frozen = sum(count for count, learns in plan.parameters.values() if not learns)
+        spread = plan.standing.weights + plan.standing.gradients + plan.standing.moments
+        assert spread == pytest.approx((16 * trained + 2 * frozen) / 8)
+    assert first.standing.total < 0.4 * second.standing.total
+    eight = planned(repo_root, "finetune", 8, 8e9, "optimizer.name=adamw_8bit", "optimizer.betas=[0.9, 0.999]")
+    assert eight.standing.moments == pytest.approx(second.standing.moments * 2.1 / 8)
+
+
+def test_the_replicated_stage_1_holds_every_frozen_weight_on_each_gpu(repo_root: Path) -> None:
+    plan = planned(repo_root, "pretrain", 8, 8e9, "trainer.parallelism_config=null")
+    frozen = sum(count for count, learns in plan.parameters.values() if not learns)
+    assert plan.sharding == "DDP"
+    assert plan.standing.weights > 2 * frozen
+    assert plan.standing.weights == pytest.approx(2 * frozen, rel=0.5)
+
+
+def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
+    settings = plain(load_config(repo_root / "yamls" / "finetune.yaml", overrides()))
+    model = _empty_model(settings, "off")
+    block = sum(p.numel() for p in model.language_model.model.layers[0].parameters())
+    root = 2 * 4000 * 512 + 512
+    found = standing_bytes(model, {"version": 2}, "adamw", 8).gathered
+    assert found == pytest.approx(2 * (root + 2 * block) + 6 * (root + block))
+    kept = standing_bytes(model, {"version": 2, "reshard_after_forward": False}, "adamw", 8).gathered
+    assert kept - found == pytest.approx(2 * (sum(p.numel() for p in model.parameters()) - root - 2 * block))
+
+
+def command(
+    capsys: pytest.CaptureFixture[str], repo_root: Path, *words: str, stage: str = "finetune"
+) -> tuple[int, str]:
+    code = main(["plan", str(repo_root / "yamls" / f"{stage}.yaml"), *overrides(), *words])
+    output = capsys.readouterr()
+    return code, output.out + output.err
+
+
+def test_the_command_says_what_fits_how_long_and_at_what_cost(
+    capsys: pytest.CaptureFixture[str], repo_root: Path
+) -> None:
+    words = ["--gpus", "8", "--gpu-memory", "8GB", "--tokens", "300", "--answers", "100", "--samples", "1280000"]
+    code, output = command(capsys, repo_root, *words, "--price", "2", "--mfu", "0.5")
+    assert code == 0
+    for part in (
+        "8 GPUs of 8 GB, FSDP2",
+        "language_model",
+        "trained",
+        "<- this YAML",
+        "this YAML fits",
+        "TFLOP",
+        "H200",
+    ):
+        assert part in output
+    plan = planned(repo_root, "finetune", 8, 8e9)
+    hours = 1280000 * plan.flops.total / (8 * 989e12 * 0.5) / 3600
+    assert f"1,280,000 samples: {hours:.1f} hours, {hours * 8:.0f} GPU hours" in output
+    assert f"at 2 a GPU hour: {hours * 16:,.0f}" in output
+
+
+def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys: pytest.CaptureFixture[str], repo_root: Path) -> None:
+    sizes = ["--tokens", "300", "--answers", "100", "--gpu-memory"]
+    tight = planned(repo_root, "finetune", 8, 0.3e9)
+    assert tight.chosen_fit.most_tokens < tight.wanted_tokens
+    code, output = command(capsys, repo_root, *sizes, "0.3GB")
+    assert code == 1 and "this YAML doesn't fit: max_tokens_per_microbatch" in output
+    assert tight.best is not None and f"execution.activation_checkpointing={tight.best.checkpointing}" in output
+    code, output = command(capsys, repo_root, *sizes, "0.15GB")
+    assert code == 1 and "no kind of checkpointing fits" in output
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "memory": (["--gpu-memory", "80"], "must be a size such as 80GB, found '80'"),
+    "gpus": (["--gpus", "0"], "--gpus: found 0; it must be at least 1"),
+    "mfu": (["--mfu", "45"], "--mfu: found 45.0; it must lie between 0 and 1"),
+    "answers": (["--tokens", "200", "--answers", "100"], "has no room for 100 answer tokens and 1 images of 128"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_can_not_be_planned_is_said_in_one_line(
+    case: str, capsys: pytest.CaptureFixture[str], repo_root: Path
+) -> None:
+    words, message = WRONG[case]
+    code, output = command(capsys, repo_root, *words)
+    assert code == 2 and message in output and len(output.strip().splitlines()) == 1
+
+
+def test_memory_is_read_as_on_datasheets() -> None:
+    assert parse_memory("80GB") == 80e9 and parse_memory("131 GiB") == 131 * 2**30
+
+
+def test_a_plan_holds_only_numbers_of_the_run(finetune: Plan) -> None:
+    def leaves(value: Any) -> list[Any]:
+        if isinstance(value, dict):
+            return [leaf for item in value.values() for leaf in leaves(item)]
+        return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list | tuple) else [value]
+
+    assert all(isinstance(leaf, int | float | str | bool) for leaf in leaves(dataclasses.asdict(finetune)))

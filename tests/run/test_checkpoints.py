@@ -1,0 +1,153 @@
+"""Checkpoints hold what is trained, go on where they were written, and only the newest few are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
+from tiny_run import SHORT_RUNS, short_run
+
+from composer_path import PathMLLM
+from composer_path.models.execution import choose_execution
+from composer_path.run.checkpoint_safety import is_harmless, read_pickle
+from composer_path.run.checkpoints import (
+    ResumableCheckpoints,
+    TrainedOnly,
+    earlier_checkpoints,
+    frozen_names,
+    gather_weights,
+)
+from composer_path.weights.assembly import assemble_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+
+
+def model_with(trainable: list[str], tied: bool = False, seed: int = 17) -> PathMLLM:
+    return assemble_model(
+        vision_encoder={
+            "name": "timm/vit_tiny_patch16_224",
+            "image_size": 32,
+            "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+        },
+        projector={"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}},
+        language_model={"config": {"model_type": "llama", **SIZES, "tie_word_embeddings": tied}},
+        trainable=trainable,
+        seed=seed,
+    )
+
+
+# --- only what is trained --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trainable", [["projector"], ["projector", "language_model"]])
+def test_a_checkpoint_holds_the_trained_modules_only(trainable: list[str], tied: bool) -> None:
+    model = model_with(trainable, tied)
+    trained_only = TrainedOnly(model)
+    everything = set(model.state_dict())
+    trained_only.active = True
+    held = set(model.state_dict())
+    assert {name.split(".")[0] for name in held} == set(trainable)
+    assert held == {name for name in everything if name.split(".")[0] in trainable}
+    with trained_only.everything():
+        assert set(model.state_dict()) == everything
+    assert set(model.state_dict()) == held
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_weights_are_not_missed_but_trained_ones_are(tied: bool) -> None:
+    model, other = model_with(["projector"], tied), model_with(["projector"], tied, seed=18)
+    trained_only = TrainedOnly(model)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    state = {name: value for name, value in other.state_dict().items() if name.startswith("projector.")}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
+    trained_only.active = True
+    model.load_state_dict(state)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    state.popitem()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "projector'):
+        model.load_state_dict(state)
+
+
+def test_frozen_names_are_those_of_the_state_dict_also_where_blocks_are_checkpointed() -> None:
+    model = model_with(["projector"])
+    names = frozen_names(model)
+    assert names == {name for name in model.state_dict() if not name.startswith("projector.")}
+    choose_execution(model, activation_checkpointing="full")
+    assert frozen_names(model) == names == {name for name in model.state_dict() if not name.startswith("projector.")}
+
+
+def test_weights_are_gathered_whole_or_as_trained() -> None:
+    model = model_with(["projector"])
+    trained_only = TrainedOnly(model)
+    trained_only.active = True
+    everything = gather_weights(model, trained_only, everything=True)
+    assert set(everything) == set(model_with(["projector"]).state_dict())
+    assert {name.split(".")[0] for name in gather_weights(model, trained_only, everything=False)} == {"projector"}
+    assert trained_only.active
+
+
+# --- the newest few --------------------------------------------------------------------------------------------------
+
+
+def test_earlier_checkpoints_come_oldest_first_and_of_one_kind_only(tmp_path: Path) -> None:
+    for name in ("ep1-ba12", "ep0-ba9", "ep0-ba10"):
+        (tmp_path / name).mkdir()
+    for name in ("ep0-ba8-rank0.pt", "ep2-ba100-rank0.pt", "ep0-ba11-rank0.pt"):
+        (tmp_path / name).touch()
+    (tmp_path / "latest-rank0.pt").symlink_to("ep1-ba12")
+    (tmp_path / "ep9-ba99").symlink_to("ep1-ba12")
+    (tmp_path / "notes").mkdir()
+    sharded = [Path(path) for path in earlier_checkpoints(tmp_path, sharded=True)]
+    assert [path.parent.name for path in sharded] == ["ep0-ba9", "ep0-ba10", "ep1-ba12"]
+    assert {path.name for path in sharded} == {"__0_0.distcp"}
+    files = [Path(path).name for path in earlier_checkpoints(tmp_path, sharded=False)]
+    assert files == ["ep0-ba8-rank0.pt", "ep0-ba11-rank0.pt", "ep2-ba100-rank0.pt"]
+    assert earlier_checkpoints(tmp_path / "not_there", sharded=True) == []
+
+
+@pytest.mark.parametrize(("keep", "told"), [(2, ["ep0-ba3-rank0.pt"]), (0, ["ep0-ba3-rank0.pt"]), (-1, [])])
+def test_the_saver_is_told_of_an_earlier_processs_checkpoints_unless_it_keeps_all(
+    tmp_path: Path, keep: int, told: list[str]
+) -> None:
+    (tmp_path / "a_run").mkdir()
+    (tmp_path / "a_run" / "ep0-ba3-rank0.pt").touch()
+    saver = CheckpointSaver(folder=str(tmp_path / "{run_name}"), num_checkpoints_to_keep=keep)
+    model = model_with([])
+    state = State(model, rank_zero_seed=0, run_name="a_run", device=DeviceCPU(), callbacks=[saver])
+    ResumableCheckpoints(TrainedOnly(model)).fit_start(state, Logger(state))
+    assert [Path(path).name for path in saver.saved_checkpoints] == told
+
+
+# --- single files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SHORT_RUNS)
+def test_a_single_file_goes_on_exactly_where_it_was_written(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    notes = short_run(tmp_path_factory.getbasetemp() / "road", kind)
+    assert list(notes["stopped"]["losses"]) == [0] and list(notes["resumed"]["losses"]) == [1]
+    assert notes["stopped"]["losses"] | notes["resumed"]["losses"] == notes["undisturbed"]["losses"]
+    for name, value in notes["undisturbed"]["weights"].items():
+        assert torch.equal(notes["resumed"]["weights"][name], value), name
+
+
+@pytest.mark.parametrize("kind", SHORT_RUNS)
+def test_one_single_file_is_kept_harmless_and_without_frozen_weights(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = Path(short_run(tmp_path_factory.getbasetemp() / "road", kind)["root"]) / "finetune" / "checkpoints"
+    files = [path for path in folder.iterdir() if not path.is_symlink()]
+    assert [path.name for path in files] == ["ep0-ba2-rank0.pt"]
+    assert is_harmless(files[0])
+    state: dict[str, Any] = read_pickle(files[0])["state"]
+    assert {name.split(".")[1] for name in state["model"]} == {"projector", "language_model"}

@@ -1,0 +1,130 @@
+"""AdamW's groups: which parameters decay, and at which rate each module learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run
+
+from composer_path import PathMLLM
+from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
+from composer_path.weights.assembly import assemble_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+
+
+def model_with(trainable: list[str], **language_model: Any) -> PathMLLM:
+    return assemble_model(
+        vision_encoder={
+            "name": "timm/vit_tiny_patch16_224",
+            "image_size": 32,
+            "kwargs": {"embed_dim": 24, "depth": 2, "num_heads": 2},
+        },
+        projector={"pooler": {"dim": 16, "num_queries": 4, "num_heads": 2}, "mlp": {"depth": 2}},
+        language_model={"config": {"model_type": "qwen2", **SIZES, "num_key_value_heads": 2, **language_model}},
+        trainable=trainable,
+    )
+
+
+def groups_by_name(model: PathMLLM, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """The group of each parameter by its name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def test_biases_and_norms_never_decay_and_matrices_do() -> None:
+    model = model_with(["projector", "language_model"])
+    groups = groups_by_name(model, build_optimizer(model, lr=1e-3, weight_decay=0.1))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert set(groups) == set(trained)
+    decaying = {name for name, group in groups.items() if group["weight_decay"] == 0.1}
+    assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.1}
+    assert decaying == {name for name, p in trained.items() if p.ndim > 1}
+    still = set(groups) - decaying
+    assert "language_model.model.layers.0.self_attn.q_proj.bias" in still
+    assert "language_model.model.norm.weight" in still and "projector.ln.weight" in still
+    assert "projector.pooler.query" in decaying and "language_model.lm_head.weight" in decaying
+
+
+def test_each_parameter_is_in_one_group_also_where_embeddings_are_tied() -> None:
+    model = model_with(["projector", "language_model"], tie_word_embeddings=True)
+    optimizer = build_optimizer(model, lr=1e-3)
+    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(parameters) == len(set(parameters)) == sum(1 for p in model.parameters() if p.requires_grad)
+
+
+def test_each_module_learns_at_its_own_rate() -> None:
+    model = model_with(["projector", "language_model"])
+    optimizer = build_optimizer(model, lr={"projector": 2e-3, "language_model": 2e-5})
+    rates = {name.split(".")[0]: group["lr"] for name, group in groups_by_name(model, optimizer).items()}
+    assert rates == {"projector": 2e-3, "language_model": 2e-5}
+
+
+def test_only_what_is_trained_has_optimizer_state() -> None:
+    model = model_with(["projector"])
+    optimizer = build_optimizer(model, lr=1e-3)
+    assert {name.split(".")[0] for name in groups_by_name(model, optimizer)} == {"projector"}
+
+
+def test_keywords_reach_adamw() -> None:
+    model = model_with(["projector"])
+    optimizer = build_optimizer(model, lr=1e-3, betas=[0.8, 0.9], eps=1e-6)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert all(tuple(group["betas"]) == (0.8, 0.9) and group["eps"] == 1e-6 for group in optimizer.param_groups)
+    assert all(group["fused"] == torch.cuda.is_available() for group in optimizer.param_groups)
+
+
+def test_a_trained_module_without_a_rate_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no learning rate for the trained module 'language_model'"):
+        build_optimizer(model_with(["projector", "language_model"]), lr={"projector": 1e-3})
+
+
+def test_a_model_of_which_nothing_is_trained_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer(model_with([]))
+
+
+def test_another_optimizers_name_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown 'sgd'"):
+        build_optimizer(model_with(["projector"]), name="sgd")
+
+
+def test_trained_and_frozen_parameters_are_counted_apart() -> None:
+    model = model_with(["projector"])
+    counts = count_parameters(model)
+    assert counts["trained"] == sum(p.numel() for p in model.projector.parameters())
+    assert counts["trained"] + counts["frozen"] == sum(p.numel() for p in model.parameters())
+
+
+def test_what_is_trained_and_what_is_frozen_is_told_with_numbers_and_dtypes() -> None:
+    model = model_with(["projector"])
+    model.vision_encoder.to(torch.bfloat16)
+    told = describe_parameters(model)
+    projector, vision, language = (
+        sum(p.numel() for p in module.parameters())
+        for module in (model.projector, model.vision_encoder, model.language_model)
+    )
+    assert told == (
+        f"trained: projector ({projector:,} weights); frozen: vision_encoder ({vision:,} weights, bfloat16), "
+        f"language_model ({language:,} weights, float32)"
+    )
+
+
+@pytest.mark.slow
+def test_8_bit_moments_learn_nearly_alike_and_go_on_exactly_after_a_stop(tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    shards = convert_shards(tmp_path / "shards")
+    start = ["model.projector.weights=null", "trainer.save_interval=1ba"]
+    eight = [*start, "optimizer=null", "optimizer={name: adamw_8bit, lr: 2.0e-3}"]
+    exact = run(load_tiny_config("finetune", shards, tmp_path / "exact", start))[1].losses
+    undisturbed = run(load_tiny_config("finetune", shards, tmp_path / "undisturbed", eight))[1].losses
+    stopped = Witness(stop_after=4)
+    with pytest.raises(Interrupted):
+        run(load_tiny_config("finetune", shards, tmp_path / "stopped", eight), stopped)
+    resumed = run(load_tiny_config("finetune", shards, tmp_path / "stopped", eight))[1].losses
+    assert stopped.losses | resumed == undisturbed
+    assert max(abs(undisturbed[step] / exact[step] - 1) for step in exact) < 1e-3  # measured 8e-5
+    assert undisturbed != exact
