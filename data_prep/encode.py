@@ -1,4 +1,4 @@
-"""Store vision features in place of a set's images, for runs on them; the work is in composer_path.planning.encoded_features."""
+"""Store vision features in place of a set's images; the work is in composer_path.planning.encoded_features."""
 
 from __future__ import annotations
 

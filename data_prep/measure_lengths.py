@@ -1,4 +1,4 @@
-"""Measure how long each sample of a run's sets is, for balanced batches; the work is in composer_path.planning.measured_lengths."""
+"""Measure how long each sample of a run's sets is; the work is in composer_path.planning.measured_lengths."""
 
 from __future__ import annotations
 

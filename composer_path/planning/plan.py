@@ -1,7 +1,7 @@
 """Before a run: does it fit, which microbatches fit, how long will it take and what will it cost.
 
-Memory is counted from the model's sizes and from a step run without data (`composer_path/planning/step_memory.py`), work
-from `composer_path/models/flops.py`. Nothing is measured on a GPU; how busy it will be (MFU) is the user's assumption.
+Memory is counted from the model's sizes and from a step run without data (`step_memory.py`), work from
+`composer_path/models/flops.py`. Nothing is measured on a GPU; how busy it will be (MFU) is the user's assumption.
 """
 
 from __future__ import annotations

@@ -1,0 +1,46 @@
+"""A file on a disk that is there whole or not at all: written under another name, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+# A name that no finished file has; what is left of it belongs to a process that was killed.
+TEMPORARY_SUFFIX = ".unfinished"
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False, mode: int = 0o666) -> None:
+    """Write a file whole or not at all; an earlier one of this name stays until the new one is complete.
+
+    Args:
+        path: Its folder is made where it isn't there.
+        write: Called with the open file.
+        durable: Return only when a power cut can no longer take it.
+        mode: Rights of the file, less the user's mask: `0o600` for what only its owner may read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two processes that write the same file apart.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            write(file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return only when a power cut can no longer take a folder's names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
