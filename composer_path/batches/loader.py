@@ -100,7 +100,7 @@ def build_dataloader(
         loss_average: See `PackedCollator`.
         balance: Exchange samples inside each global batch so that ranks have equally many tokens: `node` with the
             ranks of a node, `global` with all; None leaves them where they were drawn. Needs measured lengths.
-        lengths: Folder or URL of those, from data_prep/measure_lengths.py; None for beside each set.
+        lengths: Folder or URL of those, from `composer-path lengths`; None for beside each set.
         drop_last: Leave out an epoch's last, smaller batch.
         num_workers: Processes a rank that read, decode and tokenize.
         prefetch_factor: Batches each of them prepares ahead.
@@ -122,12 +122,6 @@ def build_dataloader(
             f"global_batch_size={global_batch_size} can't be divided by {world_size} ranks; "
             f"take {max(1, global_batch_size // world_size) * world_size}, or another number of ranks"
         )
-    max_seq_len = dataset.get("max_seq_len", 4096)
-    if max_tokens_per_microbatch is not None and max_tokens_per_microbatch < max_seq_len:
-        raise ValueError(
-            f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={max_seq_len}: "
-            "a single sample may not fit; raise the one or lower the other"
-        )
     samples = ConversationDataset(
         **dataset,
         tokenizer=tokenizer,
@@ -136,6 +130,12 @@ def build_dataloader(
         pad_color=pad_color_of(mean),
         batch_size=global_batch_size // world_size,
     )
+    longest = samples.sources[0].text.max_seq_len
+    if max_tokens_per_microbatch is not None and longest is not None and max_tokens_per_microbatch < longest:
+        raise ValueError(
+            f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={longest}: "
+            "a single sample may not fit; raise the one or lower the other"
+        )
     if balance is not None:
         tokens = samples.stored_lengths(lengths)  # on every rank, so that all refuse what doesn't fit
         if dist.get_local_rank() == 0:  # whose first worker deals an epoch's samples out

@@ -60,6 +60,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     return config
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, its interpolations filled in."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:
     """The YAML as it stands, with the overrides merged in."""
     try:

@@ -17,6 +17,7 @@ import xxhash
 
 from composer_path.images.file import ImageError, check_image, sanitize_image
 from composer_path.images.jpeg import is_jpeg
+from composer_path.images.square import Square
 from composer_path.records.conversation import RULES, RecordError, resolve_image
 from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
@@ -101,11 +102,11 @@ class ImageSource:
             else:
                 data = self._read(image)
             if self._resized is not None:
-                from composer_path.images.pixels import resize_image  # imports torch, which nothing else here needs
+                from composer_path.images.pixels import ImagePreparation  # imports torch, which nothing else here needs
 
                 if self._decode and is_jpeg(data):  # decoding alone doesn't find data that end early
                     check_image(data, self._max_pixels)
-                data = resize_image(data, **self._resized, max_pixels=self._max_pixels)
+                data = ImagePreparation.of_square(Square.of(**self._resized), self._max_pixels).resize(data)
             elif not isinstance(image, SlideRegion):
                 data = sanitize_image(data, self._max_pixels, decode=self._decode)
         except RecordError as error:

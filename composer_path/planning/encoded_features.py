@@ -26,8 +26,10 @@ from composer_path.images.features import (
     is_features,
     pack_features,
 )
-from composer_path.images.pixels import ImageError, load_stored_image, normalize_image, pad_color_of
+from composer_path.images.file import ImageError
+from composer_path.images.pixels import ImagePreparation, normalize_image
 from composer_path.models.vision_encoder import VisionEncoder
+from composer_path.run.preparation import images_of
 from composer_path.shards.columns import COLUMNS, pack_images, unpack_images
 from composer_path.shards.view import ShardView, ShardViewError
 from composer_path.shards.writer import ShardWriter
@@ -59,45 +61,27 @@ class FeatureEncoder:
 
     Args:
         vision_encoder: Frozen, in the dtype and on the device that it runs in.
-        fit: See `load_image`.
-        decoder: See `load_image`.
-        max_pixels: Larger images can't be decoded; None for the default of `load_image`.
+        images: How training prepares images for it.
         precision: Composer's name of the precision that training runs in.
     """
 
     def __init__(
         self,
         vision_encoder: VisionEncoder,
-        fit: str = "pad",
-        decoder: str = "pil",
-        max_pixels: int | None = None,
-        precision: str = "fp32",
+        images: ImagePreparation,
+        precision: str,
     ) -> None:
-        self.vision_encoder = vision_encoder
-        self.precision = precision
-        self.pad_color = pad_color_of(vision_encoder.mean)
-        self.keywords: dict[str, Any] = {"fit": fit, "decoder": decoder, "pad_color": self.pad_color}
-        self.keywords |= {"image_size": vision_encoder.image_size}
-        self.keywords |= {} if max_pixels is None else {"max_pixels": max_pixels}
+        self.vision_encoder, self.images, self.precision = vision_encoder, images, precision
 
     @property
     def feature_set(self) -> FeatureSet:
         """What its features are known by."""
-        size = self.vision_encoder.image_size
-        return FeatureSet(
-            encoder=self.vision_encoder.config,
-            weights=weights_hash(self.vision_encoder),
-            fit=self.keywords["fit"],
-            decoder=self.keywords["decoder"],
-            pad_color=list(self.pad_color),
-            num_tokens=self.vision_encoder.num_tokens(size, size),
-            dim=self.vision_encoder.dim,
-        )
+        return feature_set_of(self.vision_encoder, self.images)
 
     def decode(self, image: bytes) -> UInt8[Tensor, "3 height width"] | None:
         """An image's pixels, as training sees them; None where they can't be had."""
         try:
-            return load_stored_image(image, **self.keywords)
+            return self.images.load_stored(image)
         except ImageError:
             return None
 
@@ -111,6 +95,19 @@ class FeatureEncoder:
         images = normalize_image(pixels.to(device), mean=encoder.mean, std=encoder.std)
         with get_precision_context(self.precision) if device.type == "cuda" else contextlib.nullcontext():
             return encoder(images).to(torch.bfloat16).cpu()
+
+
+def feature_set_of(encoder: VisionEncoder, images: ImagePreparation) -> FeatureSet:
+    """What an encoder's features of images that are prepared so are known by."""
+    return FeatureSet(
+        encoder=encoder.config,
+        weights=weights_hash(encoder),
+        fit=images.fit,
+        decoder=images.decoder,
+        pad_color=list(images.pad_color),
+        num_tokens=encoder.num_tokens(encoder.image_size, encoder.image_size),
+        dim=encoder.dim,
+    )
 
 
 def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None) -> FeatureEncoder:
@@ -131,15 +128,13 @@ def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None
         raise ValueError("model.trainable: vision_encoder learns in this run, so its features can't be stored")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trainer = dict(settings["trainer"])
-    settle_precision(trainer, device)
+    settle_precision(trainer, "gpu" if device == "cuda" else device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])  # random weights are those that `assemble_model` draws
         encoder = build_vision_encoder(**settings["model"]["vision_encoder"])
-    cast_parameters(encoder, compute_dtype(trainer.get("precision"), trainer.get("parallelism_config")))
+    cast_parameters(encoder, compute_dtype(trainer["precision"], trainer["parallelism_config"]))
     encoder.requires_grad_(False).to(device)
-    dataset = settings["train_loader"]["dataset"]
-    keywords = {key: dataset[key] for key in ("fit", "decoder", "max_pixels") if dataset.get(key) is not None}
-    return FeatureEncoder(encoder, **keywords, precision=str(trainer.get("precision") or "fp32"))
+    return FeatureEncoder(encoder, images_of(settings["train_loader"]["dataset"], encoder), trainer["precision"])
 
 
 def weights_hash(vision_encoder: VisionEncoder) -> str:
@@ -302,7 +297,7 @@ def check_features(dataset: Any, vision_encoder: VisionEncoder, algorithms: Iter
     where = ", ".join(stream.where for stream in dataset.streams)
     found: list[str | None] = [None]
     if dist.get_global_rank() == 0:
-        found[0] = _mismatch(stored, where, dataset.image_keywords, vision_encoder, algorithms)
+        found[0] = _mismatch(stored, where, dataset.images, vision_encoder, algorithms)
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
@@ -312,7 +307,7 @@ def check_features(dataset: Any, vision_encoder: VisionEncoder, algorithms: Iter
 def _mismatch(
     stored: FeatureSet,
     where: str,
-    image_keywords: Mapping[str, Any],
+    images: ImagePreparation,
     vision_encoder: VisionEncoder,
     algorithms: Iterable[str],
 ) -> str | None:
@@ -321,9 +316,8 @@ def _mismatch(
             return f"algorithms.{name} changes images, and {where} holds features of them; leave out one of the two"
     if any(parameter.requires_grad for parameter in vision_encoder.parameters()):
         return f"model.trainable: vision_encoder can't learn from {where}, which holds its features; train on images"
-    keywords = {key: image_keywords[key] for key in ("fit", "decoder")}
-    differing = stored.differences(FeatureEncoder(vision_encoder, **keywords).feature_set)
+    differing = stored.differences(feature_set_of(vision_encoder, images))
     if not differing:
         return None
-    fix = "encode the images again with data_prep/encode.py and this run's YAML, or train on the images"
+    fix = "encode the images again with composer-path encode and this run's YAML, or train on the images"
     return f"{where}: its features differ from what this run would make in {', '.join(differing)}; {fix}"

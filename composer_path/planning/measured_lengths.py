@@ -6,7 +6,6 @@ the YAML, as training takes it.
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import struct
@@ -18,9 +17,10 @@ import numpy as np
 
 from composer_path.conversion.destination import INDEX_NAME
 from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import PromptTemplate, TemplateError
-from composer_path.records.tokenize import tokenize_conversation
-from composer_path.records.vocabulary import TextEncoder, text_encoder
+from composer_path.records.prompts import TemplateError
+from composer_path.records.tokenize import TextPreparation
+from composer_path.records.vocabulary import TextEncoder, load_tokenizer, text_encoder
+from composer_path.run.preparation import text_of_sources
 from composer_path.shards.lengths import (
     LengthsError,
     LengthsKey,
@@ -55,19 +55,13 @@ class TrainingSet:
     Attributes:
         where: The YAML's key that names it.
         url: Folder or address of its index.
-        template: Prompt template of its samples.
-        num_image_tokens: Placeholders of an image.
-        max_seq_len: Where samples are cut, tokens.
-        image_position: `front` or `inline`.
+        text: How its samples are tokenized.
         folder: Where its lengths lie; None for beside it.
     """
 
     where: str
     url: str
-    template: PromptTemplate
-    num_image_tokens: int
-    max_seq_len: int
-    image_position: str
+    text: TextPreparation
     folder: str | None = None
 
     def key(self, tokenizer: Tokenizer) -> LengthsKey:
@@ -82,8 +76,7 @@ class TrainingSet:
             raise LengthsError(f"{self.where}: found no {INDEX_NAME} in '{open_place(self.url)}'") from None
         except StorageError as error:
             raise LengthsError(f"{self.where}: {error}") from None
-        settings = (self.template, self.num_image_tokens, self.max_seq_len, self.image_position)
-        return lengths_key(index, tokenizer, *settings)
+        return lengths_key(index, tokenizer, self.text)
 
 
 def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None = None) -> list[TrainingSet]:
@@ -94,8 +87,8 @@ def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None =
         loaders: Which of `LOADERS`; None for those that are balanced.
     """
     if loaders is None:
-        loaders = tuple(name for name in LOADERS if (settings.get(name) or {}).get("balance"))
-    sections = {name: settings[name] for name in loaders if settings.get(name)}
+        loaders = tuple(name for name in LOADERS if settings[name] and settings[name]["balance"])
+    sections = {name: settings[name] for name in loaders if settings[name]}
     if not sections:
         return []
     num_image_tokens = image_tokens_of(settings["model"])
@@ -103,25 +96,13 @@ def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None =
 
 
 def _sets_of(name: str, section: Mapping[str, Any], num_image_tokens: int) -> Iterator[TrainingSet]:
-    from composer_path.batches.dataset import ConversationDataset
-    from composer_path.batches.mixture import template_of
-
-    dataset = section["dataset"]
-    defaults = inspect.signature(ConversationDataset.__init__).parameters
-    template, max_seq_len, image_position = (
-        dataset.get(key, defaults[key].default) for key in ("template", "max_seq_len", "image_position")
-    )
-    streams = dataset.get("streams") or {"": dataset}
-    for stream, keywords in streams.items():
-        split = keywords.get("split") or dataset.get("split") or ""
+    for stream, keywords, text in text_of_sources(section["dataset"], num_image_tokens):
+        folder = str(keywords["remote"] or keywords["local"]).rstrip("/")
         yield TrainingSet(
             where=f"{name}.dataset.streams.{stream}" if stream else f"{name}.dataset",
-            url="/".join(filter(None, (str(keywords.get("remote") or keywords["local"]).rstrip("/"), split))),
-            template=template_of(keywords.get("template", template), keywords.get("system")),
-            num_image_tokens=num_image_tokens,
-            max_seq_len=max_seq_len,
-            image_position=image_position,
-            folder=section.get("lengths"),
+            url="/".join(filter(None, (folder, keywords["split"]))),
+            text=text,
+            folder=section["lengths"],
         )
 
 
@@ -136,7 +117,7 @@ def image_tokens_of(model: Mapping[str, Any]) -> int:
     from composer_path.models.vision_encoder import build_vision_encoder
 
     language_model = model["language_model"]
-    config = load_language_model_config(language_model.get("path") or language_model.get("config"))
+    config = load_language_model_config(language_model["path"] or language_model["config"])
     with empty_parameters(enabled=True):
         vision = build_vision_encoder(
             **{key: value for key, value in model["vision_encoder"].items() if key != "weights"}
@@ -151,8 +132,6 @@ def lengths_problems(settings: Mapping[str, Any]) -> list[str]:
     sets = training_sets(settings)
     if not sets:
         return []
-    from composer_path.records.vocabulary import load_tokenizer
-
     tokenizer, problems = load_tokenizer(**settings["tokenizer"]), []
     for found in sets:
         try:
@@ -185,8 +164,6 @@ def measure(
         ShardViewError: It can't be read.
         OSError: The lengths can't be written.
     """
-    from composer_path.records.vocabulary import load_tokenizer
-
     tokenizer = load_tokenizer(**settings["tokenizer"])
     for found in training_sets(settings, loaders) or training_sets(settings, LOADERS[:1]):
         found = found if out is None else replace(found, folder=out)
@@ -253,9 +230,8 @@ def measure_sample(data: Any, num_images: int, found: TrainingSet, encoder: Text
         conversation = Conversation.from_shard(data, num_images)
     except ValueError:
         return 1, 0, 0
-    settings = (found.template, found.num_image_tokens, found.max_seq_len, found.image_position)
     try:
-        tokens = tokenize_conversation(conversation, encoder, *settings)
+        tokens = found.text.tokenize(conversation, encoder)
     except TemplateError:
         return 1, 0, 0
     if not tokens.num_answer_tokens:

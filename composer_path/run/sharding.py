@@ -60,7 +60,7 @@ def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
 
     With FSDP2 products are still computed in bf16, by its mixed precision; without it in fp32. Either is said.
     """
-    if device_type != "cpu" or trainer.get("precision") != "amp_bf16":
+    if device_type == "gpu" or trainer.get("precision") != "amp_bf16":
         return
     trainer["precision"] = "fp32"
     fsdp = (trainer.get("parallelism_config") or {}).get("fsdp")
@@ -69,6 +69,20 @@ def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
         fsdp["mixed_precision"] = {"param_dtype": "bf16", "reduce_dtype": reduce}
     how = "bf16 through FSDP's mixed precision" if fsdp is not None else "fp32"
     log.warning("trainer.precision: amp_bf16 needs a GPU; this CPU run computes in %s", how)
+
+
+def held_as(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How this rank holds the model, as keywords of `assemble_model`: frozen parts in the compute dtype, or empty.
+
+    Args:
+        settings: The complete configuration as plain mappings, its precision settled.
+    """
+    trainer = settings["trainer"]
+    return {
+        "seed": settings["seed"],
+        "frozen_dtype": compute_dtype(trainer["precision"], trainer["parallelism_config"]),
+        "empty": starts_empty(trainer["parallelism_config"]),
+    }
 
 
 def starts_empty(section: Mapping[str, Any] | None) -> bool:

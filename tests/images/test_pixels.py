@@ -17,12 +17,11 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
 
+from composer_path.images.file import ImageError, check_image
 from composer_path.images.pixels import (
     IMAGE_MEAN,
     IMAGE_STD,
     PAD_COLOR,
-    ImageError,
-    check_image,
     load_image,
     normalize_image,
     pad_color_of,

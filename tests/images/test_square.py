@@ -12,17 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_images import load_stored_image, resize_image
 
-from composer_path.images.pixels import (
-    PAD_COLOR,
-    ImageError,
-    ResizedMismatch,
-    check_image,
-    load_image,
-    load_stored_image,
-    resize_image,
-)
-from composer_path.images.square import Square, check_resized, is_square, square_of
+from composer_path.images.file import ImageError, check_image
+from composer_path.images.pixels import PAD_COLOR, load_image
+from composer_path.images.square import ResizedMismatch, Square, check_resized, is_square, square_of
 
 
 def pictures(golden: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from tiny_run import Witness, convert_shards, load_tiny_config, run
 from composer_path.batches.collator import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import split_batch
+from composer_path.config.reading import plain
 from composer_path.conversion.destination import publish
 from composer_path.images.features import FeaturesError, features_in_index
 from composer_path.models.composer_model import ComposerPathMLLM
@@ -27,11 +28,11 @@ from composer_path.planning.encoded_features import (
     weights_hash,
 )
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.parts import build_model, plain
 from composer_path.shards.columns import COLUMNS, pack_images
 from composer_path.shards.view import ShardView
 from composer_path.shards.writer import ShardWriter
 from composer_path.storage.places import Folder
+from composer_path.train import build_model
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,7 +154,7 @@ def sets(root: Path) -> tuple[ConversationDataset, ConversationDataset]:
 def test_loss_and_gradients_are_exactly_those_of_images_where_the_encoder_is_in_bf16(
     indices: list[int], root: Path, sets: tuple[ConversationDataset, ConversationDataset]
 ) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     cast_parameters(model.model.vision_encoder, torch.bfloat16)
     images, features = (loss_and_gradients(model, dataset, indices) for dataset in sets)
     assert images[0] == features[0]
@@ -166,7 +167,7 @@ ERROR_OF_GRADIENTS = 1e-3  # of all gradients' norm; measured: 1.2e-4
 
 
 def test_in_fp32_the_loss_differs_by_the_rounding_of_the_features(root: Path) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     images, features = (
         loss_and_gradients(model, read(root / folder / "train"), list(range(24))) for folder in ("shards", "encoded")
     )
@@ -179,7 +180,7 @@ def test_in_fp32_the_loss_differs_by_the_rounding_of_the_features(root: Path) ->
 def test_the_vision_encoder_is_never_entered_and_text_still_gives_the_projector_a_gradient(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     monkeypatch.setattr(type(model.model.vision_encoder), "forward", None)
     dataset = read(root / "encoded" / "train")
     text_only = [index for index in range(24) if not len(dataset[index]["image_features"])][:2]
@@ -238,7 +239,7 @@ def test_an_encoder_is_known_in_any_dtype_and_any_other_weight_is_noticed(root: 
     with torch.no_grad():
         next(iter(encoder.parameters())).view(-1)[0] += 1
     assert weights_hash(encoder) != first
-    assert weights_hash(build_model(config_of(root)).vision_encoder) == first
+    assert weights_hash(build_model(settings_of(root)).vision_encoder) == first
 
 
 def test_features_whose_index_was_lost_are_no_images(root: Path, tmp_path: Path) -> None:

@@ -317,8 +317,10 @@ def test_a_truncated_image_is_found_by_both_checks(source: Path, tmp_path: Path,
 
 
 def test_resized_images_are_finished_squares(source: Path, tmp_path: Path) -> None:
+    from stored_images import load_stored_image
+
     from composer_path.conversion.convert import unpack_images
-    from composer_path.images.pixels import load_image, load_stored_image
+    from composer_path.images.pixels import load_image
 
     resized = {"image_size": 16, "fit": "pad", "pad_color": [1, 2, 3]}
     run(source, records(1), tmp_path / "out", resized=resized)
