@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from composer_path.config.types import resolve_annotation
 from composer_path.run.names import named_classes
@@ -117,16 +117,17 @@ def _tokenizer() -> Section:
 
 
 def _model() -> Section:
-    from composer_path.models.attention import BACKENDS
-    from composer_path.models.attentional_pooler import POOLERS
+    from composer_path.models.attention import AttentionBackend
+    from composer_path.models.attentional_pooler import PoolerKind, PoolerSettings
     from composer_path.models.language_model import build_language_model
-    from composer_path.models.path_mllm import MODULES
-    from composer_path.models.projector import MLP_DEFAULTS, POOLER_DEFAULTS, build_projector
-    from composer_path.models.vision_encoder import TOKENS, build_vision_encoder
+    from composer_path.models.path_mllm import ModuleName
+    from composer_path.models.projector import MlpSettings, build_projector
+    from composer_path.models.vision_encoder import Tokens, build_vision_encoder
 
     from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
     decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
-    counts: dict[str, Node] = {key: Key(int, at_least=1) for key in POOLER_DEFAULTS if key != "kind"}
+    counts: dict[str, Node] = {key: Key(int, at_least=1) for key in ("dim", "num_queries", "num_heads")}
+    counts["kind"] = Key(str, choices=get_args(PoolerKind))
     return Section(
         {
             "vision_encoder": section_of(
@@ -135,7 +136,7 @@ def _model() -> Section:
                 changes={
                     "name": Key(str, required=True, check=_check_vision_name),
                     "image_size": Key(int | None, at_least=1),
-                    "tokens": Key(str, choices=TOKENS),
+                    "tokens": Key(str, choices=get_args(Tokens)),
                 },
             ),
             "projector": section_of(
@@ -144,8 +145,8 @@ def _model() -> Section:
                 refused=from_parts,
                 changes={
                     "type": Key(str | None, check=_check_projector_type),
-                    "pooler": Section({"kind": Key(str, choices=tuple(POOLERS)), **counts}),
-                    "mlp": Section({key: Key(int, at_least=0) for key in MLP_DEFAULTS}),
+                    "pooler": section_of(PoolerSettings, changes=counts),
+                    "mlp": section_of(MlpSettings, changes={"depth": Key(int, at_least=0)}),
                 },
             ),
             "language_model": section_of(
@@ -154,17 +155,17 @@ def _model() -> Section:
                 refused={**decided, "attention": "use model.attention"},
                 changes={"config": Key(dict | str | None, check=_check_language_model)},
             ),
-            "attention": Key(str, choices=BACKENDS),
-            "trainable": Key(list[str], required=True, choices=MODULES),
+            "attention": Key(str, choices=get_args(AttentionBackend)),
+            "trainable": Key(list[str], required=True, choices=get_args(ModuleName)),
         },
         required=True,
     )
 
 
 def _execution() -> Section:
-    from composer_path.models.execution import CHECKPOINTING, FUSIONS, choose_execution
+    from composer_path.models.execution import Checkpointing, Fusion, choose_execution
 
-    words = {"activation_checkpointing": CHECKPOINTING, "fusion": FUSIONS}
+    words = {"activation_checkpointing": get_args(Checkpointing), "fusion": get_args(Fusion)}
     numbers = ("vision_chunk", "loss_chunk", "row_multiple")
     return section_of(
         choose_execution,
