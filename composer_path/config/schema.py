@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, Literal
 
 from composer_path.config.rules import check_interval, check_moment
-from composer_path.config.types import fits, mentions, resolve_annotation
+from composer_path.config.types import choices_of, fits, mentions, resolve_annotation
 
 
 class Absent(Enum):
@@ -118,6 +118,8 @@ def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
     """A key of a constructor; times are checked as what their name says."""
     from composer.core import Time
 
+    if "off" in (words := choices_of(annotation)):
+        annotation = Literal[(*words, False)]  # YAML reads a bare off as false
     key = Key(annotation, default=default)
     if mentions(annotation, Time) or (name.endswith("interval") and mentions(annotation, str)):
         key = replace(key, check=check_interval if name.endswith("interval") else check_moment)

@@ -47,17 +47,17 @@ def _tokenizer() -> Section:
 
 
 def _model() -> Section:
-    from composer_path.models.attentional_pooler import POOLERS
+    from composer_path.models.attentional_pooler import PoolerSettings
     from composer_path.models.language_model import build_language_model
-    from composer_path.models.projector import MLP_DEFAULTS, POOLER_DEFAULTS, build_projector
+    from composer_path.models.projector import MlpSettings, build_projector
     from composer_path.models.vision_encoder import build_vision_encoder
     from composer_path.weights.assembly import assemble_model
 
     from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
     decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
-    pooler = {key: Key(int, default=value, at_least=1) for key, value in POOLER_DEFAULTS.items()}
-    pooler["kind"] = Key(Literal[tuple(POOLERS)], default=POOLER_DEFAULTS["kind"])
-    mlp = {key: Key(int, default=value, at_least=0) for key, value in MLP_DEFAULTS.items()}
+    counts: dict[str, Any] = {key: {"at_least": 1} for key in ("dim", "num_queries", "num_heads")}
+    pooler = section_of(PoolerSettings, changes=counts)
+    mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0}})
     sections: dict[str, Any] = {
         "vision_encoder": section_of(
             build_vision_encoder,
@@ -68,7 +68,7 @@ def _model() -> Section:
             build_projector,
             required=True,
             refused=from_parts,
-            changes={"type": {"check": rules.check_projector_type}, "pooler": Section(pooler), "mlp": Section(mlp)},
+            changes={"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp},
         ),
         "language_model": section_of(
             build_language_model,
