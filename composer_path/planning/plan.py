@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from composer_path.config.reading import plain
-from composer_path.models.execution import CHECKPOINTING, choose_execution
+from composer_path.models.execution import Checkpointing, choose_execution
 from composer_path.models.flops import FlopCounter, PartFlops
 from composer_path.models.path_mllm import MODULES, PathMLLM
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step, to_meta
@@ -176,12 +176,12 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     counter = FlopCounter(model)
     lengths = ([sample.tokens], sample.images, sample.answers)
     flops = counter.needed(*lengths)
-    sizes = {name: _size(getattr(model, name)) for name in MODULES}
+    sizes: dict[str, tuple[int, bool]] = {name: _size(getattr(model, name)) for name in MODULES}
     standing = standing_bytes(model, fsdp, settings["optimizer"]["name"], machine.gpus)
     free = machine.memory * (1 - RESERVED) - standing.total
     loss_chunk = settings["execution"]["loss_chunk"]
     fits = []
-    for kind in CHECKPOINTING:
+    for kind in get_args(Checkpointing):
         per_token, fixed = bytes_of_rows(_empty_model(settings, kind), sample)
         most = int((free - fixed) / per_token) if free > fixed else 0
         again = counter.recomputed(*lengths, blocks=kind == "full", head=loss_chunk is not None)

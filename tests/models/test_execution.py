@@ -187,6 +187,7 @@ WRONG: dict[str, tuple[Callable[[], PathMLLM], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("case", WRONG)
 def test_what_can_not_be_is_refused(case: str) -> None:
     make, keywords, message = WRONG[case]

@@ -260,6 +260,7 @@ def test_the_language_model_called_directly_is_a_stock_one_with_padding(golden: 
     torch.testing.assert_close(padded, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_unknown_modules_to_train_are_refused(golden: Path) -> None:
     with pytest.raises(ValueError, match="vision_tower"):
         reference_model(golden).trainable(["vision_tower"])
