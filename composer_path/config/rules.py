@@ -114,11 +114,12 @@ def check_place(place: str) -> None:
         check_address(place)
 
 
-def check_template(template: str | dict[str, Any]) -> None:
+def check_template(template: str | dict[str, Any] | None) -> None:
     """A prompt template: checked by itself."""
     from composer_path.records.prompts import get_template
 
-    get_template(template)
+    if template is not None:
+        get_template(template)
 
 
 def check_vision_name(name: str) -> None:

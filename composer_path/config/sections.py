@@ -106,12 +106,11 @@ def _loader(required: bool) -> Section:
         for key in ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
     }
     places: dict[str, Any] = {"local": {"check": rules.check_place}, "remote": {"check": rules.check_address}}
-    template = {"annotation": str | dict, "check": rules.check_template}
+    template = {"annotation": str | dict | None, "check": rules.check_template}
     stream = section_of(
         build_stream,
-        leave_out=("name",),
-        # Where a stream names no template, the dataset's holds.
-        changes={**places, "template": {**template, "default": "${...template}"}},
+        leave_out=("name", "text"),
+        changes={**places, "template": template},
     )
     dataset = section_of(
         ConversationDataset,
