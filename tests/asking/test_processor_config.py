@@ -46,7 +46,7 @@ def test_a_folder_of_an_earlier_version_has_the_usual_limit_of_pixels(model: Pat
         ("[]", "lacks"),
         ('{"template": "plain"}', r"lacks \['decoder', 'fit', 'image_position', 'max_seq_len'\]"),
         (
-            '{"a": 1, "template": "plain", "image_position": "front", "max_seq_len": 9, "fit": "pad", "decoder": "pil"}',
+            '{"a": 1, "template": "plain", "image_position": "front", "max_seq_len": 9, "fit": "pad", "decoder": ""}',
             r"unknown keys \['a'\]",
         ),
         (
