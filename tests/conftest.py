@@ -40,6 +40,19 @@ def llama2_tokenizer_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llama_tokenizer_path(golden: Path) -> Path:
+    """800 pieces trained on test_data's own text with LLaMA-2's settings; `make.py` beside it wrote it."""
+    return golden / "tiny_llama"
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer_path(request: pytest.FixtureRequest) -> Path:
+    """LLaMA-2's vocabulary where there is one, otherwise the small one with its settings."""
+    has_llama2 = os.environ.get("COMPOSER_PATH_LLAMA2_TOKENIZER")
+    return request.getfixturevalue("llama2_tokenizer_path" if has_llama2 else "tiny_llama_tokenizer_path")
+
+
+@pytest.fixture(scope="session")
 def mistral_tokenizer_path() -> Path:
     """The Apache-2.0 vocabulary of the demo, a sentencepiece model of 32,000 pieces."""
     return REPO_ROOT / "test_data" / "tokenizer"
