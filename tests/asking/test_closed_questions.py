@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,35 @@ def test_a_model_that_says_nothing_about_white_pictures_is_wrong_on_them(
     }
     assert comparison["kinds"]["tone"]["majority"] == 2 / 3
     assert list(comparison["kinds"]) == ["again", "tone"]
+
+
+def test_answers_about_white_pictures_are_shared_only_where_all_that_is_asked_is_equal(
+    questions: list[ClosedQuestion], tmp_path: Path
+) -> None:
+    """Two system messages, two numbers of pictures and two lengths of an answer are three further questions."""
+    tone = questions[1]
+    asked = [
+        tone,
+        dataclasses.replace(tone, answer="pale"),  # the same question: not asked again
+        dataclasses.replace(tone, system="Say dark."),
+        dataclasses.replace(tone, images=tone.images * 2),
+        dataclasses.replace(tone, options=("dark", "pale as a sheet")),
+    ]
+
+    class Obedient(Oracle):
+        def answer(self, turns: Any, images: Any, *, system: str | None, max_new_tokens: int) -> str:
+            super().answer(turns, images, system=system, max_new_tokens=max_new_tokens)
+            return "dark" if system else "pale"
+
+    oracle = Obedient()
+    result = evaluate_closed(oracle, asked, tmp_path, blank=True)  # type: ignore[arg-type]
+    assert [(system, longest) for _, system, longest in oracle.asked] == [
+        (None, 9),
+        ("Say dark.", 9),
+        (None, 9),
+        (None, 12),
+    ]
+    assert result.count("asked") == 5 and result.count("correct") == 2  # the one told to, and "pale"
 
 
 def test_an_image_outside_of_the_folder_is_refused(questions: list[ClosedQuestion], tmp_path: Path) -> None:

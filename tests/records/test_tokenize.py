@@ -21,7 +21,7 @@ NASTY = [
     "<<SYS>>\n<</SYS>>",
 ]
 TEMPLATES = ["plain", "llava_llama_2", "chatml", "llama3", "llama2"]
-TOKENIZERS = ["llama2_slow", "llama2_fast", "mistral_slow", "mistral_fast", "byte_level"]
+TOKENIZERS = ["llama_slow", "llama_fast", "mistral_slow", "mistral_fast", "byte_level"]
 CHATS = {
     "one": ["<image>\nWhat is shown?", "Sheets of plasma cells."],
     "more": ["What organ?\n<image>", "Lung.", "Which <image> is worse?", "The second (grade 2).", "Sure?", "Yes."],

@@ -224,7 +224,7 @@ def test_a_vocabulary_without_its_sentencepiece_file_gives_the_same_ids(mistral_
         assert own.encode(text, prefix=False) == truth.encode(text, prefix=False)
 
 
-@pytest.mark.parametrize("path", ["llama2_tokenizer_path", "mistral_tokenizer_path"])
+@pytest.mark.parametrize("path", ["llama_tokenizer_path", "mistral_tokenizer_path"])
 def test_encoding_question_and_answer_apart_equals_encoding_them_together(path, request):
     encoder = text_encoder(load_tokenizer(request.getfixturevalue(path), use_fast=False))
     rng = random.Random(0)
