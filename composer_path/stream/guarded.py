@@ -29,6 +29,7 @@ from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 
+from composer_path.storage.errors import Stopped
 from composer_path.stream.cache import (
     INDEX,
     agree_on_failure,
@@ -40,7 +41,6 @@ from composer_path.stream.error import FailureNote, StreamError
 from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
 from composer_path.stream.sample_reader import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
-from composer_path.stream.transfer import Stopped
 
 DOWNLOAD_TIMEOUT = 60.0
 
@@ -49,8 +49,8 @@ class GuardedStreamingDataset(StreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
 
     Args:
-        local: Folder of the shards, or of their cache.
-        remote: Folder or URL that they come from; None if they lie in `local`.
+        local: Folder of the shards, or of their cache; or the shards' address, see `GuardedStream`.
+        remote: Folder or address that they come from; None if they lie in `local`.
         streams: Several sets instead of one.
         split: Subfolder of both.
         fault_timeout: Seconds in which a file must have arrived, all attempts together.

@@ -11,8 +11,10 @@ import pytest
 from s3_server import KEY, SECRET, Proxy, Spoil, serve_s3
 from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, shard_names, write_set
 
+from composer_path.storage.errors import Fault
+from composer_path.storage.places import Bucket
+from composer_path.storage.transfer import Limits
 from composer_path.stream.error import StreamError
-from composer_path.stream.transfer import Fault, Limits, Transfer
 
 REMOTE = "s3://bucket/set"
 BAD = "shard.00005.mds"
@@ -72,13 +74,13 @@ def test_a_fault_that_passes_costs_no_sample(name: str, num_workers: int, proxy:
 def test_a_cut_transfer_goes_on_where_it_was_cut(proxy: Proxy, bucket: tuple[Path, int], tmp_path: Path) -> None:
     """This server sends the rest of an object with the status 200 of a whole one."""
     proxy.spoils, arrived = [Spoil(BAD, "cut:1000", 3)], []
-    transfer, part = Transfer(REMOTE), tmp_path / "part"
+    place, part = Bucket(REMOTE), tmp_path / "part"
     for _ in range(3):
         with pytest.raises(Fault):
-            transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+            place.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
         arrived.append(part.stat().st_size)
     assert arrived == [1000, 2000, 3000]
-    transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+    place.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
     assert part.read_bytes() == (bucket[0] / BAD).read_bytes()
 
 
