@@ -95,6 +95,7 @@ class S3Store(Store):
         from botocore import exceptions as boto
         from urllib3.exceptions import HTTPError
 
+        broken = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.CredentialRetrievalError)
         unsigned = False
         try:
             who = (self._endpoint, self._keys, self._region, stall)
@@ -104,15 +105,7 @@ class S3Store(Store):
             status = int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
             code = str(error.response.get("Error", {}).get("Code", ""))
             raise status_fault(status, "" if code == str(status) else code, unsigned) from None
-        except (
-            boto.ConnectionError,
-            boto.HTTPClientError,
-            boto.IncompleteReadError,
-            boto.CredentialRetrievalError,
-            HTTPError,
-            ConnectionError,
-            TimeoutError,
-        ) as error:
+        except (*broken, HTTPError, ConnectionError, TimeoutError) as error:
             raise broken_off(error) from None
         except (boto.BotoCoreError, ValueError) as error:  # such as an endpoint that is no URL
             raise Fault("endpoint", named(error), "check S3_ENDPOINT_URL and the bucket's name") from None

@@ -17,7 +17,7 @@ from streaming.base.format import FileInfo, Reader
 from streaming.base.world import World
 
 from composer_path.storage.errors import Fault, Stopped
-from composer_path.storage.places import is_remote, open_place, shown
+from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place, shown
 from composer_path.storage.transfer import Limits, cache_fault
 from composer_path.stream.error import StreamError
 from composer_path.stream.stored_file import check_file, pick_hash
@@ -27,10 +27,6 @@ log = logging.getLogger(__name__)
 FAULT_TIMEOUT = 180.0  # s; a rank that waits for another gives up after trainer.dist_timeout, 300 s by default
 # Bytes that don't have their hash are asked for again, in case they changed on their way; the file itself may be wrong.
 _MISMATCHES = 3
-
-
-def _never() -> bool:
-    return False
 
 
 def cache_folder(address: str) -> Path:
@@ -71,19 +67,26 @@ class GuardedStream(Stream):
                 fix = "name a folder for the cache, or leave remote out"
                 raise ValueError(f"local: must be a folder where remote is given, found {shown(local)}; {fix}")
             local, remote = str(cache_folder(local)), local
+        if remote is not None:
+            check_readable(remote)
         super().__init__(local=local, **stream)
-        self.remote = remote  # Streaming refuses addresses that it has no client for; none of its clients is used
+        # Set afterwards, as Streaming refuses what its own clients can't reach; none of them is used.
+        self.remote = None if remote is None else remote.rstrip("/")
         if self._keep_zip is not None:
             self.safe_keep_zip = self._keep_zip or remote is None
         self.name = name
         self.fault_timeout = fault_timeout
-        self.stopped: Callable[[], bool] = _never
-        self._source = None if remote is None else open_place("/".join(filter(None, (remote.rstrip("/"), self.split))))
+        self.stopped: Callable[[], bool] = bool  # no
 
     @property
     def folder(self) -> Path:
         """Where its files lie on this machine."""
         return Path(self.local, self.split)
+
+    @property
+    def _source(self) -> Folder | Bucket | None:
+        """Where its files come from; a data set may set the split later."""
+        return None if self.remote is None else open_place("/".join(filter(None, (self.remote, self.split))))
 
     @property
     def where(self) -> str:
@@ -111,16 +114,17 @@ class GuardedStream(Stream):
             StreamError: It didn't come in time, or can't come.
             Stopped: Another process failed meanwhile.
         """
-        assert self._source is not None
         start, pause, mismatches, attempts = time.monotonic(), 0.2, 0, 0
         seconds = self.fault_timeout if patience is None else min(patience, self.fault_timeout)
         limits = Limits(min(self.download_timeout, seconds), start + seconds, self.stopped)
+        source = self._source
+        assert source is not None
         part = self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
         try:
             while True:
                 attempts += 1
                 try:
-                    self._source.fetch(name, part, limits)
+                    source.fetch(name, part, limits)
                     try:
                         check(part)
                     except Fault:
@@ -134,9 +138,8 @@ class GuardedStream(Stream):
                     if not fault.transient or mismatches == _MISMATCHES or left <= 0:
                         raise self.error(name, fault, attempts, time.monotonic() - start) from None
                     wait = min(pause * random.uniform(0.7, 1.0), left)
-                    log.warning(
-                        "%s of %s: %s: %s; attempt %d follows", name, self.where, fault.rule, fault.found, attempts + 1
-                    )
+                    what = f"{name} of {self.where}: {fault.rule}: {fault.found}"
+                    log.warning("%s; attempt %d follows", what, attempts + 1)
                 except OSError as error:
                     raise self.error(name, cache_fault(error)) from None
                 self._sleep(wait)
@@ -219,9 +222,7 @@ class GuardedStream(Stream):
         except Fault as fault:
             if self._source is None:
                 raise self.error(info.basename, fault) from None
-            log.warning(
-                "%s in the cache %s: %s: %s; it is fetched again", path.name, self.folder, fault.rule, fault.found
-            )
+            log.warning("%s in the cache: %s: %s; it is fetched again", path, fault.rule, fault.found)
             path.unlink(missing_ok=True)
             return False, -info.bytes
         except OSError as error:
