@@ -29,7 +29,7 @@ from composer_path.images.file import (
     orientation_of,
     to_rgb,
 )
-from composer_path.images.square import ResizedMismatch, Square, is_square, pack_square, unpack_square
+from composer_path.images.square import Fit, ResizedMismatch, Square, is_square, pack_square, unpack_square
 
 __all__ = [
     "IMAGE_MEAN",
@@ -46,7 +46,6 @@ __all__ = [
     "resize_image",
 ]
 
-Fit = Literal["pad", "crop"]
 Decoder = Literal["pil", "torchvision"]
 
 # ImageNet's, which the reference uses; other encoders bring their own.

@@ -95,6 +95,7 @@ def test_the_padding_colour_counts_only_where_there_is_padding(golden: Path) -> 
     assert load_stored_image(square, 28, "crop", "pil", PAD_COLOR).shape == (3, 28, 28)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_a_data_card_is_compared_as_a_whole() -> None:
     card = {"image_size": 448, "fit": "pad", "pad_color": [123, 116, 103]}
     check_resized(Square.of(**card), Square.of(448, "pad", PAD_COLOR))
