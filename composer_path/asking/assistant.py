@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
-from composer_path.images.file import ImageError
 from composer_path.images.pixels import ImagePreparation
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
+from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer

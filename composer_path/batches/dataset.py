@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.batches.balanced_dataset import BalancedStreamingDataset
 from composer_path.batches.mixture import Source, Template, asking_template, build_streams, template_of
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
-from composer_path.images.file import ImageError
 from composer_path.images.pixels import Decoder, Fit, ImagePreparation
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import ImagePosition, TemplateError
+from composer_path.records.rules import ImageError
 from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation
 from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_key, lengths_place, read_lengths

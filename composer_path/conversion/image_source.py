@@ -15,10 +15,11 @@ from typing import Any
 
 import xxhash
 
-from composer_path.images.file import ImageError, check_image, sanitize_image
+from composer_path.images.file import check_image, sanitize_image
+from composer_path.images.folder import resolve_image
 from composer_path.images.jpeg import is_jpeg
 from composer_path.images.square import Square
-from composer_path.records.conversation import RULES, RecordError, resolve_image
+from composer_path.records.rules import RecordError
 from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
@@ -111,9 +112,6 @@ class ImageSource:
                 data = sanitize_image(data, self._max_pixels, decode=self._decode)
         except RecordError as error:
             return error
-        except ImageError as error:
-            rule = error.rule if error.rule in RULES else "unreadable-image"
-            return RecordError(rule, error.found, error.fix or "replace the file")
         return StoredImage(data, xxhash.xxh64_intdigest(data), mpp)
 
     def _read(self, name: str) -> bytes:

@@ -22,7 +22,8 @@ from composer_path.conversion.identifiers import KeyedHashes
 from composer_path.conversion.image_source import ImageSource, StoredImage
 from composer_path.conversion.input_scan import Partition
 from composer_path.conversion.record_file import RawRecord, read_range
-from composer_path.records.conversation import RECORD_KEYS, Conversation, RecordError, id_of, problems_of
+from composer_path.records.conversation import Conversation, id_of
+from composer_path.records.rules import RECORD_KEYS, RecordError, problems_of
 from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.columns import COLUMNS, packed_parts
 from composer_path.shards.writer import ShardWriter, verify

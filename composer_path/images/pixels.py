@@ -23,15 +23,14 @@ from torch import Tensor
 
 from composer_path.images.file import (
     MAX_PIXELS,
-    ImageError,
     decode_pixels,
     open_image,
     orientation_of,
     to_rgb,
 )
-from composer_path.images.square import Square, is_square, pack_square, unpack_square
+from composer_path.images.square import Fit, Square, is_square, pack_square, unpack_square
+from composer_path.records.rules import ImageError
 
-Fit = Literal["pad", "crop"]
 Decoder = Literal["pil", "torchvision"]
 Pixels = UInt8[Tensor, "3 size size"]
 

@@ -26,9 +26,9 @@ from composer_path.images.features import (
     is_features,
     pack_features,
 )
-from composer_path.images.file import ImageError
 from composer_path.images.pixels import ImagePreparation, normalize_image
 from composer_path.models.vision_encoder import VisionEncoder
+from composer_path.records.rules import ImageError
 from composer_path.run.preparation import images_of
 from composer_path.shards.columns import COLUMNS, pack_images, unpack_images
 from composer_path.shards.view import ShardView, ShardViewError

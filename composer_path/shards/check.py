@@ -18,10 +18,11 @@ from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, LENGTHS_
 from composer_path.conversion.partition import DONE_NAME, IMAGE_HASHES_NAME
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
-from composer_path.images.file import ImageError, check_image
+from composer_path.images.file import check_image
 from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
+from composer_path.records.rules import ImageError
 from composer_path.shards.view import (
     DamagedShard,
     ShardView,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from composer_path.images.features import is_features
-from composer_path.images.file import ImageError, open_image
+from composer_path.images.file import open_image
 from composer_path.images.square import is_square, square_of
+from composer_path.records.rules import ImageError
 from composer_path.shards.view import ShardView, StoredSample, in_processes
 
 

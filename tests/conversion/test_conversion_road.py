@@ -16,7 +16,8 @@ from PIL import Image, PngImagePlugin
 from composer_path.conversion.convert import ConvertSummary, convert, pack_images, unpack_images
 from composer_path.conversion.identifiers import IDENTIFYING_KEYS, read_or_make_key
 from composer_path.conversion.rejections import ConvertError
-from composer_path.records.conversation import RULES, Conversation
+from composer_path.records.conversation import Conversation
+from composer_path.records.rules import RULES
 from composer_path.shards.columns import FORMAT_VERSION
 
 REPO = Path(__file__).resolve().parents[2]
