@@ -226,7 +226,6 @@ def _check_language_model(config: dict[str, Any] | str | None) -> None:
 def _loader(required: bool) -> Section:
     from streaming import StreamingDataset
 
-    from composer_path.batches.collator import LOSS_AVERAGES
     from composer_path.batches.dataset import ConversationDataset
     from composer_path.batches.loader import build_dataloader
     from composer_path.batches.mixture import build_stream, check_streams
@@ -274,7 +273,6 @@ def _loader(required: bool) -> Section:
             "global_batch_size": _positive(loader, "global_batch_size"),
             "max_tokens_per_microbatch": _positive(loader, "max_tokens_per_microbatch"),
             "num_workers": replace(_key(loader, "num_workers"), at_least=0),
-            "loss_average": Key(str, choices=LOSS_AVERAGES),
         },
     )
 
