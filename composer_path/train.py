@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer_path.commands.verb import mistakes, parse
 from composer_path.config.files import check_lengths, check_start
 from composer_path.config.reading import ConfigError, load_config, plain
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from composer import Algorithm, Callback, Trainer
     from composer.core import DataSpec
     from composer.loggers import LoggerDestination
@@ -24,33 +27,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command `train.py YAML [key=value ...] [--check]`; returns the exit code."""
-    words = [word for word in arguments if word != "--check"]
-    if not words:
-        print("usage: composer train.py YAML [key=value ...] [--check]", file=sys.stderr)
-        return 2
-    try:
-        config = load_config(words[0], words[1:])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if "--check" in arguments:
-        print(f"{words[0]}: no mistake found")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `composer-path train`; returns the exit code."""
+    options = parse("train", arguments)
+    with mistakes("train", only_ours=True) as ending:
+        return start(options)
+    return ending.code
+
+
+def start(options: Namespace) -> int:
+    """Check a YAML, and unless only that is wanted, train as it says.
+
+    Args:
+        options: `yaml`, `words` (overrides), `check` (only that) and `files` (look at files then, too).
+
+    Raises:
+        ConfigError: Lists all mistakes.
+    """
+    config = load_config(options.yaml, options.words)
+    if options.files or not options.check:
+        problems = check_start(plain(config)) or check_lengths(plain(config))
+        if problems:
+            raise ConfigError(options.yaml, problems)
+    if options.check:
+        unseen = "" if options.files else "; files were not looked for (--files does)"
+        print(f"{options.yaml}: no mistake found{unseen}")
         return 0
-    problems = check_start(plain(config)) or check_lengths(plain(config))
-    if problems:
-        print(ConfigError(words[0], problems), file=sys.stderr)
-        return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("composer_path").setLevel(logging.INFO)
-    from composer_path.weights.tensor_file import WeightsError
-
-    try:
-        train(config)
-    except WeightsError as error:  # a file that doesn't fit the model it is named for
-        print(error, file=sys.stderr)
-        return 2
+    train(config)
     return 0
 
 
@@ -182,3 +187,7 @@ def build_loader(
     )
     check_features(loader.dataloader.dataset, encoder, algorithms)
     return loader
+
+
+if __name__ == "__main__":
+    sys.exit(main())
