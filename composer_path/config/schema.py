@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from composer_path.config.types import resolve_annotation
 from composer_path.run.names import named_classes
@@ -226,6 +226,7 @@ def _check_language_model(config: dict[str, Any] | str | None) -> None:
 def _loader(required: bool) -> Section:
     from streaming import StreamingDataset
 
+    from composer_path.batches.batch import LossAverage
     from composer_path.batches.dataset import ConversationDataset
     from composer_path.batches.loader import build_dataloader
     from composer_path.batches.mixture import build_stream, check_streams
@@ -273,6 +274,7 @@ def _loader(required: bool) -> Section:
             "global_batch_size": _positive(loader, "global_batch_size"),
             "max_tokens_per_microbatch": _positive(loader, "max_tokens_per_microbatch"),
             "num_workers": replace(_key(loader, "num_workers"), at_least=0),
+            "loss_average": Key(str, choices=get_args(LossAverage)),
         },
     )
 
