@@ -109,9 +109,8 @@ class Batch:
         return replace(self, **part, samples_per_bin=[stop - start])
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed)
 
     def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
