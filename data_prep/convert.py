@@ -114,9 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     merging = list(arguments[:1]) == ["merge"]
     options = parse_merge_arguments(arguments[1:]) if merging else parse_arguments(arguments)
     # Only now: --help should come at once.
-    from composer_path.conversion.convert import MAX_PIXELS, convert, merge
+    from composer_path.conversion.convert import convert, merge
     from composer_path.conversion.progress import ConvertProgress
     from composer_path.conversion.rejections import ConvertError, explained
+    from composer_path.images.file import MAX_PIXELS
     from composer_path.storage.places import StorageError, shown
 
     progress = ConvertProgress(sys.stderr)
