@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import xxhash
 
+from composer_path.conversion.options import ConvertOptions
 from composer_path.images.file import check_image, sanitize_image
 from composer_path.images.folder import resolve_image
 from composer_path.images.jpeg import is_jpeg
@@ -48,15 +48,13 @@ class ImageSource:
     """The image folder of a conversion.
 
     Args:
-        images: folder, or an address in a bucket.
-        max_pixels: larger images are refused unread.
-        check: "full" decodes every image once, "header" reads no more than its structure.
-        resized: ``{image_size, fit, pad_color}`` to store finished squares, None for the files themselves.
+        images: Folder, or an address in a bucket.
+        options: How images are checked, and whether finished squares are stored in place of the files.
     """
 
-    def __init__(self, images: str, max_pixels: int, check: str, resized: dict[str, Any] | None) -> None:
-        self._images, self._max_pixels = images, max_pixels
-        self._decode, self._resized = check == "full", resized
+    def __init__(self, images: str, options: ConvertOptions) -> None:
+        self._images, self._max_pixels = images, options.max_pixels
+        self._decode, self._resized = options.check == "full", options.resized
         self._bucket = Bucket(images) if is_remote(images) else None
         self._stored: OrderedDict[str, StoredImage | RecordError] = OrderedDict()
         self._num_bytes = 0

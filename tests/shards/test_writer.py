@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from composer_path.conversion import image_source
-from composer_path.conversion.convert import COLUMNS, ConvertSummary, convert, merge
+from composer_path.conversion.convert import convert, merge
 from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.summary import ConvertSummary
+from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.storage.places import Folder, StorageError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -319,7 +321,6 @@ def test_a_truncated_image_is_found_by_both_checks(source: Path, tmp_path: Path,
 def test_resized_images_are_finished_squares(source: Path, tmp_path: Path) -> None:
     from stored_images import load_stored_image
 
-    from composer_path.conversion.convert import unpack_images
     from composer_path.images.pixels import load_image
 
     resized = {"image_size": 16, "fit": "pad", "pad_color": [1, 2, 3]}
