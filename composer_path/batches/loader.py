@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -20,6 +16,7 @@ from composer_path.batches.collator import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import Batch, split_batch
 from composer_path.images.pixels import pad_color_of
+from composer_path.parallel import end_with_parent
 from composer_path.stream.error import StreamError
 
 log = logging.getLogger(__name__)
@@ -57,19 +54,6 @@ class WholeEpochLoader(DataLoader):
         found = getattr(self.dataset, "imbalance", None)
         if found is not None and dist.get_global_rank() == 0:
             log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
-
-
-def end_with_parent(worker_id: int) -> None:
-    """Let a loader's worker end when the training process does, even by SIGKILL: it may be waiting for a shard."""
-    parent = multiprocessing.parent_process()
-    pid = os.getppid() if parent is None else parent.pid
-
-    def watch() -> None:
-        while os.getppid() == pid:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def build_dataloader(

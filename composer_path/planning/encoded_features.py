@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +15,6 @@ import torch
 from jaxtyping import BFloat16, UInt8
 from torch import Tensor
 
-from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, MANIFEST_NAME
 from composer_path.images.features import (
     INDEX_KEY,
     FeaturesError,
@@ -28,14 +25,15 @@ from composer_path.images.features import (
 )
 from composer_path.images.pixels import ImageError, load_stored_image, normalize_image, pad_color_of
 from composer_path.models.vision_encoder import VisionEncoder
-from composer_path.shards.columns import COLUMNS, pack_images, unpack_images
-from composer_path.shards.view import ShardView, ShardViewError
-from composer_path.shards.writer import ShardWriter
-from composer_path.storage.places import open_place
+from composer_path.parallel import in_threads
+from composer_path.shards.columns import pack_images, unpack_images
+from composer_path.shards.index import INDEX_NAME, empty_place, new_set
+from composer_path.shards.mds import ShardError
+from composer_path.shards.view import ShardView
 
 # Algorithms that change images: they would find none.
 IMAGE_ALGORITHMS = ("stain_jitter",)
-_PART, _SIZE_LIMIT = "part-00000", 2**28  # 160 images of the reference's encoder in a shard
+_SIZE_LIMIT = 2**28  # 160 images of the reference's encoder in a shard
 _KEPT = ("format", "format_version", "composer_path", "source", "columns")
 
 
@@ -176,98 +174,79 @@ def encode_set(
         progress: Called with the number of samples that are done.
 
     Raises:
-        ShardViewError: The set can't be read or holds features already, or something lies at `out`.
+        ShardError: The set can't be read or holds features already, or something lies at `out`.
         StorageError: The new set can't be written.
     """
     if features_in_index(view.place.read(INDEX_NAME)) is not None:
-        raise ShardViewError(f"{view.place}: holds features already; encode the set of images that they were made of")
-    place = open_place(out)
-    if place.files():
-        raise ShardViewError(f"{place}: must be empty, found files; choose another place")
-    writer, summary = ShardWriter(place, _PART, COLUMNS, _SIZE_LIMIT, ["xxh64"]), EncodedSummary()
-    try:
-        place.write(MANIFEST_NAME, [b"{}\n"])  # says to who looks in that this set isn't finished
+        raise ShardError(f"{view.place}: holds features already; encode the set of images that they were made of")
+    place, summary = empty_place(out), EncodedSummary()
+    with new_set(place, _SIZE_LIMIT, ["xxh64"]) as new:
         for columns, stored in _encoded(view, encoder, batch_size, workers):
-            writer.write(columns | {"images": pack_images(stored)})
+            new.writer.write(columns | {"images": pack_images(stored)})
             summary.samples += 1
             if progress is not None:
                 progress(summary.samples)
             summary.images += len(stored)
             summary.undecodable += sum(not is_features(image) for image in stored)
             summary.bytes += sum(map(len, stored))
-        writer.finish()
-        features = encoder.feature_set.to_json()
-        card = _card(view, summary, writer.shards, features)
-        place.sync(f"{_PART}/{file['name']}" for file in writer.files)
-        place.write(CARD_NAME, [(json.dumps(card, indent=2) + "\n").encode()], durable=True)
-        index = {"shards": writer.shards, "version": 2, INDEX_KEY: features}
-        place.write(INDEX_NAME, [json.dumps(index, sort_keys=True).encode()], durable=True)
-        place.delete([MANIFEST_NAME])
-    except BaseException:
-        ours = (INDEX_NAME, CARD_NAME, MANIFEST_NAME, f"{_PART}/")
-        place.delete([name for name in place.files() if name.startswith(ours)])
-        raise
-    finally:
-        writer.close()
+        written, features = new.finish(), encoder.feature_set.to_json()
+        new.publish(_card(view, summary, written, features), {INDEX_KEY: features})
     return summary
 
 
-Decoded = list[UInt8[Tensor, "3 height width"] | None]
-Group = list[tuple[dict[str, Any], list[bytes]]]  # columns of samples, and their images
+@dataclass(frozen=True)
+class DecodedSample:
+    """A sample on its way to features.
+
+    Attributes:
+        columns: As stored.
+        images: The stored files.
+        pixels: Of each image; None where it can't be decoded.
+    """
+
+    columns: dict[str, Any]
+    images: list[bytes]
+    pixels: list[UInt8[Tensor, "3 height width"] | None]
 
 
 def _encoded(
     view: ShardView, encoder: FeatureEncoder, batch_size: int, workers: int
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """Samples with what is stored of their images: features, or the file itself where it can't be decoded."""
-    with ThreadPoolExecutor(workers) as pool:
-        # While one group is encoded, the next one is read and decoded.
-        waiting: tuple[Group, list[Future]] | None = None
-        for group in _and_none(_groups(view, batch_size)):
-            begun = None if group is None else (group, [pool.submit(encoder.decode, image) for image in _images(group)])
-            if waiting is not None:
-                yield from _finish(waiting[0], [future.result() for future in waiting[1]], encoder, batch_size)
-            waiting = begun
+
+    def decode(columns: dict[str, Any]) -> DecodedSample:
+        images = unpack_images(columns["images"])
+        return DecodedSample(columns, images, [encoder.decode(image) for image in images])
+
+    samples = (columns for number in range(len(view.shards)) for _, columns in view.records(number))
+    group: list[DecodedSample] = []
+    num_images = 0
+    # Two threads at least and two groups ahead: while one group is encoded, the next one is decoded.
+    for sample in in_threads(decode, samples, max(2, workers), ahead=2 * batch_size + workers):
+        group.append(sample)
+        num_images += len(sample.images)
+        if num_images >= batch_size or len(group) >= 8 * batch_size:
+            yield from _finish(group, encoder, batch_size)
+            group, num_images = [], 0
+    yield from _finish(group, encoder, batch_size)
 
 
 def _finish(
-    group: Group, decoded: Decoded, encoder: FeatureEncoder, batch_size: int
+    group: list[DecodedSample], encoder: FeatureEncoder, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    good = [pixels for pixels in decoded if pixels is not None]
+    good = [pixels for sample in group for pixels in sample.pixels if pixels is not None]
     features = (
         pack_features(of_image)
         for at in range(0, len(good), batch_size)
         for of_image in encoder.encode(torch.stack(good[at : at + batch_size]))
     )
-    results = iter(decoded)
-    for columns, images in group:
-        yield columns, [image if next(results) is None else next(features) for image in images]
-
-
-def _groups(view: ShardView, num_images: int) -> Iterator[Group]:
-    """Samples in order, as many as have so many images together."""
-    group: Group = []
-    for number in range(len(view.shards)):
-        for _, columns in view.records(number):
-            group.append((columns, unpack_images(columns["images"])))
-            if len(_images(group)) >= num_images or len(group) >= 8 * num_images:
-                yield group
-                group = []
-    if group:
-        yield group
-
-
-def _and_none(groups: Iterator[Group]) -> Iterator[Group | None]:
-    yield from groups
-    yield None
-
-
-def _images(group: Group) -> list[bytes]:
-    return [image for _, images in group for image in images]
+    for sample in group:
+        decoded = zip(sample.images, sample.pixels, strict=True)
+        yield sample.columns, [image if pixels is None else next(features) for image, pixels in decoded]
 
 
 def _card(
-    view: ShardView, summary: EncodedSummary, shards: list[dict[str, Any]], features: dict[str, Any]
+    view: ShardView, summary: EncodedSummary, written: dict[str, int], features: dict[str, Any]
 ) -> dict[str, Any]:
     """The new set's data card: what still holds of the old one's, and how the features were made."""
     return {
@@ -276,9 +255,7 @@ def _card(
         "images": summary.images,
         "undecodable": summary.undecodable,
         INDEX_KEY: features,
-        "shards": len(shards),
-        "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
-        "partitions": 1,
+        **written,
     }
 
 

@@ -7,20 +7,18 @@ the YAML, as training takes it.
 from __future__ import annotations
 
 import inspect
-import io
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from composer_path.conversion.destination import INDEX_NAME
+from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import PromptTemplate, TemplateError
 from composer_path.records.tokenize import tokenize_conversation
 from composer_path.records.vocabulary import TextEncoder, text_encoder
+from composer_path.shards.index import INDEX_NAME
 from composer_path.shards.lengths import (
     LengthsError,
     LengthsKey,
@@ -31,14 +29,7 @@ from composer_path.shards.lengths import (
     read_lengths,
     write_lengths,
 )
-from composer_path.shards.view import (
-    DamagedShard,
-    ShardView,
-    decompressed,
-    in_processes,
-    name_of,
-    stored_info,
-)
+from composer_path.shards.view import ShardView
 from composer_path.storage.places import StorageError, open_place
 
 if TYPE_CHECKING:
@@ -182,7 +173,7 @@ def measure(
 
     Raises:
         LengthsError: There is no such set.
-        ShardViewError: It can't be read.
+        ShardError: It can't be read.
         OSError: The lengths can't be written.
     """
     from composer_path.records.vocabulary import load_tokenizer
@@ -219,7 +210,7 @@ def measure_set(
 
     Raises:
         LengthsError: There is no such set.
-        ShardViewError: It can't be read.
+        ShardError: It can't be read.
         OSError: The lengths can't be written.
     """
     key, place = found.key(tokenizer), lengths_place(found.url, found.folder)
@@ -229,7 +220,7 @@ def measure_set(
     tasks = [(view, number, found, text_encoder(tokenizer)) for number in range(len(view.shards))]
     report = None if progress is None else progress(len(tasks))
     parts = []
-    for part in in_processes(_measure_shard, tasks, workers):
+    for part in in_processes(_measure_shard, tasks, workers, fork=True):
         parts.append(part)
         if report is not None:
             report(len(parts))
@@ -240,7 +231,7 @@ def measure_set(
 
 def _measure_shard(task: tuple[ShardView, int, TrainingSet, TextEncoder]) -> np.ndarray:
     view, number, found, encoder = task
-    counts = [measure_sample(data, num_images, found, encoder) for data, num_images in texts(view, number)]
+    counts = [measure_sample(data, num_images, found, encoder) for data, num_images in view.texts(number)]
     return np.array(counts, np.int32).reshape(-1, 3)
 
 
@@ -261,39 +252,3 @@ def measure_sample(data: Any, num_images: int, found: TrainingSet, encoder: Text
     if not tokens.num_answer_tokens:
         return 1, 0, 0
     return len(tokens.input_ids), tokens.num_answer_tokens, tokens.num_images
-
-
-def texts(view: ShardView, number: int) -> Iterator[tuple[Any, int]]:
-    """Yield the conversation column and the number of images of each sample of a shard; images are passed over.
-
-    Raises:
-        DamagedShard: It isn't what the index says.
-    """
-    shard = view.shards[number]
-    columns = shard["column_names"]
-    with view.open_file(stored_info(shard)["basename"]) as stored:
-        file = decompressed(stored, shard) if shard.get("zip_data") else stored
-        count = shard["samples"]
-        header = _read(file, 4 * (count + 2), shard)
-        num_samples, *places = struct.unpack(f"<{count + 2}I", header)
-        if num_samples != count:
-            raise DamagedShard(f"{name_of(shard)}: its header doesn't fit {count} samples")
-        for place in places[:-1]:
-            file.seek(place)
-            sizes = struct.unpack(f"<{len(columns)}I", _read(file, 4 * len(columns), shard))
-            starts = dict(zip(columns, np.cumsum([place + 4 * len(columns), *sizes]).tolist(), strict=False))
-            file.seek(starts["conversation"])
-            text = _read(file, sizes[columns.index("conversation")], shard)
-            file.seek(starts["images"])
-            (num_images,) = struct.unpack("<I", _read(file, 4, shard))
-            try:
-                yield json.loads(text), num_images
-            except ValueError as error:  # its message may quote the text
-                raise DamagedShard(f"{name_of(shard)}: a sample doesn't decode ({type(error).__name__})") from None
-
-
-def _read(file: io.IOBase, size: int, shard: Mapping[str, Any]) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise DamagedShard(f"{name_of(shard)}: it ends before its last sample")
-    return data

@@ -16,8 +16,9 @@ from streaming import MDSWriter
 
 from composer_path import IGNORE_INDEX, IMAGE_TOKEN_ID, Conversation, load_image, tokenize_conversation
 from composer_path.batches.dataset import ConversationDataset, is_hematoxylin_eosin
-from composer_path.conversion.convert import convert, pack_images
+from composer_path.conversion.convert import convert
 from composer_path.records.vocabulary import load_tokenizer
+from composer_path.shards.columns import pack_images
 
 # Of test_data/data.json: an H&E tile, one with another stain, two images, no image, several turns.
 CHOSEN = {

@@ -105,7 +105,7 @@ def test_a_bucket_gets_the_same_files_as_a_folder(bucket: Path, tmp_path: Path, 
 def test_a_conversion_killed_on_the_way_to_a_bucket_is_resumed(bucket: Path, tmp_path: Path) -> None:
     out, key = "s3://sets/killed", tmp_path / "key"
     line = [sys.executable, str(COMMAND), "--data", "s3://hospital/data.jsonl", "--images", "s3://hospital/imgs"]
-    line += ["--out", out, "--key", str(key), "--partition-size", "3", "--size-limit", "600", "--workers", "2"]
+    line += ["--out", out, "--key", str(key), "--partition-size", "3", "--size-limit", "600b", "--workers", "2"]
     running = subprocess.Popen([*line, "--resume"], start_new_session=True, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
@@ -125,7 +125,7 @@ def test_a_conversion_killed_on_the_way_to_a_bucket_is_resumed(bucket: Path, tmp
     assert "part-00000/done.json" in found or any(name.endswith("done.json") for name in found)
     assert "index.json" not in found
     summary = convert(
-        "s3://hospital/data.jsonl", "s3://hospital/imgs", out, size_limit="600", partition_size=3, key=key, resume=True
+        "s3://hospital/data.jsonl", "s3://hospital/imgs", out, size_limit="600b", partition_size=3, key=key, resume=True
     )
     assert summary.resumed >= 1
     convert(
@@ -133,7 +133,7 @@ def test_a_conversion_killed_on_the_way_to_a_bucket_is_resumed(bucket: Path, tmp
         bucket / "hospital" / "imgs",
         tmp_path / "out",
         key=key,
-        size_limit="600",
+        size_limit="600b",
         partition_size=3,
     )
     assert without_stamps(contents(bucket / "sets" / "killed")) == without_stamps(contents(tmp_path / "out"))

@@ -15,7 +15,6 @@ from tiny_run import Witness, convert_shards, load_tiny_config, run
 from composer_path.batches.collator import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import split_batch
-from composer_path.conversion.destination import publish
 from composer_path.images.features import FeaturesError, features_in_index
 from composer_path.models.composer_model import ComposerPathMLLM
 from composer_path.models.language_model import cast_parameters
@@ -28,9 +27,9 @@ from composer_path.planning.encoded_features import (
 )
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.parts import build_model, plain
-from composer_path.shards.columns import COLUMNS, pack_images
+from composer_path.shards.columns import pack_images
+from composer_path.shards.index import new_set
 from composer_path.shards.view import ShardView
-from composer_path.shards.writer import ShardWriter
 from composer_path.storage.places import Folder
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -104,15 +103,13 @@ def test_the_sets_tools_read_it(root: Path) -> None:
 
 
 def one_sample_set(folder: Path, image: bytes) -> Path:
-    place = Folder(folder)
-    writer = ShardWriter(place, "part-00000", COLUMNS, 2**20, ["xxh64"])
-    for data in (image, (REPO_ROOT / "test_data" / "imgs" / "cmu_x1120_y1960_160.jpg").read_bytes()):
-        turns = [["human", "<image>\nWhat is it?"], ["assistant", "A gland."]]
-        conversation = {"turns": turns, "system": None}
-        writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
-    writer.finish()
-    writer.close()
-    publish(place, [{"partition": 0, "files": writer.files, "shards": writer.shards}], {})
+    with new_set(Folder(folder), 2**20, ["xxh64"]) as new:
+        for data in (image, (REPO_ROOT / "test_data" / "imgs" / "cmu_x1120_y1960_160.jpg").read_bytes()):
+            turns = [["human", "<image>\nWhat is it?"], ["assistant", "A gland."]]
+            conversation = {"turns": turns, "system": None}
+            new.writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
+        new.finish()
+        new.publish({})
     return folder
 
 
