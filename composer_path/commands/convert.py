@@ -7,11 +7,11 @@ Exit code: 0 written, 1 nothing published because of the input or a place, 2 wro
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from composer_path.conversion.convert import Progress
@@ -39,21 +39,21 @@ OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is converted, where to, and how."""
-    from composer_path.conversion.convert import convert
+    from composer_path.conversion import options
 
     add = parser.add_argument
     records = "JSON list or JSONL of {id, image, conversations: [{from, value}]}; a file or an address (s3://...)"
     add("--data", required=True, help=records)
     add("--images", required=True, help="folder or address of the images that the records name")
     add("--out", required=True, help="folder or address for the shards, empty or not there yet")
-    hints, signature = get_type_hints(convert), inspect.signature(convert)
+    known = {field.name: field for field in fields(options.ConvertOptions)}
     for name, purpose in OPTIONS.items():
-        flag, hint, default = f"--{name.replace('_', '-')}", hints[name], signature.parameters[name].default
-        if hint is bool:
+        flag, kind, default = f"--{name.replace('_', '-')}", str(known[name].type), known[name].default
+        if kind == "bool":
             add(flag, action="store_true", help=purpose)
             continue
-        choices = get_args(hint) if get_origin(hint) is Literal else None
-        number = int if hint is int or hint == int | None else str
+        choices = get_args(getattr(options, kind, None)) or None  # of a Literal with a name
+        number = int if kind in ("int", "int | None") else str
         shown = purpose if default is None else f"{purpose} (default: %(default)s)"
         add(flag, type=number, choices=choices, default=default, help=shown, metavar=None if choices else "X")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: as many as cores)")
@@ -74,16 +74,18 @@ def color(text: str) -> list[int]:
 
 def run(options: argparse.Namespace) -> int:
     """Convert."""
-    from composer_path.conversion.convert import convert
+    from composer_path.conversion.options import ConvertOptions
 
-    keywords: dict[str, Any] = {name: getattr(options, name) for name in OPTIONS}
+    keywords: dict[str, Any] = {name: getattr(options, name) for name in ("workers", *OPTIONS)}
     if options.resize is not None:
         pad_color = options.pad_color if options.fit == "pad" else None
         keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}
+    ConvertOptions(**keywords)  # a wrong word is a mistake of the command, not of the input
+
+    from composer_path.conversion.convert import convert
+
     places = (options.data, options.images, options.out)
-    return convert_and_report(
-        lambda progress: convert(*places, workers=options.workers, progress=progress, **keywords), options.out
-    )
+    return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out)
 
 
 def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:

@@ -97,6 +97,9 @@ def test_wrong_arguments_end_with_status_2(arguments: list[str]) -> None:
         [*arguments, "--ids", "none"],
         [*arguments, "--compress"],
         [*arguments, "--max-pixels", "x"],
+        [*arguments, "--size-limit", "64"],
+        [*arguments, "--part", "3/2"],
+        [*arguments, "--resume", "--overwrite"],
         [*arguments, "--pad-color", "1,2"],
         [*arguments, "--pad-color", "1,2,256"],
     ):
