@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from composer_path.images.pixels import ImageError, load_image, pad_color_of
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.records.tokenize import IGNORE_INDEX, tokenize_conversation, tokenize_prompt
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.export import PROCESSOR_CONFIG
+from composer_path.weights.model_folder import PathMLLM
 
 
 class Assistant:

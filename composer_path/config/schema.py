@@ -119,10 +119,10 @@ def _tokenizer() -> Section:
 def _model() -> Section:
     from composer_path.models.attention import AttentionBackend
     from composer_path.models.attentional_pooler import PoolerKind, PoolerSettings
-    from composer_path.models.language_model import build_language_model
     from composer_path.models.path_mllm import ModuleName
-    from composer_path.models.projector import MlpSettings, build_projector
-    from composer_path.models.vision_encoder import Tokens, build_vision_encoder
+    from composer_path.models.projector import MlpSettings, untrained_projector
+    from composer_path.models.vision_encoder import Tokens, untrained_vision_encoder
+    from composer_path.weights.language_folder import build_language_model
 
     from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
     decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
@@ -131,20 +131,22 @@ def _model() -> Section:
     return Section(
         {
             "vision_encoder": section_of(
-                build_vision_encoder,
+                untrained_vision_encoder,
                 required=True,
                 changes={
                     "name": Key(str, required=True, check=_check_vision_name),
                     "image_size": Key(int | None, at_least=1),
                     "tokens": Key(str, choices=get_args(Tokens)),
+                    "weights": Key(str | None),
                 },
             ),
             "projector": section_of(
-                build_projector,
+                untrained_projector,
                 required=True,
                 refused=from_parts,
                 changes={
                     "type": Key(str | None, check=_check_projector_type),
+                    "weights": Key(str | None),
                     "pooler": section_of(PoolerSettings, changes=counts),
                     "mlp": section_of(MlpSettings, changes={"depth": Key(int, at_least=0)}),
                 },

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.vocabulary import save_tokenizer
 from composer_path.weights.folder import write_json
+from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 
 PROCESSOR_CONFIG = "processor_config.json"

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
-    from composer_path.models.path_mllm import PathMLLM
+    from composer_path.models import path_mllm
+    from composer_path.weights.model_folder import PathMLLM
 
 
 def settle_on_device(config: DictConfig) -> DictConfig:
@@ -64,7 +65,10 @@ def build_processor(config: DictConfig) -> dict[str, Any]:
 
 
 def build_loader(
-    section: dict[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase, algorithms: Iterable[str] = ()
+    section: dict[str, Any],
+    model: path_mllm.PathMLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    algorithms: Iterable[str] = (),
 ) -> tuple[DataSpec, int]:
     """A loader that prepares samples for this model and suits the algorithms, and how many a rank gets in a step."""
     from composer.utils import dist

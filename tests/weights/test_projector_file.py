@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from composer_path.models.projector import Projector, build_projector
+from composer_path.models.projector import Projector
 from composer_path.weights.projector_file import (
+    build_projector,
     from_reference_projector,
     load_projector,
     load_projector_weights,
