@@ -110,18 +110,6 @@ def read_projector_config(path: str | Path) -> dict[str, Any] | None:
     return json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
 
 
-def load_projector(path: str | Path) -> Projector:
-    """The projector of a `projector.safetensors`, rebuilt from the config in it.
-
-    Raises:
-        WeightsError: A file without a config.
-    """
-    config = read_projector_config(path)
-    if config is None:
-        raise WeightsError(f"weights: '{path}' has no projector config in it; build the projector, then load the file")
-    return build_projector(**config, weights=str(path))
-
-
 def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:
     """Load a projector's weights from any of the three kinds of file.
 
