@@ -225,6 +225,8 @@ def _fingerprint(shaping: dict[str, Any], source: dict[str, Any], key: bytes | N
 
 
 if __name__ == "__main__":
-    import runpy
+    import sys
 
-    runpy.run_module("composer_path.commands.convert", run_name="__main__")
+    from composer_path.cli import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))
