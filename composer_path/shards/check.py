@@ -35,10 +35,10 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        file: name in the set.
-        rule: a short slug.
-        found: what was found; never text, a name or an id.
-        position: the sample's, if one is meant.
+        file: Name in the set.
+        rule: A short slug.
+        found: What was found; never text, a name or an id.
+        position: The sample's, if one is meant.
     """
 
     file: str
@@ -57,11 +57,11 @@ class CheckResult:
     """What a check looked at and found.
 
     Attributes:
-        shards: shards read.
-        samples: samples decoded.
-        images: images decoded.
-        without_hash: shards for which the index has no checksum.
-        problems: in the set's order.
+        shards: Shards read.
+        samples: Samples decoded.
+        images: Images decoded.
+        without_hash: Shards for which the index has no checksum.
+        problems: In the set's order.
     """
 
     shards: int = 0
@@ -88,10 +88,10 @@ class LabelCounter:
     """Counts the tokens of a conversation that are learned, as training would.
 
     Args:
-        tokenizer: its folder or file.
-        template: name of a prompt template, or its keywords as a JSON object.
-        max_seq_len: samples are cut at this many tokens, images included; None for no limit.
-        num_image_tokens: placeholders of an image.
+        tokenizer: Its folder or file.
+        template: Name of a prompt template, or its keywords as a JSON object.
+        max_seq_len: Samples are cut at this many tokens, images included; None for no limit.
+        num_image_tokens: Placeholders of an image.
         image_position: `front` or `inline`.
     """
 
@@ -105,7 +105,7 @@ class LabelCounter:
         """Return the number of labels.
 
         Raises:
-            TemplateError: the template can't express this conversation.
+            TemplateError: The template can't express this conversation.
         """
         from composer_path.records.tokenize import tokenize_conversation
 
@@ -132,16 +132,16 @@ def check_shards(
     """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
 
     Args:
-        view: the set.
-        workers: processes.
-        count_labels: tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
-        progress: called with the number of shards after each.
+        view: The set.
+        workers: Processes.
+        count_labels: Tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
+        progress: Called with the number of shards after each.
 
     Returns:
         All that is wrong; nothing is raised for a damaged set.
 
     Raises:
-        ValueError: there is no such tokenizer or template.
+        ValueError: There is no such tokenizer or template.
     """
     if isinstance(count_labels, LabelCounter):
         _encoder(count_labels.tokenizer, count_labels.template)  # a wrong path shows before anything is read
