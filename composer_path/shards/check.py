@@ -40,10 +40,10 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        file: name in the set.
-        rule: a short slug.
-        found: what was found; never text, a name or an id.
-        position: the sample's, if one is meant.
+        file: Name in the set.
+        rule: A short slug.
+        found: What was found; never text, a name or an id.
+        position: The sample's, if one is meant.
     """
 
     file: str
@@ -62,11 +62,11 @@ class CheckResult:
     """What a check looked at and found.
 
     Attributes:
-        shards: shards read.
-        samples: samples decoded.
-        images: images decoded.
-        without_hash: shards for which the index has no checksum.
-        problems: in the set's order.
+        shards: Shards read.
+        samples: Samples decoded.
+        images: Images decoded.
+        without_hash: Shards for which the index has no checksum.
+        problems: In the set's order.
     """
 
     shards: int = 0
@@ -111,10 +111,10 @@ def check_shards(
     """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
 
     Args:
-        view: the set.
-        workers: processes.
-        count_labels: tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
-        progress: called with the number of shards after each.
+        view: The set.
+        workers: Processes.
+        count_labels: Tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
+        progress: Called with the number of shards after each.
 
     Returns:
         All that is wrong; nothing is raised for a damaged set.

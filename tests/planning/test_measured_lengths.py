@@ -205,7 +205,7 @@ def test_a_set_that_is_not_there_or_is_cut_is_an_error_without_a_file(
         name = shard["raw_data"]["basename"]
         (tmp_path / "cut" / name).write_bytes((shards / "captions" / name).read_bytes()[:5000])
     assert measure.main(arguments(tmp_path, "--workers", "1", name="cut")) == 1
-    assert "it ends before its last sample" in capsys.readouterr().err
+    assert "its header doesn't fit 30 samples in 5000 bytes" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["index.json", "part-00000"]
 
 
