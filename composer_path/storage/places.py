@@ -117,12 +117,7 @@ class Folder:
             sync_folder(folder)
 
     def fetch(self, name: str, to: Path, limits: Limits) -> None:
-        """One attempt to copy a file, whose errors tell this folder's from the other's.
-
-        Raises:
-            Fault: It failed.
-            Stopped: It was called off.
-        """
+        """Copy a file in one attempt, see `storage.transfer.fetch`; this folder's faults are told from the other's."""
         fetch(lambda _: nullcontext(Answer(None, None, self._pieces(name))), to, limits, goes_on=False)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
@@ -186,12 +181,7 @@ class Bucket:
         """Do nothing: what a store has confirmed is durable."""
 
     def fetch(self, name: str, to: Path, limits: Limits) -> None:
-        """One attempt to bring an object to a file; goes on where a cut transfer stopped.
-
-        Raises:
-            Fault: It failed.
-            Stopped: It was called off.
-        """
+        """Bring an object in one attempt, see `storage.transfer.fetch`; goes on where a cut transfer stopped."""
         fetch(lambda start: self._store.ask(name, start, None, limits.stall), to, limits, goes_on=True)
 
     def _ask(self, verb: str, request: Callable[..., Result], *arguments: Any) -> Result:
