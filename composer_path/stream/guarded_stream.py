@@ -198,7 +198,7 @@ class GuardedStream(Stream):
         return delta
 
     def _bring(self, info: FileInfo) -> int:
-        if self._source is None:
+        if self.remote is None:
             fault = Fault("missing", "there is no such file", "copy it there again, or convert the data again")
             raise self.error(info.basename, fault)
         self.bring(info.basename, lambda path: check_file(path, info.bytes, self._hash_of(info)))
@@ -215,7 +215,7 @@ class GuardedStream(Stream):
         try:
             check_file(path, info.bytes, self._hash_of(info))
         except Fault as fault:
-            if self._source is None:
+            if self.remote is None:
                 raise self.error(info.basename, fault) from None
             log.warning("%s in the cache: %s: %s; it is fetched again", path, fault.rule, fault.found)
             path.unlink(missing_ok=True)
