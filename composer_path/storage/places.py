@@ -141,7 +141,7 @@ class Bucket:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         check_readable(self.url)
-        self._store = self._ask("reach", _STORES.get(self.url.partition("://")[0], FsspecStore), self.url)
+        self._store = _STORES.get(self.url.partition("://")[0], FsspecStore)(self.url)
 
     def __str__(self) -> str:
         return shown(self.url)

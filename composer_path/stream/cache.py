@@ -96,7 +96,7 @@ def refresh_index(stream: GuardedStream) -> None:
         probe.write_bytes(b"")
         probe.unlink()
         stream.bring(INDEX, check_index, fresh, START_SECONDS)
-        before, after = files_of(current) if current.exists() else {}, files_of(fresh)
+        before, after = files_of(current), files_of(fresh)
         changed = [name for name, content in before.items() if after.get(name) != content]
         if changed:
             log.warning("%s was converted again: %d old shards leave the cache", stream.where, len(changed))
