@@ -59,8 +59,6 @@ class Folder:
         path: The folder; made with the first file that is written.
     """
 
-    is_remote = False
-
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
@@ -135,8 +133,6 @@ class Bucket:
     Raises:
         StorageError: By every method but `fetch`, for whatever the store answers but that there is no such file.
     """
-
-    is_remote = True
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")

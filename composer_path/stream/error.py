@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 from streaming.base.shared import SharedArray
 
 from composer_path.storage.errors import masked, without_password
 
-_NOTE_BYTES = 1 << 14  # of which an escaped letter may take six
+_NOTE_BYTES = 4096
 
 
 class StreamError(RuntimeError):
@@ -65,9 +66,11 @@ class FailureNote:
         """Note a failure, unless there is one."""
         if self.read() is not None:
             return
-        short = StreamError(str(error)[:1500], shard=error.shard[:200], rule=error.rule, where=error.where[:300])
-        short.fix = error.fix[:300]
-        values = np.frombuffer(short.to_json().encode(), np.uint8)
+        data = error.to_json().encode()
+        if len(data) >= _NOTE_BYTES:
+            short: dict[str, Any] = {"shard": error.shard[:200], "rule": error.rule, "where": error.where[:300]}
+            data = StreamError(str(error)[:900], **short).to_json().encode()[: _NOTE_BYTES - 1]
+        values = np.frombuffer(data, np.uint8)
         self._bytes[1 : len(values)] = values[1:]
         self._bytes[0] = values[0]  # last: a reader looks here first
 
