@@ -1,8 +1,8 @@
-"""Train a model: `composer train.py yamls/pretrain.yaml key=value ...` (add --check to only check the YAML)."""
+"""Train a model: `composer -n 8 train.py yamls/pretrain.yaml key=value ...` is `composer-path train` on 8 GPUs."""
 
 import sys
 
 from composer_path.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -22,11 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu_ceilings import wait_for_device
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.config.reading import load_config
+from composer_path.config.reading import load_config, plain
 from composer_path.models.composer_model import batch_sizes
 from composer_path.models.flops import FlopCounter
 from composer_path.records.tokenize import IGNORE_INDEX
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
+from composer_path.records.vocabulary import load_tokenizer
+from composer_path.train import build_loader, build_model
 
 
 class StepClock(Callback):
@@ -68,13 +69,12 @@ class StepClock(Callback):
 
 def run_road(config: Any, skip: int, padded: bool) -> dict[str, Any]:
     """`composer_path.train.train`, watched; padded on request."""
-    from composer_path import train as road
+    from composer_path.train import train
 
-    clock, original = StepClock(), road.build_callbacks
-    road.build_callbacks = lambda *args, **keywords: [*original(*args, **keywords), clock]
+    clock = StepClock()
     if padded:
         PathMLLM.forward = padded_forward  # type: ignore[method-assign, assignment]
-    road.train(config)
+    train(config, callbacks=[clock])
     return clock.report(skip)
 
 
@@ -140,7 +140,7 @@ def run_transformers(config: Any, skip: int, folder: Path) -> dict[str, Any]:
     settings = plain(config)
     steps = int(settings["trainer"]["max_duration"].removesuffix("ba"))
     fused = torch.cuda.is_available()
-    model = build_model(config)
+    model = build_model(plain(config))
     flops = FlopCounter(model)
     for parameter in model.language_model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -151,8 +151,8 @@ def run_transformers(config: Any, skip: int, folder: Path) -> dict[str, Any]:
             rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=True, model=model.language_model
         )
     model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokenizer = build_tokenizer(config)
-    spec, _ = build_loader(settings["train_loader"] | {"max_tokens_per_microbatch": None}, model, tokenizer)
+    tokenizer = load_tokenizer(**settings["tokenizer"])
+    spec = build_loader(settings["train_loader"] | {"max_tokens_per_microbatch": None}, model, tokenizer)
     clock, rows = StepClock(), list(spec.dataloader)
     trainer_class: Any = Trainer
 
@@ -160,7 +160,7 @@ def run_transformers(config: Any, skip: int, folder: Path) -> dict[str, Any]:
         """Our rows in their order; each step is noted."""
 
         def get_train_dataloader(self) -> Any:
-            return [{"row": row} for row in rows]
+            return [{"row": vars(row)} for row in rows]
 
         def training_step(self, *args: Any, **keywords: Any) -> Tensor:
             loss = super().training_step(*args, **keywords)

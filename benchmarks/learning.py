@@ -31,8 +31,8 @@ from benchmarks.instruction_set import IMAGES, REPOSITORY, demo_words, train_voc
 from benchmarks.measure import UnequalError, print_table, process_time, require_equal, write_result
 from benchmarks.padded_step import PaddedModel, pad_samples
 from benchmarks.trainer_runs import StepClock, clocked, finish_step, lazy_dataset
-from composer_path.config.reading import load_config
-from composer_path.run.parts import build_model, plain
+from composer_path.config.reading import load_config, plain
+from composer_path.train import build_model
 
 YAMLS = REPOSITORY / "yamls" / "demo"
 TEST_DATA = REPOSITORY / "test_data"
@@ -114,7 +114,7 @@ def run_loop(config: Any, seed: int | None) -> dict[str, Any]:
     settings = plain(config)
     steps = int(settings["trainer"]["max_duration"].removesuffix("ba"))
     dataset, heldout = (lazy_dataset(config, TEST_DATA / SETS[name]) for name in ("train", "heldout"))
-    padded = PaddedModel(build_model(config), checkpointing=False)
+    padded = PaddedModel(build_model(plain(config)), checkpointing=False)
     given = settings["optimizer"]
     optimizer = torch.optim.AdamW(
         [parameter for parameter in padded.parameters() if parameter.requires_grad],

@@ -7,8 +7,7 @@ neither start nor checkpoints count.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from benchmarks.instruction_set import IMAGES, REPOSITORY, InstructionSet
 from benchmarks.lazy_conversations import LazyConversations
 from benchmarks.padded_step import PaddedModel, pad_samples
 from composer_path import ComposerPathMLLM
-from composer_path.batches.microbatches import split_batch
-from composer_path.config.reading import load_config
+from composer_path.batches.batch import split_batch
+from composer_path.config.reading import load_config, plain
+from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.optimizer import build_optimizer
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
+from composer_path.train import build_loader, build_model
 
 # About the proportions of a 7B, a quarter of the lengths.
 SMALL = {
@@ -88,38 +88,25 @@ class StepClock(Callback):
         return {"losses": self.losses, "seconds_per_step": (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)}
 
 
-@contextmanager
-def clocked(clock: StepClock) -> Iterator[StepClock]:
-    """Within it, `composer_path.train.train` also runs this callback."""
-    from composer_path import train as road
-
-    original = road.build_callbacks
-    road.build_callbacks = lambda *args, **keywords: [*original(*args, **keywords), clock]
-    try:
-        yield clock
-    finally:
-        road.build_callbacks = original
-
-
 def run_ours(config: Any) -> dict[str, Any]:
     """The real road: shards, `composer_path.train.train`, Composer's Trainer."""
     from composer_path.train import train
 
-    with clocked(StepClock()) as clock:
-        train(config)
+    clock = StepClock()
+    train(config, callbacks=[clock])
     return clock.report()
 
 
 def run_packed_loop(config: Any) -> dict[str, Any]:
     """Our loader, model and optimizer in a bare loop: what is left when Composer's Trainer is taken away."""
     settings = plain(config)
-    model = build_model(config).train()
-    loader, batch_size = build_loader(settings["train_loader"], model, build_tokenizer(config))
+    model = build_model(settings).train()
+    loader = build_loader(settings["train_loader"], model, load_tokenizer(**settings["tokenizer"]))
     adapter, optimizer, clock = ComposerPathMLLM(model), build_optimizer(model, **settings["optimizer"]), StepClock()
     for batch in loader.dataloader:
         total = 0.0
-        for part in split_batch(batch, batch_size):
-            loss = adapter.loss(adapter(part), part) * (part["loss_weight"] / batch["loss_weight"])
+        for part in split_batch(batch, loader.dataloader.batch_size):
+            loss = adapter.loss(adapter(part), part) * (part.loss_weight / batch.loss_weight)
             loss.backward()
             total += loss.item()
         finish_step(model, optimizer)
@@ -141,7 +128,7 @@ def lazy_dataset(config: Any, data: Path, images: Path = IMAGES) -> LazyConversa
     from composer_path.records.prompts import get_template
 
     settings = plain(config)
-    dataset, model = settings["train_loader"]["dataset"], build_model(config)
+    dataset, model = settings["train_loader"]["dataset"], build_model(plain(config))
     template: Any = get_template(dataset["template"])
     return LazyConversations(
         data,
@@ -201,7 +188,7 @@ def run_transformers(config: Any, data: Path, checkpointing: bool, folder: Path)
         dataloader_num_workers=0,
         disable_tqdm=True,
     )
-    padded = PaddedModel(build_model(config), checkpointing)
+    padded = PaddedModel(build_model(plain(config)), checkpointing)
     trainer = InOrder(
         model=padded,
         args=arguments,
@@ -216,7 +203,7 @@ def run_transformers(config: Any, data: Path, checkpointing: bool, folder: Path)
 def run_padded_loop(config: Any, data: Path) -> dict[str, Any]:
     """The padded model without checkpointing in a bare loop: what is left without transformers' Trainer."""
     settings = plain(config)
-    padded = PaddedModel(build_model(config), checkpointing=False)
+    padded = PaddedModel(build_model(plain(config)), checkpointing=False)
     optimizer = torch.optim.AdamW(
         [p for p in padded.parameters() if p.requires_grad], lr=settings["optimizer"]["lr"], weight_decay=0.0
     )

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from composer_path.batches.dataset import ConversationDataset
     from composer_path.config.reading import load_config
     from composer_path.conversion.convert import convert
-    from composer_path.images.error import ImageError
     from composer_path.images.pixels import load_image, normalize_image
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.language_model import build_language_model
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from composer_path.models.projector import build_projector
     from composer_path.models.vision_encoder import build_vision_encoder
     from composer_path.records.conversation import Conversation
-    from composer_path.records.rules import RecordError
+    from composer_path.records.rules import ImageError, RecordError
     from composer_path.records.tokenize import (
         IGNORE_INDEX,
         IMAGE_TOKEN_ID,
@@ -38,7 +37,6 @@ _NAMES_OF = {
     "batches.dataset": ("ConversationDataset",),
     "config.reading": ("load_config",),
     "conversion.convert": ("convert",),
-    "images.error": ("ImageError",),
     "images.pixels": ("load_image", "normalize_image"),
     "models.composer_model": ("ComposerPathMLLM",),
     "models.language_model": ("build_language_model",),
@@ -46,7 +44,7 @@ _NAMES_OF = {
     "models.projector": ("build_projector",),
     "models.vision_encoder": ("build_vision_encoder",),
     "records.conversation": ("Conversation",),
-    "records.rules": ("RecordError",),
+    "records.rules": ("ImageError", "RecordError"),
     "records.tokenize": (
         "IGNORE_INDEX",
         "IMAGE_TOKEN_ID",

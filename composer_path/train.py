@@ -5,67 +5,74 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from composer_path.commands.verb import mistakes, parse
 from composer_path.config.files import check_lengths, check_start
-from composer_path.config.reading import ConfigError, load_config
-from composer_path.run.parts import (
-    build_callbacks,
-    build_loader,
-    build_loggers,
-    build_model,
-    build_named,
-    build_processor,
-    build_tokenizer,
-    plain,
-    settle_on_device,
-    trainer_keywords,
-)
+from composer_path.config.reading import ConfigError, load_config, plain
 
 if TYPE_CHECKING:
-    from composer import Trainer
+    from argparse import Namespace
+
+    from composer import Algorithm, Callback, Trainer
+    from composer.core import DataSpec
+    from composer.loggers import LoggerDestination
     from omegaconf import DictConfig
+    from transformers import PreTrainedTokenizerBase
+
+    from composer_path.models.path_mllm import PathMLLM
 
 log = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command `train.py YAML [key=value ...] [--check]`; returns the exit code."""
-    words = [word for word in arguments if word != "--check"]
-    if not words:
-        print("usage: composer train.py YAML [key=value ...] [--check]", file=sys.stderr)
-        return 2
-    try:
-        config = load_config(words[0], words[1:])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if "--check" in arguments:
-        print(f"{words[0]}: no mistake found")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `composer-path train`; returns the exit code."""
+    options = parse("train", arguments)
+    with mistakes("train", only_ours=True) as ending:
+        return start(options)
+    return ending.code
+
+
+def start(options: Namespace) -> int:
+    """Check a YAML, and unless only that is wanted, train as it says.
+
+    Args:
+        options: `yaml`, `words` (overrides), `check` (only that) and `files` (look at files then, too).
+
+    Raises:
+        ConfigError: Lists all mistakes.
+    """
+    config = load_config(options.yaml, options.words)
+    if options.files or not options.check:
+        problems = check_start(plain(config)) or check_lengths(plain(config))
+        if problems:
+            raise ConfigError(options.yaml, problems)
+    if options.check:
+        unseen = "" if options.files else "; files were not looked for (--files does)"
+        print(f"{options.yaml}: no mistake found{unseen}")
         return 0
-    problems = check_start(plain(config)) or check_lengths(plain(config))
-    if problems:
-        print(ConfigError(words[0], problems), file=sys.stderr)
-        return 2
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("composer_path").setLevel(logging.INFO)
-    from composer_path.weights.tensor_file import WeightsError
-
-    try:
-        train(config)
-    except WeightsError as error:  # a file that doesn't fit the model it is named for
-        print(error, file=sys.stderr)
-        return 2
+    train(config)
     return 0
 
 
-def train(config: DictConfig) -> Trainer:
+def train(
+    config: DictConfig,
+    *,
+    callbacks: Sequence[Callback] = (),
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
+) -> Trainer:
     """Train as the configuration says.
 
     Args:
         config: From `load_config`.
+        callbacks: Objects beside those that the configuration names.
+        algorithms: Likewise.
+        loggers: Likewise.
 
     Returns:
         The Trainer, after the last step.
@@ -77,69 +84,69 @@ def train(config: DictConfig) -> Trainer:
 
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
+    from composer_path.records.vocabulary import load_tokenizer
     from composer_path.run.checkpoint_safety import require_safe_checkpoints
     from composer_path.run.checkpoints import ResumableCheckpoints, TrainedOnly
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
+    from composer_path.run.parts import build_named, build_parts, trainer_keywords
     from composer_path.run.report import RunReport
-    from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
+    from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging, settle_precision
 
-    given, config = config, settle_on_device(config)
     settings = plain(config)
-    run_folder = Path(settings["save_root"]) / settings["trainer"]["run_name"]
+    trainer_section = settings["trainer"]
+    run_folder = Path(settings["save_root"], trainer_section["run_name"])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own checkpoint writer
-    device = get_device(settings["trainer"].get("device"))
+    device = get_device(trainer_section["device"])
     if device.name == "gpu":
         torch.set_float32_matmul_precision("high")  # tf32 for what is not in bf16, as the reference
-    dist.initialize_dist(device, settings["trainer"].get("dist_timeout", 300.0))
+    settle_precision(trainer_section, device.name)
+    dist.initialize_dist(device, trainer_section["dist_timeout"])
     mend_gloo_averaging()
     require_safe_checkpoints()
 
-    tokenizer = build_tokenizer(config)
-    model = choose_execution(build_model(config), **settings["execution"])
+    tokenizer = load_tokenizer(**settings["tokenizer"])
+    model = choose_execution(build_model(settings), **settings["execution"])
     if dist.get_global_rank() == 0:
-        print(f"{settings['trainer']['run_name']} {describe_parameters(model)}", file=sys.stderr)
+        print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
-    train_loader, batch_size = build_loader(
-        settings["train_loader"], model, tokenizer, settings.get("algorithms") or ()
-    )
-    evaluators = []
-    if settings.get("eval_loader"):
-        held_out, eval_batch_size = build_loader(settings["eval_loader"], model, tokenizer)
-        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=eval_batch_size)]
-    optimizer = build_optimizer(model, **settings["optimizer"])
-    parallelism = build_parallelism_config(settings["trainer"].pop("parallelism_config", None))
-    report = RunReport(run_folder, count_parameters(model))
 
+    train_loader = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])
+    evaluators = []
+    if settings["eval_loader"] is not None:
+        held_out = build_loader(settings["eval_loader"], model, tokenizer)
+        most = held_out.dataloader.batch_size
+        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=most)]
+    report = RunReport(run_folder, count_parameters(model))
+    of_the_run = {
+        "run_folder": run_folder,
+        "model": model,
+        "trained_only": trained_only,
+        "tokenizer": tokenizer,
+        "text": train_loader.dataloader.dataset.text,
+        "images": train_loader.dataloader.dataset.images,
+    }
     trainer = Trainer(
         model=ComposerPathMLLM(model),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
-        optimizers=optimizer,
+        optimizers=build_optimizer(model, **settings["optimizer"]),
         schedulers=build_named("scheduler", settings["scheduler"].pop("name"), settings["scheduler"]),
-        algorithms=[
-            build_named("algorithms", name, keywords) for name, keywords in settings.get("algorithms", {}).items()
-        ],
+        algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
             ResumableCheckpoints(trained_only),
-            *build_callbacks(
-                settings.get("callbacks", {}),
-                run_folder=run_folder,
-                model=model,
-                trained_only=trained_only,
-                tokenizer=tokenizer,
-                processor=build_processor(config),
-            ),
+            *build_parts("callbacks", settings["callbacks"], of_the_run),
+            *callbacks,
             report,
         ],
-        loggers=build_loggers(settings, run_folder),
-        parallelism_config=parallelism,
+        loggers=[*build_parts("loggers", settings["loggers"], of_the_run), *loggers],
+        parallelism_config=build_parallelism_config(trainer_section.pop("parallelism_config")),
         accumulate_train_batch_on_tokens=True,  # the loss is then the same for any split
-        device_train_microbatch_size=batch_size,  # an upper bound: split_batch cuts by tokens
+        device_train_microbatch_size=train_loader.dataloader.batch_size,  # an upper bound: split_batch cuts by tokens
         seed=settings["seed"],
-        **trainer_keywords(settings["trainer"], run_folder),
+        **trainer_keywords(trainer_section, run_folder),
     )
-    report.save_config(given)
+    report.save_config(config)
     if evaluators and trainer.state.timestamp.batch == 0:
         trainer.eval()
     if trainer.state.timestamp < trainer.state.max_duration:
@@ -148,3 +155,39 @@ def train(config: DictConfig) -> Trainer:
         log.warning("this run has ended before; its results lie in %s (trainer.max_duration says how long)", run_folder)
     trainer.close()
     return trainer
+
+
+def build_model(settings: Mapping[str, Any]) -> PathMLLM:
+    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 sends weights."""
+    from composer_path.run.sharding import held_as
+    from composer_path.weights.assembly import assemble_model
+
+    return assemble_model(**settings["model"], **held_as(settings))
+
+
+def build_loader(
+    section: Mapping[str, Any],
+    model: PathMLLM,
+    tokenizer: PreTrainedTokenizerBase,
+    algorithms: Iterable[str] = (),
+) -> DataSpec:
+    """A loader that prepares samples for this model and suits the algorithms."""
+    from composer_path.batches.loader import build_dataloader
+    from composer_path.models.attention import check_attention_supported
+    from composer_path.planning.encoded_features import check_features
+
+    encoder = model.vision_encoder
+    check_attention_supported(model.language_model.config, section["dataset"]["max_seq_len"])
+    loader = build_dataloader(
+        **section,
+        tokenizer=tokenizer,
+        num_image_tokens=model.num_image_tokens(),
+        image_size=encoder.image_size,
+        mean=encoder.mean,
+    )
+    check_features(loader.dataloader.dataset, encoder, algorithms)
+    return loader
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch or tokenizers are imported: one thread each, because tests start further processes.
@@ -11,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+import jaxtyping
 import jaxtyping._import_hook as jaxtyping_hook
 import pytest
 
@@ -79,6 +81,14 @@ def llama_tokenizer_path(request: pytest.FixtureRequest) -> Path:
 def mistral_tokenizer_path() -> Path:
     """The Apache-2.0 vocabulary of the demo, a sentencepiece model of 32,000 pieces."""
     return REPO_ROOT / "test_data" / "tokenizer"
+
+
+@pytest.fixture
+def without_type_checks() -> Iterator[None]:
+    """A user's Python, in which a word that no `Literal` allows reaches our own check of it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

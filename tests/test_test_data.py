@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from composer_path.records.conversation import IMAGE_TAG, Conversation
+from composer_path.records.conversation import Conversation
+from composer_path.records.rules import IMAGE_TAG
 
 TRAIN, HELD_OUT = ("captions", "data"), ("heldout_captions", "heldout")
 FILES = TRAIN + HELD_OUT

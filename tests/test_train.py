@@ -27,8 +27,8 @@ from tiny_run import (
 from warm_process import popen
 
 from composer_path import PathMLLM
-from composer_path.run.parts import build_model
-from composer_path.train import main
+from composer_path.config.reading import plain
+from composer_path.train import build_model, main
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
 GOLDEN_LOSSES = [10.407122, 10.405495, 10.375532, 10.167583, 9.980994, 9.856931]
@@ -115,7 +115,7 @@ def test_finetuning_starts_from_the_projector_of_pretraining_and_trains_all_but_
     runs: Path, pretrained: dict[str, Any], finetuned: dict[str, Any]
 ) -> None:
     shards = runs / "shards"
-    start = build_model(load_tiny_config("finetune", shards, runs)).state_dict()
+    start = build_model(plain(load_tiny_config("finetune", shards, runs))).state_dict()
     projector = [key for key in start if key.startswith("projector.")]
     assert projector
     for key in projector:
@@ -150,7 +150,7 @@ def test_stage_1_has_gradients_and_checkpoint_entries_of_the_projector_only(
 
 
 def test_stage_1_leaves_frozen_weights_bit_for_bit(runs: Path, pretrained: dict[str, Any]) -> None:
-    start = build_model(load_tiny_config("pretrain", runs / "shards", runs)).state_dict()
+    start = build_model(plain(load_tiny_config("pretrain", runs / "shards", runs))).state_dict()
     for key, value in pretrained["weights"].items():
         assert torch.equal(value, start[key]) == (not key.startswith("projector.")), key
 
@@ -167,7 +167,7 @@ def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequenci
     assert {dtypes[name] for name in dtypes if not name.startswith("projector.")} == {torch.bfloat16}
     assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
     assert {gradient.dtype for gradient in witness.gradients.values()} == {torch.float32}
-    start = build_model(load_tiny_config("pretrain", shards, tmp_path)).state_dict()
+    start = build_model(plain(load_tiny_config("pretrain", shards, tmp_path))).state_dict()
     for key, value in weights_of(trainer).items():
         if not key.startswith("projector."):
             assert torch.equal(value, start[key].bfloat16()), key

@@ -10,10 +10,13 @@ MAX_SEQ_LEN = 128
 NUM_IMAGE_TOKENS = 4
 
 
-def tiny_model_folder(folder: Path) -> Path:
+def tiny_model_folder(folder: Path, template: str = "llava_llama_2") -> Path:
     """The folder, written if it isn't there yet."""
     if (folder / "config.json").is_file():
         return folder
+    from composer_path.images.pixels import ImagePreparation, pad_color_of
+    from composer_path.records.prompts import get_template
+    from composer_path.records.tokenize import TextPreparation
     from composer_path.records.vocabulary import load_tokenizer
     from composer_path.run.export import write_model
     from composer_path.weights.assembly import assemble_model
@@ -39,13 +42,9 @@ def tiny_model_folder(folder: Path) -> Path:
         },
         trainable=["projector", "language_model"],
     )
-    processor = {
-        "template": "llava_llama_2",
-        "image_position": "front",
-        "fit": "pad",
-        "decoder": "pil",
-        "max_seq_len": MAX_SEQ_LEN,
-    }
+    encoder = model.vision_encoder
+    text = TextPreparation(get_template(template), NUM_IMAGE_TOKENS, MAX_SEQ_LEN)
+    images = ImagePreparation(encoder.image_size, pad_color=pad_color_of(encoder.mean))
     tokenizer = load_tokenizer(REPO_ROOT / "test_data" / "tokenizer")
-    write_model(folder, model, model.state_dict(), tokenizer, processor)
+    write_model(folder, model, model.state_dict(), tokenizer, text, images)
     return folder

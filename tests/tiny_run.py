@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +120,7 @@ class Witness(LoggerDestination):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self.step = state.timestamp.batch.value
-        self.samples[self.step] = sorted(state.batch["sample_ids"].tolist())
+        self.samples[self.step] = sorted(state.batch.sample_ids.tolist())
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         if self.step == 0:
@@ -144,25 +143,12 @@ class Witness(LoggerDestination):
             raise Interrupted
 
 
-@contextmanager
-def witnessed(witness: Witness) -> Iterator[Witness]:
-    """Within it, `composer_path.train.train` also tells this witness."""
-    from composer_path import train as road
-
-    original = road.build_loggers
-    road.build_loggers = lambda *args: [*original(*args), witness]  # type: ignore[assignment]
-    try:
-        yield witness
-    finally:
-        road.build_loggers = original
-
-
 def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
     """What `composer train.py` does, watched."""
     from composer_path.train import train
 
-    with witnessed(witness or Witness()) as witness:
-        return train(config), witness
+    witness = witness or Witness()
+    return train(config, loggers=[witness]), witness
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

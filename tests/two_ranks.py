@@ -32,8 +32,8 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
     build_model, mend = road.build_model, None
     starts: list[set[str]] = []
 
-    def build_and_look(config: Any) -> Any:
-        model = build_model(config)
+    def build_and_look(settings: Any) -> Any:
+        model = build_model(settings)
         starts.append({parameter.device.type for parameter in model.parameters()})
         return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from composer_path.images.pixels import ImageError, load_image, pad_color_of
+from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
+from composer_path.images.pixels import ImagePreparation
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
+from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion, region_png
-from composer_path.records.tokenize import IGNORE_INDEX, tokenize_conversation, tokenize_prompt
+from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.export import PROCESSOR_CONFIG
+from composer_path.weights.model_folder import load_model
+
+Picture = UInt8[Tensor, "3 height width"]
 
 
 class Assistant:
@@ -28,13 +31,17 @@ class Assistant:
     Args:
         model: On the device it shall run on.
         tokenizer: Of its language model.
-        processor: Keys `template`, `image_position`, `fit`, `decoder`, `max_seq_len`, as a run writes them.
+        text: How text was prepared when it was trained.
+        images: How images were.
     """
 
-    def __init__(self, model: PathMLLM, tokenizer: PreTrainedTokenizerBase, processor: dict[str, Any]) -> None:
+    def __init__(
+        self, model: PathMLLM, tokenizer: PreTrainedTokenizerBase, text: TextPreparation, images: ImagePreparation
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.processor = processor
+        self.text = text
+        self.images = images
 
     @classmethod
     def from_pretrained(
@@ -46,37 +53,34 @@ class Assistant:
             ValueError: Not such a folder.
         """
         folder = Path(folder)
-        if not (folder / PROCESSOR_CONFIG).is_file():
+        if not (folder / PROCESSOR_CONFIG).is_file():  # told before weights are read
             raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(device)
-        processor = json.loads((folder / PROCESSOR_CONFIG).read_text(encoding="utf-8"))
-        return cls(model, load_tokenizer(folder), processor)
+        model = load_model(folder, dtype=dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
 
-    def read_image(self, path: str | Path, region: SlideRegion | None = None) -> UInt8[Tensor, "3 height width"]:
+    @property
+    def takes_question(self) -> bool:
+        """Whether the model was trained to answer questions; if not, it captions."""
+        return self.text.template.takes_question
+
+    def read_image(self, path: str | Path, region: SlideRegion | None = None) -> Picture:
         """A picture, or a region of the slide at `path`, as the model sees it, not normalised.
 
         Raises:
             ValueError: No such file, or it can't be read as a picture.
         """
-        path, encoder = Path(path), self.model.vision_encoder
+        path = Path(path)
         if not path.is_file():
             raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
         try:
-            return load_image(
-                path.read_bytes() if region is None else region_png(path, region),
-                encoder.image_size,
-                fit=self.processor["fit"],
-                decoder=self.processor["decoder"],
-                pad_color=pad_color_of(encoder.mean),
-            )
+            return self.images.load(path.read_bytes() if region is None else region_png(path, region))
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 
     def answer(
         self,
         turns: Sequence[tuple[str, str]],
-        images: Sequence[UInt8[Tensor, "3 height width"]] = (),
+        images: Sequence[Picture] = (),
         *,
         system: str | None = None,
         max_new_tokens: int = 512,
@@ -93,28 +97,60 @@ class Assistant:
             max_new_tokens: The answer is cut there.
             streamer: Receives tokens as they come.
             **generation: Keywords of transformers' `generate`, such as `do_sample=True, temperature=0.7`.
+
+        Raises:
+            ValueError: The model's template takes no question, or the conversation is too long for the model.
         """
+        if not self.takes_question:
+            raise ValueError(
+                f"the model was trained with the template '{self.text.template.name}', which takes no question: every "
+                "one would get the same answer; ask without a question, and the model describes the image"
+            )
         told = [Turn(role, text) for role, text in turns]
         if images and not any(IMAGE_TAG in turn.text for turn in told):
             told[0] = Turn(told[0].role, f"{IMAGE_TAG}\n" * len(images) + told[0].text)
-        conversation = Conversation(turns=tuple(told), images=("",) * len(images), system=system)
-        prompt = tokenize_prompt(
-            conversation,
-            self.tokenizer,
-            self.processor["template"],
-            self.model.num_image_tokens(),
-            self.processor["image_position"],
+        return self._continue(told, images, system, max_new_tokens, streamer, **generation)
+
+    def caption(
+        self,
+        images: Sequence[Picture],
+        *,
+        max_new_tokens: int = 512,
+        streamer: BaseStreamer | None = None,
+        **generation: Any,
+    ) -> str:
+        """What a model that takes no question says of images. Arguments as those of `answer`.
+
+        Raises:
+            ValueError: There is no image, or the model's template takes a question.
+        """
+        if self.takes_question:
+            raise ValueError(f"the model's template '{self.text.template.name}' takes a question; give one")
+        if not images:
+            raise ValueError("a caption needs an image; give one with --image")
+        return self._continue(
+            [Turn("human", IMAGE_TAG * len(images))], images, None, max_new_tokens, streamer, **generation
         )
-        room = self.processor["max_seq_len"] - len(prompt)
+
+    def _continue(
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Picture],
+        system: str | None,
+        max_new_tokens: int,
+        streamer: BaseStreamer | None,
+        **generation: Any,
+    ) -> str:
+        conversation = Conversation(turns=tuple(turns), images=("",) * len(images), system=system)
+        prompt = self.text.prompt(conversation, self.tokenizer)
+        limit = self.text.max_seq_len
+        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
         if room < 1:
-            raise ValueError(
-                f"the conversation takes {len(prompt)} tokens of {self.processor['max_seq_len']}; start a new one"
-            )
-        pixel_values = torch.stack(list(images)) if images else None
+            raise ValueError(f"the conversation takes {len(prompt)} tokens of {limit}; start a new one")
         new = self.model.generate(
             prompt,
-            pixel_values,
-            max_new_tokens=min(max_new_tokens, room),
+            torch.stack(list(images)) if images else None,
+            max_new_tokens=room,
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,
             streamer=streamer,
@@ -124,7 +160,5 @@ class Assistant:
 
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the one the template trains, and the tokenizer's own."""
-        example = Conversation(turns=(Turn("human", "?"), Turn("assistant", "!")))
-        labels = tokenize_conversation(example, self.tokenizer, self.processor["template"], 1).labels
-        trained = int(labels[labels != IGNORE_INDEX][-1])
-        return sorted({trained, self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else trained})
+        trained, own = self.text.end_id(self.tokenizer), self.tokenizer.eos_token_id
+        return sorted({trained, own if own is not None else trained})

@@ -14,7 +14,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from composer_path.conversion.record_file import read_records
-from composer_path.records.conversation import Conversation, RecordError, resolve_image
+from composer_path.images.folder import resolve_image
+from composer_path.records.conversation import Conversation
+from composer_path.records.rules import RecordError
 from composer_path.records.slide_region import SlideRegion
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CONFIG = "config.yaml"  # in a run's folder, written at its start
 SUMMARY = "summary.json"  # in a run's folder, written at its end
 EVALUATION = "evaluation.json"  # in a model folder, written by `composer-path evaluate`
 

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, TypedDict
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Int64, Integer, UInt8
+from jaxtyping import Integer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.balanced_dataset import BalancedStreamingDataset
-from composer_path.batches.mixture import Source, build_streams, check_streams
+from composer_path.batches.balance import BalancedStreamingDataset
+from composer_path.batches.batch import Sample
+from composer_path.batches.mixture import Source, Template, asking_template, build_streams, template_of
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
-from composer_path.images.pixels import PAD_COLOR, ImageError, load_stored_image
-from composer_path.images.square import Square, is_square, unpack_square
+from composer_path.images.pixels import Decoder, Fit, ImagePreparation
 from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import TemplateError, get_template
-from composer_path.records.tokenize import IGNORE_INDEX, tokenize_conversation
+from composer_path.records.prompts import ImagePosition, TemplateError
+from composer_path.records.rules import ImageError
+from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation
 from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_key, lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded_stream import GuardedStream
-
-
-class Sample(TypedDict):
-    """One conversation, ready to be laid into a row."""
-
-    sample_id: int  # its position in the stream
-    input_ids: Int64[Tensor, " tokens"]
-    labels: Int64[Tensor, " tokens"]  # not shifted
-    pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
-    image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
-    is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
-    source: str  # the stream's name, or the record's own source
-    problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
-    loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
 
 
 class ConversationDataset(BalancedStreamingDataset):
@@ -48,14 +36,19 @@ class ConversationDataset(BalancedStreamingDataset):
         num_image_tokens: How many placeholders an image takes.
         image_size: Side of the square the vision encoder sees, pixels.
         pad_color: What `fit: pad` fills up with.
-        template: Prompt template, see `composer_path.records.prompts`.
-        max_seq_len: Samples are cut at this many tokens, images included, never inside an image.
-        image_position: `front` of the turn, or `inline` where the tags are.
-        fit: `pad` to a square, or `crop` the centre.
-        decoder: `pil` is exact, `torchvision` about twice as fast and within a grey level.
-        max_pixels: Larger images are refused; None for the default of `load_image`.
+        template: Prompt template, see `composer_path.records.prompts`; None for `plain`. Of a mixture: that of streams
+            that name none, and the one that the model is asked with; needed where streams have several.
+        max_seq_len: See `TextPreparation`.
+        image_position: Likewise.
+        fit: See `ImagePreparation`.
+        decoder: Likewise.
+        max_pixels: Likewise; larger images are refused.
         streams: A mixture: name -> keywords of `composer_path.batches.mixture.build_stream`, in place of `local`.
         **streaming: Keywords of `GuardedStreamingDataset` and `streaming.StreamingDataset`, passed through.
+
+    Attributes:
+        images: How its images are prepared.
+        sources: How the text of each stream is.
     """
 
     def __init__(
@@ -64,36 +57,41 @@ class ConversationDataset(BalancedStreamingDataset):
         tokenizer: PreTrainedTokenizerBase,
         num_image_tokens: int | Callable[[int], int],
         image_size: int,
-        pad_color: tuple[int, int, int] = PAD_COLOR,
-        template: str | Mapping[str, Any] = "plain",
-        max_seq_len: int = 4096,
-        image_position: str = "front",
-        fit: str = "pad",
-        decoder: str = "pil",
-        max_pixels: int | None = None,
+        pad_color: tuple[int, int, int] = ImagePreparation.pad_color,
+        template: Template | None = None,
+        max_seq_len: int = TextPreparation.max_seq_len,  # type: ignore[assignment]
+        image_position: ImagePosition = TextPreparation.image_position,
+        fit: Fit = ImagePreparation.fit,
+        decoder: Decoder = ImagePreparation.decoder,
+        max_pixels: int = ImagePreparation.max_pixels,
         streams: Mapping[str, Mapping[str, Any]] | None = None,
         **streaming: Any,
     ) -> None:
-        self.sources = [Source(None, get_template(template))]
-        if streams is not None:
-            check_streams(streams)
-            streaming["streams"], self.sources = build_streams(streams, template)
-        super().__init__(**streaming)
         self.tokenizer = tokenizer
-        self.num_image_tokens = num_image_tokens
-        self.max_seq_len = max_seq_len
-        self.image_position = image_position
-        self.image_keywords: dict[str, Any] = {"image_size": image_size, "fit": fit, "decoder": decoder}
-        self.image_keywords |= {"pad_color": pad_color} | ({} if max_pixels is None else {"max_pixels": max_pixels})
-        self._square = Square.of(image_size, fit, pad_color)
+        self.images = ImagePreparation(image_size, fit, decoder, pad_color, max_pixels)
+        text = TextPreparation(template_of(template), num_image_tokens, max_seq_len, image_position)
+        self.sources = [Source(None, text)]
+        if streams is not None:
+            streaming["streams"], self.sources = build_streams(streams, template, text)
+        self._asking = template, streams
+        super().__init__(**streaming)
         self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
         for shard in self.shards:
             columns = getattr(shard, "column_names", [])
             if not set(COLUMNS) <= set(columns):
                 raise ValueError(
                     f"shards must have the columns {', '.join(COLUMNS)}, found {', '.join(columns)}; write them with "
-                    "data_prep/convert.py"
+                    "composer-path convert"
                 )
+
+    @property
+    def text(self) -> TextPreparation:
+        """How text is prepared for a model that was trained on this data: what an export takes along.
+
+        Raises:
+            ValueError: Streams have several templates and none is named for asking.
+        """
+        return replace(self.sources[0].text, template=asking_template(*self._asking))
 
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Sample:
         """The sample at a position of the stream; iterating and indexing come through here."""
@@ -101,23 +99,17 @@ class ConversationDataset(BalancedStreamingDataset):
 
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
+        source = self._source(sample_id)
         try:
             images = image_views(record["images"])
             conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
         except ValueError as error:  # the shard is damaged here
             return self._unusable(sample_id, record, str(error))
-        source = self._source(sample_id)
         try:
-            tokens = tokenize_conversation(
-                conversation,
-                self.tokenizer,
-                source.template,
-                self.num_image_tokens,
-                self.max_seq_len,
-                self.image_position,
-            )
+            tokens = source.text.tokenize(conversation, self.tokenizer)
             if not tokens.num_answer_tokens:
-                return self._unusable(sample_id, record, f"no answer is left within max_seq_len={self.max_seq_len}")
+                most = source.text.max_seq_len
+                return self._unusable(sample_id, record, f"no answer is left within max_seq_len={most}")
             seen = [self._load(image) for image in images[: tokens.num_images]]
         except (TemplateError, ImageError) as error:
             return self._unusable(sample_id, record, str(error))
@@ -151,20 +143,16 @@ class ConversationDataset(BalancedStreamingDataset):
 
     def _load(self, image: memoryview) -> Tensor:
         """The pixels of a stored image, or its features."""
-        if is_features(image) != (self.features is not None):
-            if self.features is None:
+        if self.features is None:
+            if is_features(image):
                 raise FeaturesError(
-                    "the shards hold features, but their index.json doesn't say so; take the one that encode.py wrote"
+                    "the shards hold features, but their index.json doesn't say so; take the one that encode wrote"
                 )
-            load_stored_image(
-                bytes(image), **self.image_keywords
-            )  # encode.py leaves a file that can't be decoded as it is
+            return self.images.load_stored(image)
+        if not is_features(image):
+            self.images.load_stored(image)  # encode leaves a file that can't be decoded as it is: an ImageError
             raise FeaturesError("a set of features holds an image file; encode the set again")
-        if self.features is not None:
-            return unpack_features(image, self.features)
-        if is_square(image):
-            return unpack_square(image, self._square)
-        return load_stored_image(bytes(image), **self.image_keywords)
+        return unpack_features(image, self.features)
 
     def _with_images(self, sample: Sample, seen: list[Tensor]) -> Sample:
         """A sample with its pixels or features; none is none of the right shape."""
@@ -172,7 +160,7 @@ class ConversationDataset(BalancedStreamingDataset):
             empty = torch.empty((0, self.features.num_tokens, self.features.dim), dtype=torch.bfloat16)
             sample["image_features"] = _stacked(seen) if seen else empty
         else:
-            size = self.image_keywords["image_size"]
+            size = self.images.image_size
             sample["pixel_values"] = _stacked(seen) if seen else torch.empty((0, 3, size, size), dtype=torch.uint8)
         return sample
 
@@ -180,7 +168,7 @@ class ConversationDataset(BalancedStreamingDataset):
         return (stream.folder / INDEX).read_bytes()
 
     def stored_lengths(self, folder: str | None = None) -> Integer[np.ndarray, " samples"]:
-        """Tokens of each sample, by its position in the stream, as `data_prep/measure_lengths.py` found them.
+        """Tokens of each sample, by its position in the stream, as `composer-path lengths` found them.
 
         Args:
             folder: Where they lie; None for beside each set.
@@ -190,14 +178,7 @@ class ConversationDataset(BalancedStreamingDataset):
         """
         found = []
         for stream, source, num_samples in zip(self.streams, self.sources, self.samples_per_stream, strict=True):
-            key = lengths_key(
-                self._index_of(stream),
-                self.tokenizer,
-                source.template,
-                self.num_image_tokens,
-                self.max_seq_len,
-                self.image_position,
-            )
+            key = lengths_key(self._index_of(stream), self.tokenizer, source.text)
             found.append(read_lengths(lengths_place(stream.where, folder), key, int(num_samples)).tokens)
         return np.concatenate(found)
 

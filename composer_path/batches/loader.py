@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -16,10 +12,12 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.balance import Reach
+from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.microbatches import Batch, split_batch
+from composer_path.batches.microbatches import run_device
 from composer_path.images.pixels import pad_color_of
+from composer_path.parallel import end_with_parent
 from composer_path.stream.error import StreamError
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,7 @@ class WholeEpochLoader(DataLoader):
             for batch in super().__iter__():
                 if not seen:
                     self._tell_imbalance()
-                seen += len(batch["num_images"])
+                seen += len(batch.sample_ids)
                 yield batch
         except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
             failed = dataset.failure() is not None
@@ -59,26 +57,13 @@ class WholeEpochLoader(DataLoader):
             log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
 
 
-def end_with_parent(worker_id: int) -> None:
-    """Let a loader's worker end when the training process does, even by SIGKILL: it may be waiting for a shard."""
-    parent = multiprocessing.parent_process()
-    pid = os.getppid() if parent is None else parent.pid
-
-    def watch() -> None:
-        while os.getppid() == pid:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def build_dataloader(
     *,
     dataset: Mapping[str, Any],
     global_batch_size: int,
     max_tokens_per_microbatch: int | None = None,
-    loss_average: str = "token",
-    balance: Literal["node", "global"] | None = None,
+    loss_average: LossAverage = "token",
+    balance: Reach | None = None,
     lengths: str | None = None,
     drop_last: bool = False,
     num_workers: int = 4,
@@ -100,7 +85,7 @@ def build_dataloader(
         loss_average: See `PackedCollator`.
         balance: Exchange samples inside each global batch so that ranks have equally many tokens: `node` with the
             ranks of a node, `global` with all; None leaves them where they were drawn. Needs measured lengths.
-        lengths: Folder or URL of those, from data_prep/measure_lengths.py; None for beside each set.
+        lengths: Folder or URL of those, from `composer-path lengths`; None for beside each set.
         drop_last: Leave out an epoch's last, smaller batch.
         num_workers: Processes a rank that read, decode and tokenize.
         prefetch_factor: Batches each of them prepares ahead.
@@ -122,12 +107,6 @@ def build_dataloader(
             f"global_batch_size={global_batch_size} can't be divided by {world_size} ranks; "
             f"take {max(1, global_batch_size // world_size) * world_size}, or another number of ranks"
         )
-    max_seq_len = dataset.get("max_seq_len", 4096)
-    if max_tokens_per_microbatch is not None and max_tokens_per_microbatch < max_seq_len:
-        raise ValueError(
-            f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={max_seq_len}: "
-            "a single sample may not fit; raise the one or lower the other"
-        )
     samples = ConversationDataset(
         **dataset,
         tokenizer=tokenizer,
@@ -136,6 +115,12 @@ def build_dataloader(
         pad_color=pad_color_of(mean),
         batch_size=global_batch_size // world_size,
     )
+    longest = samples.sources[0].text.max_seq_len
+    if max_tokens_per_microbatch is not None and longest is not None and max_tokens_per_microbatch < longest:
+        raise ValueError(
+            f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={longest}: "
+            "a single sample may not fit; raise the one or lower the other"
+        )
     if balance is not None:
         tokens = samples.stored_lengths(lengths)  # on every rank, so that all refuse what doesn't fit
         if dist.get_local_rank() == 0:  # whose first worker deals an epoch's samples out
@@ -155,9 +140,8 @@ def build_dataloader(
     return DataSpec(
         loader,
         split_batch=split_batch,
-        get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
-        get_num_tokens_in_batch=lambda batch: {
-            "total": len(batch["input_ids"]),
-            "loss_generating": batch["loss_weight"],
-        },
+        # Composer itself moves tensors in dicts and lists only.
+        microbatch_transforms=lambda batch: batch.to(run_device()),
+        get_num_samples_in_batch=lambda batch: len(batch.sample_ids),
+        get_num_tokens_in_batch=lambda batch: {"total": len(batch.input_ids), "loss_generating": batch.loss_weight},
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from composer_path.records.prompts import PromptTemplate, get_template
+from composer_path.records.prompts import PlainTemplate, PromptTemplate, get_template
+from composer_path.records.tokenize import TextPreparation
 from composer_path.stream.guarded_stream import GuardedStream
+
+Template = str | Mapping[str, Any]  # as a YAML names one, see `get_template`
 
 
 @dataclass(frozen=True)
@@ -16,30 +19,33 @@ class Source:
 
     Attributes:
         name: In logs; None where each record's own source is taken.
-        template: Prompt template.
+        text: How their text is prepared.
         loss_weight: What an answer token counts, beside one of a source with weight 1.
     """
 
     name: str | None
-    template: PromptTemplate
+    text: TextPreparation
     loss_weight: float = 1.0
 
 
 def build_streams(
-    streams: Mapping[str, Mapping[str, Any]], template: str | Mapping[str, Any]
+    streams: Mapping[str, Mapping[str, Any]], template: Template | None, text: TextPreparation
 ) -> tuple[list[GuardedStream], list[Source]]:
     """The streams that a YAML names.
 
     Args:
         streams: Name -> keywords of `build_stream`.
         template: Of streams that name none.
+        text: Of the whole mixture; each stream has its own template.
     """
-    built = [build_stream(name, **{"template": template} | dict(keywords)) for name, keywords in streams.items()]
+    check_streams(streams)
+    built = [build_stream(name, text, **{"template": template} | given(keywords)) for name, keywords in streams.items()]
     return [stream for stream, _ in built], [source for _, source in built]
 
 
 def build_stream(
     name: str,
+    text: TextPreparation,
     *,
     local: str,
     remote: str | None = None,
@@ -47,21 +53,22 @@ def build_stream(
     proportion: float | None = None,
     repeat: float | None = None,
     choose: int | None = None,
-    template: str | Mapping[str, Any] = "plain",
+    template: Template | None = None,
     system: str | None = None,
-    loss_weight: float = 1.0,
+    loss_weight: float = Source.loss_weight,
 ) -> tuple[GuardedStream, Source]:
     """One stream of a mixture.
 
     Args:
         name: In logs.
+        text: Of the mixture.
         local: Folder of its shards, or of their cache; no other stream's.
         remote: Folder or URL they come from.
         split: Subfolder of both.
         proportion: Its share of the epoch, relative to the other streams' (all have one, or none has).
         repeat: How often an epoch holds it: 2.0 twice, 0.5 every other sample.
         choose: How many of its samples an epoch holds.
-        template: Prompt template, see `composer_path.records.prompts`.
+        template: Prompt template, see `composer_path.records.prompts`; None for the mixture's.
         system: System message of records without one, in place of the template's own.
         loss_weight: What an answer token counts, beside one of a stream with weight 1.
 
@@ -72,13 +79,50 @@ def build_stream(
     stream = GuardedStream(
         local=local, remote=remote, split=split, proportion=proportion, repeat=repeat, choose=choose, name=name
     )
-    return stream, Source(name, template_of(template, system), loss_weight)
+    return stream, Source(name, replace(text, template=template_of(template, system)), loss_weight)
 
 
-def template_of(template: str | Mapping[str, Any], system: str | None = None) -> PromptTemplate:
-    """A stream's prompt template, with its own system message."""
-    settings: dict[str, Any] = {"name": template} if isinstance(template, str) else dict(template)
+def template_of(template: Template | None, system: str | None = None) -> PromptTemplate:
+    """A stream's prompt template, with its own system message; `plain` where none is named."""
+    settings: dict[str, Any] = (
+        dict(template) if isinstance(template, Mapping) else {"name": template or PlainTemplate.name}
+    )
     return get_template(settings if system is None else settings | {"system": system})
+
+
+def asking_template(template: Template | None, streams: Mapping[str, Mapping[str, Any]] | None) -> PromptTemplate:
+    """The template with which a model is asked that is trained on a set or on streams.
+
+    Args:
+        template: The set's, or that of streams that name none.
+        streams: Name -> keywords of `build_stream`; None for a single set.
+
+    Raises:
+        ValueError: The streams have several templates, and `template` says none of them.
+    """
+    if not streams:
+        return template_of(template)
+    trained = [
+        template_of(keywords.get("template") or template, keywords.get("system")) for keywords in streams.values()
+    ]
+    names = dict.fromkeys(one.name for one in trained)
+    if template is not None:
+        named = template_of(template)
+        if named.name in names:
+            return named
+        found = f"found '{named.name}', but the streams are trained with {', '.join(names)}"
+    elif all(one == trained[0] for one in trained):
+        return trained[0]
+    elif len(names) > 1:
+        found = f"is missing, and the streams have several ({', '.join(names)})"
+    else:
+        found = f"is missing, and the streams have '{trained[0].name}' with several settings"
+    raise ValueError(f"template: {found}; name the one that the model is asked with")
+
+
+def given(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A stream's keywords without those left at null, for which the mixture's stand."""
+    return {key: value for key, value in keywords.items() if value is not None}
 
 
 def check_stream(name: str, **keywords: Any) -> None:
@@ -87,10 +131,10 @@ def check_stream(name: str, **keywords: Any) -> None:
     Raises:
         ValueError: One of them isn't.
     """
-    given = [key for key in ("proportion", "repeat", "choose") if keywords.get(key) is not None]
-    if len(given) > 1:
-        raise ValueError(f"streams.{name}: found {' and '.join(given)}; give one of them, they say the same thing")
-    for key in (*given, "loss_weight"):
+    shares = [key for key in ("proportion", "repeat", "choose") if keywords.get(key) is not None]
+    if len(shares) > 1:
+        raise ValueError(f"streams.{name}: found {' and '.join(shares)}; give one of them, they say the same thing")
+    for key in (*shares, "loss_weight"):
         value = keywords.get(key)
         if value is not None and value <= 0:
             raise ValueError(f"streams.{name}.{key}: found {value}; it must be above 0, or leave the stream out")

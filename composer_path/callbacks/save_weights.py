@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.images.pixels import ImagePreparation
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.records.tokenize import TextPreparation
 from composer_path.run.checkpoints import TrainedOnly, gather_weights
 from composer_path.run.export import write_model, write_projector
 
@@ -29,8 +30,11 @@ class SaveWeights(Callback):
         model: The plain model, whose children are gathered if it is sharded.
         trained_only: Its checkpoint filter.
         tokenizer: Saved with a model folder.
-        processor: How text and images are prepared; saved with a model folder.
+        text: How text is prepared; saved with a model folder.
+        images: How images are.
     """
+
+    is_run_object = True  # its keyword-only arguments come from the run, not from the YAML
 
     def __init__(
         self,
@@ -41,7 +45,8 @@ class SaveWeights(Callback):
         model: PathMLLM,
         trained_only: TrainedOnly,
         tokenizer: PreTrainedTokenizerBase,
-        processor: dict[str, Any],
+        text: TextPreparation,
+        images: ImagePreparation,
     ) -> None:
         self.due = create_interval_scheduler(interval, include_end_of_training=True)
         self.dtype = dtype
@@ -49,7 +54,7 @@ class SaveWeights(Callback):
         self.model = model
         self.trained_only = trained_only
         self.tokenizer = tokenizer
-        self.processor = processor
+        self.text, self.images = text, images
         self.last_saved: int | None = None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
@@ -70,5 +75,6 @@ class SaveWeights(Callback):
             if trained == {"projector"}:
                 write_projector(self.run_folder, self.model, weights)
             else:
-                write_model(self.run_folder / "model", self.model, weights, self.tokenizer, self.processor, self.dtype)
+                prepared = self.tokenizer, self.text, self.images
+                write_model(self.run_folder / "model", self.model, weights, *prepared, self.dtype)
         dist.barrier()

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from composer_path.config.schema import Choice, Key, Node, Section, config_schema
-from composer_path.config.types import describe, fits, mentions
+from composer_path.config.schema import Choice, Key, Node, Section
+from composer_path.config.sections import config_schema
+from composer_path.config.types import choices_of, describe, fits, mentions
 
 UNREADABLE = object()  # stands where an interpolation failed, which is already reported
 
 
-def check_config(values: Any, problems: list[str]) -> None:
-    """Check every key, and what several keys say together; mistakes are added to `problems`."""
-    _check_agreement(_check_section(values, config_schema(), "", problems), problems)
+def check_keys(values: Any, problems: list[str]) -> dict[str, Any]:
+    """Check every key; mistakes are added to `problems`.
+
+    Args:
+        values: The configuration as plain mappings, with what its sections leave out filled in.
+        problems: Gets a line for each mistake.
+
+    Returns:
+        What is known of it: an unknown key, or a section that can't be read, isn't there.
+    """
+    return _check_section(values, config_schema(), "", problems)
 
 
 def join(path: str, key: Any) -> str:
@@ -64,8 +74,7 @@ def _check(value: Any, node: Node, path: str, problems: list[str]) -> Any:
         if node.required:
             problems.append(f"{path}: found null; {_wanted(node)}")
             return {}
-        # An empty section in a list of named ones (`lr_monitor:`) means no keywords, elsewhere that it isn't used.
-        return {} if path.startswith(("algorithms.", "callbacks.", "loggers.")) else None
+        return None
     if isinstance(node, Section):
         return _check_section(value, node, path, problems)
     return _check_choice(value, node, path, problems)
@@ -94,92 +103,36 @@ def _check_choice(values: Any, choice: Choice, path: str, problems: list[str]) -
 def _check_value(value: Any, key: Key, path: str, problems: list[str]) -> Any:
     from composer.core import Time
 
+    items = value if isinstance(value, list) else [value]
     if not fits(value, key.annotation):
         example = ", a time such as 1ep or 500ba" if mentions(key.annotation, Time) else ""
-        problems.append(
-            f"{path}: found {_show(value)}; it must be {describe(key.annotation)}{example}{_unquoted(value)}"
-        )
+        words = choices_of(key.annotation)
+        wrong = next((item for item in items if isinstance(item, str) and item not in words), value)
+        near = difflib.get_close_matches(str(wrong), words, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it must be {describe(key.annotation)}{example}"
+        problems.append(f"{path}: found {_show(wrong if near else value)}; {hint}{_unquoted(value)}")
         return value
-    items = value if isinstance(value, list) else [value]
-    for item in items if key.choices else []:
-        if item is not None and item not in key.choices:
-            near = difflib.get_close_matches(str(item), [str(choice) for choice in key.choices], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it must be one of {_some(key.choices)}"
-            problems.append(f"{path}: found {_show(item)}; {hint}")
-    if key.at_least is not None and isinstance(value, int | float) and value < key.at_least:
-        problems.append(f"{path}: found {value}; it must be at least {key.at_least}")
-    says_time = mentions(key.annotation, Time) or path.endswith("interval")
+    for number in _numbers(value):
+        if not math.isfinite(number):
+            problems.append(f"{path}: found {number}; it must be a finite number")
+        elif key.at_least is not None and number < key.at_least:
+            problems.append(f"{path}: found {number}; it must be at least {key.at_least}")
     try:
-        if says_time and isinstance(value, str):
-            Time.from_timestring(value)
-        if key.check is not None:
-            key.check(value)
+        for item in items if key.check is not None else []:
+            if item is not None:
+                key.check(item)
     except ValueError as error:
-        hint = "; write a number and a unit, as in 1ep, 500ba, 0.03dur" if str(error).startswith("Invalid time") else ""
-        problems.append(f"{path}: {str(error).splitlines()[0]}{hint}")
+        problems.append(f"{path}: {str(error).splitlines()[0]}")
     return value
 
 
-def _check_agreement(config: dict[str, Any], problems: list[str]) -> None:
-    """What several keys say together. Looks only at what could be read."""
-
-    def get(path: str, default: Any = None) -> Any:
-        node: Any = config
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, Mapping) else None
-        return default if node is None or node is UNREADABLE else node
-
-    trainable = get("model.trainable")
-    if trainable == []:
-        problems.append("model.trainable: found an empty list; name what this stage trains, as in [projector]")
-    trainable = trainable if isinstance(trainable, list) and trainable else None
-    rates = get("optimizer.lr")
-    if isinstance(rates, Mapping) and trainable:
-        problems += [
-            f"optimizer.lr.{name}: is not trained; {_did_you_mean(name, trainable)}"
-            for name in rates
-            if name not in trainable
-        ]
-        problems += [
-            f"optimizer.lr.{name}: is missing; give each trained module a rate"
-            for name in trainable
-            if name not in rates
-        ]
-    model = get("model.language_model")
-    if isinstance(model, Mapping) and (model.get("path") is None) == (model.get("config") is None):
-        found = "neither" if model.get("path") is None else "both"
-        problems.append(f"model.language_model: found {found} of path (weights) and config (random); give one of them")
-    trainer = config.get("trainer")
-    if isinstance(trainer, Mapping) and trainer.get("save_interval", "1ep") is None and trainer.get("autoresume"):
-        problems.append(
-            "trainer.autoresume: has nothing to go on from while save_interval is null; give an interval or remove this"
-        )
-    if "eval_loader" not in config:
-        for key in ("eval_interval", "eval_subset_num_batches"):
-            if get(f"trainer.{key}") is not None:
-                problems.append(f"trainer.{key}: does nothing without the section eval_loader; add it or remove this")
-    if get("execution.vision_chunk") is not None and trainable and "vision_encoder" in trainable:
-        problems.append(
-            "execution.vision_chunk: saves nothing where vision_encoder is trained (its activations are kept anyway); "
-            "remove it"
-        )
-    for name in ("train_loader", "eval_loader"):
-        # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
-        dataset = get(f"{name}.dataset")
-        if isinstance(dataset, Mapping) and (dataset.get("local") is None) == (dataset.get("streams") is None):
-            found = "found null" if "local" in dataset else "is missing"
-            problems.append(
-                f"{name}.dataset.local: is given beside streams; remove one of them"
-                if dataset.get("local") is not None
-                else f"{name}.dataset.local: {found}; it must be text: the folder of the shards, or of their cache "
-                "(or give streams)"
-            )
-        most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len", 0)
-        if isinstance(most, int) and isinstance(longest, int) and most < longest:
-            problems.append(
-                f"{name}.max_tokens_per_microbatch: found {most}, less than {name}.dataset.max_seq_len {longest}: one "
-                "sample may not fit; raise the one or lower the other"
-            )
+def _numbers(value: Any) -> Iterator[int | float]:
+    """All numbers in a value."""
+    if isinstance(value, list | Mapping):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def _nearest(key: str, section: Section, path: str) -> str:
@@ -208,14 +161,9 @@ def _places(key: str, node: Node, path: str) -> list[str]:
 
 def _wanted(node: Node) -> str:
     if isinstance(node, Key):
-        return f"it must be {_some(node.choices) if node.choices else describe(node.annotation)}"
+        return f"it must be {describe(node.annotation)}"
     names = node.keys if isinstance(node, Section) else [node.selector]
     return f"it must be a mapping of {_some(names)}"
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {_some(names)}"
 
 
 def _some(names: Iterable[Any]) -> str:

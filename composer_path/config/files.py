@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from composer_path.storage.places import is_remote
+
 
 def check_start(settings: Mapping[str, Any]) -> list[str]:
     """Problems of files that a configuration names, one a line: key, what was found, what to do.
@@ -46,7 +48,7 @@ def _missing_shards(settings: Mapping[str, Any]) -> Iterator[str]:
             f"{section}.dataset.streams.{name}": stream for name, stream in (dataset.get("streams") or {}).items()
         }
         for where, keywords in places.items():
-            if keywords.get("local") is None or keywords.get("remote"):
+            if keywords.get("local") is None or keywords.get("remote") or is_remote(keywords["local"]):
                 continue  # an index that lies elsewhere is fetched
             folder = Path(keywords["local"], keywords.get("split") or "")
             if not (folder / "index.json").is_file():

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
+from omegaconf.grammar_parser import parse
 from yaml import YAMLError
 
-from composer_path.config.check import UNREADABLE, check_config, join
+from composer_path.config.agreement import disagreements
+from composer_path.config.check import UNREADABLE, check_keys, join
+from composer_path.config.schema import ABSENT, Choice, Key, Section
+from composer_path.config.sections import config_schema
 
 # An environment variable is read only where the YAML names it; oc.decode makes a number of its text.
 RESOLVERS = {"oc.env", "oc.decode"}
-RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 
 
 class ConfigError(ValueError):
@@ -33,7 +36,7 @@ class ConfigError(ValueError):
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
-    """A YAML with overrides, checked before anything is built.
+    """A YAML with overrides, complete, and checked before anything is built.
 
     Args:
         path: The YAML.
@@ -41,23 +44,59 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
             is there; `null` empties a key.
 
     Returns:
-        The configuration with its interpolations as they stand (they are filled in when a value is read), so that it
-        can be written beside the results without the values of environment variables. `variables`, `execution`,
-        `algorithms`, `callbacks` and `loggers` are always mappings, and `eval_loader` is None where it isn't given.
+        The configuration with every key that a section may hold: what the YAML leaves out has the default of the
+        signature that gets it. Interpolations stay as they stand (they are filled in when a value is read), so that it
+        can be written beside the results without the values of environment variables.
 
     Raises:
         ConfigError: Lists every problem.
     """
     problems: list[str] = []
     config = _read(path, overrides, problems)
-    check_config(_resolve(config, "", problems), problems)
+    given = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(given, dict)
+    _complete(config, config_schema(), "", problems)
+    known = check_keys(_resolve(config, "", problems), problems)
+    problems += disagreements(known, {str(key): value for key, value in given.items()})
     if problems:
         raise ConfigError(path, problems)
-    for section in ("variables", "execution", "algorithms", "callbacks", "loggers"):
-        if config.get(section) is None:
-            config[section] = {}
-    config.setdefault("eval_loader", None)
     return config
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain mappings and lists, with interpolations filled in."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _complete(config: DictConfig, section: Section, path: str, problems: list[str]) -> None:
+    """Fill in what a section, and those in it, leave out."""
+    for key, node in section.keys.items():
+        left_out = key not in config.keys()  # noqa: SIM118  (`in config` says no of a value left at ???)
+        if isinstance(node, Key):
+            if left_out and not node.required and node.default is not ABSENT:
+                config[key] = node.default
+        elif left_out and not node.required and node.left_out != "absent":
+            config[key] = {} if node.left_out == "empty" else None
+        elif not left_out and not node.required and node.left_out != "null" and config._get_node(key)._is_none():
+            config[key] = {}
+    for key in list(config):
+        node = section.keys.get(str(key), section.members)
+        where = join(path, key)
+        try:
+            child = config[key] if isinstance(node, Section | Choice) else None
+            if isinstance(node, Choice) and isinstance(child, DictConfig):
+                if node.selector not in child.keys() and node.default is not None:  # noqa: SIM118
+                    child[node.selector] = node.default
+                node = {str(name): one for name, one in node.sections.items()}.get(str(child[node.selector]))
+        except (OmegaConfBaseException, KeyError):
+            continue  # said when it is resolved
+        if not isinstance(child, DictConfig) or not isinstance(node, Section):
+            continue
+        if OmegaConf.is_interpolation(config, key) and set(_resolvers(parse(str(config._get_node(key)._value())))):
+            problems.append(f"{where}: found a section in a single value; write it here, or name another section")
+        _complete(child, node, where, problems)
 
 
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:
@@ -96,7 +135,7 @@ def _resolve(node: Any, path: str, problems: list[str]) -> Any:
             problems.append(f"{where}: found ???; give a value, here or as the override {where}=...")
             continue
         text = str(raw[key]) if OmegaConf.is_interpolation(node, key) else ""
-        if set(RESOLVER.findall(text)) - RESOLVERS:
+        if text and set(_resolvers(parse(text))) - RESOLVERS:
             problems.append(f"{where}: found {text}; filled in are ${{other.key}} and ${{oc.env:NAME}} only")
             continue
         try:
@@ -106,6 +145,14 @@ def _resolve(node: Any, path: str, problems: list[str]) -> Any:
             continue
         plain[key] = _resolve(value, where, problems)
     return list(plain.values()) if is_list else plain
+
+
+def _resolvers(tree: Any) -> Iterator[str]:
+    """The names before a colon in a parsed interpolation, nested ones too; a computed name as it is written."""
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        yield tree.resolverName().getText()
+    for child in getattr(tree, "children", None) or ():
+        yield from _resolvers(child)
 
 
 def _reason(error: Exception) -> str:

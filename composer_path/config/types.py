@@ -13,16 +13,21 @@ LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, c
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
-def resolve_annotation(annotation: Any, function: Callable[..., Any]) -> Any:
-    """The type behind an annotation that may be text; names that only a type checker knows become `Any`."""
-    if not isinstance(annotation, str):
-        return Any if annotation is inspect.Parameter.empty else annotation
-    names = dict(getattr(inspect.unwrap(function), "__globals__", {}))
-    while True:
-        try:
-            return eval(annotation, names)
-        except NameError as error:
-            names[error.name] = Any
+def resolve_annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
+    """The type behind a parameter's annotation, which may be text.
+
+    Raises:
+        TypeError: There is none, or it can't be resolved: the key would go unchecked. An error of ours.
+    """
+    if not isinstance(parameter.annotation, str) and parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    try:
+        return eval(parameter.annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+    except (NameError, TypeError) as error:
+        raise TypeError(
+            f"{function.__module__}.{function.__qualname__}, parameter {parameter.name}: its annotation can't be "
+            f"resolved ({error}); import its names where they run, or state the type in config/sections.py"
+        ) from error
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -66,6 +71,13 @@ def _items_fit(values: list[Any], kind: Any, args: tuple[Any, ...]) -> bool:
 def mentions(annotation: Any, wanted: Any) -> bool:
     """Whether a type stands anywhere in an annotation."""
     return annotation is wanted or any(mentions(member, wanted) for member in get_args(annotation))
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """The words that an annotation allows, wherever they stand in it."""
+    if get_origin(annotation) is Literal:
+        return [choice for choice in get_args(annotation) if isinstance(choice, str)]
+    return [choice for member in get_args(annotation) for choice in choices_of(member)]
 
 
 def describe(annotation: Any) -> str:

@@ -13,11 +13,11 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from composer_path.conversion.rejections import ConvertError
 from composer_path.conversion.spill import SpilledRows
-from composer_path.storage.places import TEMPORARY_SUFFIX
+from composer_path.storage.atomic import write_whole
 
 KEY_NAME = "identifiers.key"
 MAPPING_SUFFIX = ".idmap.jsonl"
@@ -108,17 +108,12 @@ class MappingFile:
             with open(self.path, encoding="utf-8") as file:
                 for line in file:
                     self._add(json.loads(line))
-        # Written beside and renamed: a full disk must not cost the mapping of an earlier conversion.
-        unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            with open(descriptor, "wb") as written:
-                for group in self._rows.groups():
-                    written.writelines(sorted(set(group.splitlines(keepends=True))))
-            unfinished.replace(self.path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+
+        def write(file: BinaryIO) -> None:
+            for group in self._rows.groups():
+                file.writelines(sorted(set(group.splitlines(keepends=True))))
+
+        write_whole(self.path, write, mode=0o600)  # a full disk must not cost the mapping of an earlier conversion
         self._rows.close()
 
     def _add(self, entry: dict[str, str]) -> None:

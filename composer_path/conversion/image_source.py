@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import xxhash
 
-from composer_path.images.file import ImageError, check_image, sanitize_image
+from composer_path.conversion.options import ConvertOptions
+from composer_path.images.file import check_image, sanitize_image
+from composer_path.images.folder import resolve_image
 from composer_path.images.jpeg import is_jpeg
-from composer_path.records.conversation import RULES, RecordError, resolve_image
+from composer_path.images.square import Square
+from composer_path.records.rules import RecordError
 from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
@@ -46,15 +48,13 @@ class ImageSource:
     """The image folder of a conversion.
 
     Args:
-        images: folder, or an address in a bucket.
-        max_pixels: larger images are refused unread.
-        check: "full" decodes every image once, "header" reads no more than its structure.
-        resized: ``{image_size, fit, pad_color}`` to store finished squares, None for the files themselves.
+        images: Folder, or an address in a bucket.
+        options: How images are checked, and whether finished squares are stored in place of the files.
     """
 
-    def __init__(self, images: str, max_pixels: int, check: str, resized: dict[str, Any] | None) -> None:
-        self._images, self._max_pixels = images, max_pixels
-        self._decode, self._resized = check == "full", resized
+    def __init__(self, images: str, options: ConvertOptions) -> None:
+        self._images, self._max_pixels = images, options.max_pixels
+        self._decode, self._resized = options.check == "full", options.resized
         self._bucket = Bucket(images) if is_remote(images) else None
         self._stored: OrderedDict[str, StoredImage | RecordError] = OrderedDict()
         self._num_bytes = 0
@@ -101,18 +101,15 @@ class ImageSource:
             else:
                 data = self._read(image)
             if self._resized is not None:
-                from composer_path.images.pixels import resize_image  # imports torch, which nothing else here needs
+                from composer_path.images.pixels import ImagePreparation  # imports torch, which nothing else here needs
 
                 if self._decode and is_jpeg(data):  # decoding alone doesn't find data that end early
                     check_image(data, self._max_pixels)
-                data = resize_image(data, **self._resized, max_pixels=self._max_pixels)
+                data = ImagePreparation.of_square(Square.of(**self._resized), self._max_pixels).resize(data)
             elif not isinstance(image, SlideRegion):
                 data = sanitize_image(data, self._max_pixels, decode=self._decode)
         except RecordError as error:
             return error
-        except ImageError as error:
-            rule = error.rule if error.rule in RULES else "unreadable-image"
-            return RecordError(rule, error.found, error.fix or "replace the file")
         return StoredImage(data, xxhash.xxh64_intdigest(data), mpp)
 
     def _read(self, name: str) -> bytes:

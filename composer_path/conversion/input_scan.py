@@ -17,7 +17,9 @@ import xxhash
 
 from composer_path.conversion.record_file import RawRecord, place_of, read_records
 from composer_path.conversion.spill import SpilledRows
-from composer_path.records.conversation import RecordError, id_of
+from composer_path.records.conversation import id_of
+from composer_path.records.rules import RecordError
+from composer_path.shards.index import part_name
 
 # Records of a partition: enough for whole shards, few enough that a killed run loses little and many processes have
 # work. With images (0.1 to 1 MB each) 256 records already make shards of good size.
@@ -54,7 +56,7 @@ class Partition:
     @property
     def name(self) -> str:
         """Its folder's name in the data set."""
-        return f"part-{self.index:05}"
+        return part_name(self.index)
 
 
 class InputScan:

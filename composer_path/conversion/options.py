@@ -1,113 +1,125 @@
-"""Refuses before the first record what would else fail after the last."""
+"""How a conversion is to be done: its options, checked before the first record."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, no_type_check
 
 from composer_path.conversion.rejections import ConvertError
-from composer_path.shards.writer import HASHES
-from composer_path.storage.places import Bucket, Folder, StorageError, is_remote, open_place, shown
+from composer_path.images.file import MAX_PIXELS
+from composer_path.shards.mds import HASHES
 
-_UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
+OnError = Literal["fail", "skip"]
+Ids = Literal["hash", "keep"]
+Check = Literal["full", "header"]
+Engine = Literal["local", "spark"]
 
-
-def parse_size(size_limit: int | str) -> int:
-    """Return a shard size in bytes; "64mb" is 64 * 1024 * 1024, as in streaming.
-
-    Raises:
-        ConvertError: it is no size, or larger than a shard can be.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(size_limit).strip().lower())
-    unit = _UNITS.get(match[2]) if match else None
-    size = int(float(match[1]) * unit) if match and unit is not None else 0
-    if not 0 < size < 2**32:
-        raise ConvertError(f"--size-limit: must be a size below 4 GB such as 64mb, found {size_limit!r}")
-    return size
+_CHOICES = {"on_error": OnError, "ids": Ids, "check": Check, "engine": Engine}
+_UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 
 
-def parse_part(part: str | None) -> tuple[int, int]:
-    """Return number and count of a part "2/8"; (1, 1) for None.
+@no_type_check  # a wrong word gets an error of its own, also where types are checked as the tests do
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Options of a conversion.
 
-    Raises:
-        ConvertError: it is no such pair.
-    """
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part or "1/1")
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ConvertError(f"--part: must be i/N with i from 1 to N, such as 2/8, found {part!r}")
-    return int(match[1]), int(match[2])
-
-
-def refuse_wrong_options(
-    *,
-    on_error: str,
-    ids: str,
-    hashes: Sequence[str],
-    check: str,
-    resized: dict[str, Any] | None,
-    workers: int,
-    engine: str,
-    partition_size: int | None,
-    resume: bool,
-    overwrite: bool,
-    parts: int,
-) -> None:
-    """Check ``convert``'s options.
+    Attributes:
+        on_error: `fail` writes nothing if any record breaks a rule; `skip` writes the good ones and lists the others.
+        ids: `hash` stores keyed hashes of identifying values, `keep` stores them plainly.
+        size_limit: Size of a shard, as a text with its unit or in bytes; 64 MB is read well from a disk and from an
+            object store.
+        hashes: Checksums kept in the index; xxh64 is the cheapest.
+        max_pixels: Images with more pixels than this are refused unread (decompression bombs).
+        check: `full` decodes every image once; `header` reads its structure only, and misses damaged pixels.
+        resized: `{image_size, fit, pad_color}` stores finished squares in place of the files.
+        rejected: Where to list what is wrong with each record, with its id: by default `rejected.jsonl` beside the
+            input if `on_error` is `skip`, and nowhere if it is `fail`.
+        key: Secret key of the hashes, made if it isn't there: by default `identifiers.key` beside the input, so that
+            all data sets of one folder share it. The mapping back is written beside the key.
+        workers: Processes.
+        partition_size: Records that are converted together; by default 256 to 8192, by number and kind.
+        resume: Go on where the same command was interrupted.
+        overwrite: Delete what an earlier conversion has written to the same place.
+        part: `2/8` converts the second eighth; `merge` publishes when all are there.
+        engine: `local`, or `spark` to have Spark's executors convert the partitions.
+        master: Spark's address, for example `spark://host:7077` or `local[4]`.
 
     Raises:
-        ConvertError: one is wrong, or two don't go together.
+        ConvertError: One is wrong, or two don't go together.
     """
-    choices = {
-        "--on-error": (on_error, ("fail", "skip")),
-        "--ids": (ids, ("hash", "keep")),
-        "--check": (check, ("full", "header")),
-        "--engine": (engine, ("local", "spark")),
-    }
-    for option, (value, known) in choices.items():
-        if value not in known:
-            raise ConvertError(f"{option}: must be {known[0]!r} or {known[1]!r}, found {value!r}")
-    unknown = [name for name in hashes if name not in HASHES]
-    if unknown:
-        raise ConvertError(f"hashes: must be checksums such as xxh64 or sha256, found {unknown}")
-    for option, number in (("--workers", workers), ("--partition-size", partition_size)):
-        if number is not None and number < 1:
-            raise ConvertError(f"{option}: must be 1 or more, found {number}")
-    if resized is not None and not 1 <= resized["image_size"] <= 65535:
-        raise ConvertError(f"--resize: must be 1 to 65535 pixels, found {resized['image_size']}")
-    if resume and overwrite:
-        raise ConvertError("--resume and --overwrite: must not both be given; one keeps what the other deletes")
-    if overwrite and parts > 1:
-        raise ConvertError("--overwrite: must not be given for a part; it would delete the others: empty the place")
 
+    on_error: OnError = "fail"
+    ids: Ids = "hash"
+    size_limit: int | str = "64mb"
+    hashes: Sequence[str] = ("xxh64",)
+    max_pixels: int = MAX_PIXELS
+    check: Check = "full"
+    resized: Mapping[str, Any] | None = None
+    rejected: str | Path | None = None
+    key: str | Path | None = None
+    workers: int = 1
+    partition_size: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+    part: str | None = None
+    engine: Engine = "local"
+    master: str | None = None
 
-def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder | Bucket:
-    """Check that there is something to read and a place to write, and return the place.
+    def __post_init__(self) -> None:
+        for name, choice in _CHOICES.items():
+            known, value = get_args(choice), getattr(self, name)
+            if value not in known:
+                flag = name.replace("_", "-")
+                raise ConvertError(f"--{flag}: must be {known[0]!r} or {known[1]!r}, found {value!r}")
+        unknown = [name for name in self.hashes if name not in HASHES]
+        if unknown:
+            raise ConvertError(f"hashes: must be checksums such as xxh64 or sha256, found {unknown}")
+        for option, number in (("--workers", self.workers), ("--partition-size", self.partition_size)):
+            if number is not None and number < 1:
+                raise ConvertError(f"{option}: must be 1 or more, found {number}")
+        if self.resized is not None and not 1 <= self.resized["image_size"] <= 65535:
+            raise ConvertError(f"--resize: must be 1 to 65535 pixels, found {self.resized['image_size']}")
+        if self.resume and self.overwrite:
+            raise ConvertError("--resume and --overwrite: must not both be given; one keeps what the other deletes")
+        if self.overwrite and self.num_parts > 1:
+            raise ConvertError("--overwrite: must not be given for a part; it would delete the others: empty the place")
+        _ = self.size_bytes, self.part_number
 
-    Raises:
-        ConvertError: there isn't.
-    """
-    if is_remote(data):
-        folder, _, name = data.rpartition("/")
-        try:
-            Bucket(folder).size(name)
-        except (OSError, ValueError) as error:
-            found = "no such object" if isinstance(error, FileNotFoundError) else error
-            raise ConvertError(f"--data {shown(data)}: must be a JSON or JSONL file, found {found}") from None
-    elif not Path(data).is_file():
-        found = "a folder" if Path(data).is_dir() else "no such file"
-        raise ConvertError(f"--data {data}: must be a JSON or JSONL file, found {found}")
-    if not is_remote(images) and not Path(images).is_dir():
-        raise ConvertError(f"--images {images}: must be the folder of the images, found no such folder")
-    try:
-        place = open_place(out)
-        if isinstance(place, Folder) and place.path.exists() and not place.path.is_dir():
-            raise ConvertError(f"--out {out}: must be empty, found a file; choose another place")
-        used = bool(place.files())
-    except StorageError as error:
-        raise ConvertError(f"--out {shown(out)}: must be a writable place, found {error}") from None
-    if used and not used_is_fine:
-        fix = "empty it or choose another one, go on with --resume, or replace what is there with --overwrite"
-        raise ConvertError(f"--out {place}: must be empty, found files; {fix}")
-    return place
+    @property
+    def size_bytes(self) -> int:
+        """Size of a shard in bytes; "64mb" is 64 * 1024 * 1024, as in streaming."""
+        given = self.size_limit
+        size = given if isinstance(given, int) else 0
+        if isinstance(given, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", given.strip().lower())):
+            if not match[2]:
+                raise ConvertError(f"--size-limit: must have a unit, found {given!r}; give one, as in 64mb")
+            size = int(float(match[1]) * _UNITS.get(match[2], 0))
+        if not 0 < size < 2**32:
+            raise ConvertError(f"--size-limit: must be a size below 4 GB such as 64mb, found {given!r}")
+        return size
+
+    @property
+    def part_number(self) -> int:
+        """Number of the part, from 1."""
+        return self._part[0]
+
+    @property
+    def num_parts(self) -> int:
+        """How many parts there are."""
+        return self._part[1]
+
+    @property
+    def _part(self) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part or "1/1")
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise ConvertError(f"--part: must be i/N with i from 1 to N, such as 2/8, found {self.part!r}")
+        return int(match[1]), int(match[2])
+
+    def shaping(self, partition_size: int) -> dict[str, Any]:
+        """Return those that shape the shards, as the data card holds them."""
+        names = ("ids", "size_limit", "hashes", "max_pixels", "check", "resized", "on_error")
+        shaping = {name: getattr(self, name) for name in names}
+        return shaping | {"hashes": sorted(self.hashes), "partition_size": partition_size}

@@ -7,13 +7,11 @@ verified, ``done.json`` is written there: counts, problems and the files with si
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -21,15 +19,17 @@ import xxhash
 from composer_path.conversion.identifiers import KeyedHashes
 from composer_path.conversion.image_source import ImageSource, StoredImage
 from composer_path.conversion.input_scan import Partition
+from composer_path.conversion.options import ConvertOptions
 from composer_path.conversion.record_file import RawRecord, read_range
-from composer_path.records.conversation import RECORD_KEYS, Conversation, RecordError, id_of, problems_of
+from composer_path.parallel import Report, in_threads
+from composer_path.records.conversation import Conversation, id_of
+from composer_path.records.rules import RECORD_KEYS, RecordError, problems_of
 from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.columns import COLUMNS, packed_parts
+from composer_path.shards.index import DONE_NAME, IMAGE_HASHES_NAME, Part
 from composer_path.shards.writer import ShardWriter, verify
-from composer_path.storage.places import Bucket, Folder, StorageError, open_place
+from composer_path.storage.places import Bucket, Folder, StorageError, is_remote, open_place
 
-DONE_NAME = "done.json"
-IMAGE_HASHES_NAME = "image_hashes.bin"  # uint64 xxh64 of each stored image, by which repeated ones are counted
 COUNTS = ("records", "images", "text_only", "turns", "without_tag", "dropped_turns", "image_bytes")
 
 # A key with any other look may be a sentence in the wrong place, so it is counted but not shown.
@@ -38,10 +38,8 @@ _MAX_SOURCE_LENGTH = 80
 # Requests to a bucket wait for the network, so many go at once.
 _BUCKET_THREADS = 16
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-# Called with the number of records and the bytes of images done since the last call.
-Report = Callable[[int, int], None]
+# A record without its content, its id, and what is wrong with it.
+Problem = tuple[RawRecord, str | None, RecordError]
 
 
 @dataclass(frozen=True)
@@ -49,36 +47,49 @@ class ConvertJob:
     """What is the same for every partition of a conversion.
 
     Attributes:
-        data: file of records.
-        images: folder of images.
-        out: where the data set goes.
-        fingerprint: hash of the input and of every option that shapes the shards.
-        size_limit: size of a shard in bytes.
-        hashes: checksums kept in the index.
-        max_pixels: larger images are refused.
-        check: "full" or "header".
-        resized: ``{image_size, fit, pad_color}``, or None.
-        key: secret key of the hashes, None to keep identifiers plainly.
-        threads: for images, in each process.
-        resume: take over what is already there.
-        check_only: write nothing, only list problems.
-        stop_at_problem: write nothing more of a partition once a problem is found in it.
+        data: File of records.
+        images: Folder of images.
+        out: Where the data set goes.
+        options: How it is to be done.
+        fingerprint: Hash of the input and of every option that shapes the shards.
+        key: Secret key of the hashes, None to keep identifiers plainly.
+        threads: For images, in each process.
+        check_only: Write nothing, only list problems.
     """
 
     data: str
     images: str
     out: str
+    options: ConvertOptions
     fingerprint: str
-    size_limit: int
-    hashes: tuple[str, ...]
-    max_pixels: int
-    check: str
-    resized: dict[str, Any] | None
     key: bytes | None = field(repr=False)
     threads: int = 1
-    resume: bool = False
     check_only: bool = False
-    stop_at_problem: bool = True
+
+    def writes_on(self, problems: list[Problem]) -> bool:
+        """Whether there is still something to write of a partition in which these problems were found."""
+        return not self.check_only and not (self.options.on_error == "fail" and problems)
+
+
+@dataclass(kw_only=True)
+class PartitionDone(Part):
+    """A partition's marker: counts, problems and files; no text, no id.
+
+    Attributes:
+        fingerprint: Of the conversion.
+        stamp: Hash of size and time of every image.
+        counts: Of each of `COUNTS`.
+        sources: The same counts for the records of each source.
+        unknown_keys: Key that nothing reads -> number of records that have it.
+        problems: Position, line, rule, found, fix and place of each.
+    """
+
+    fingerprint: str
+    stamp: str
+    counts: dict[str, int]
+    sources: dict[str, dict[str, int]]
+    unknown_keys: dict[str, int]
+    problems: list[list[Any]]
 
 
 @dataclass
@@ -86,63 +97,59 @@ class PartitionResult:
     """What became of a partition.
 
     Attributes:
-        partition: the partition.
-        done: content of its marker; None if it wasn't written.
-        problems: (record without its content, id, error), in order.
+        partition: The partition.
+        done: Its marker; None if it wasn't written.
+        problems: In order.
         values: (kind, value) -> hash, of all identifiers that were hashed.
-        unknown_keys: key that nothing reads -> number of records that have it.
-        resumed: an earlier run had converted it.
+        resumed: An earlier run had converted it.
     """
 
     partition: Partition
-    done: dict[str, Any] | None
-    problems: list[tuple[RawRecord, str | None, RecordError]]
+    done: PartitionDone | None
+    problems: list[Problem]
     values: dict[tuple[str, str], str]
-    unknown_keys: dict[str, int]
     resumed: bool = False
 
 
-def convert_partition(job: ConvertJob, partition: Partition, report: Report | None = None) -> PartitionResult:
+def convert_partition(job: ConvertJob, partition: Partition, report: Report) -> PartitionResult:
     """Convert one partition, or take it over from an earlier run.
 
     It is taken over if all its files are as they were written, and the images still have the size and the time that
     they had then.
 
     Raises:
-        StorageError: a place can't be read or written. Nothing says then that the partition is done.
+        StorageError: A place can't be read or written. Nothing says then that the partition is done.
     """
-    report = report or (lambda records, num_bytes: None)
     place = open_place(job.out)
-    if job.resume:
+    if job.options.resume:
         done = read_marker(place, partition.name, job.fingerprint)
-        if done is not None and done["stamp"] == _stamp(job, partition) and _is_whole(place, partition.name, done):
+        if done is not None and done.stamp == _stamp(job, partition) and _is_whole(place, done):
             return _take_over(job, partition, done, report)
     return _Conversion(job, partition, place, report).run()
 
 
-def read_marker(place: Folder | Bucket, name: str, fingerprint: str) -> dict[str, Any] | None:
-    """Read a partition's marker; None if there is none, or only one of another conversion."""
+def read_marker(place: Folder | Bucket, name: str, fingerprint: str) -> PartitionDone | None:
+    """Read a partition's marker; None if there is none, or only one of another conversion or version."""
     try:
-        done = json.loads(place.read(f"{name}/{DONE_NAME}"))
-    except (FileNotFoundError, ValueError):
+        done = PartitionDone(**json.loads(place.read(f"{name}/{DONE_NAME}")))
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    ours = isinstance(done, dict) and done.get("fingerprint") == fingerprint and "stamp" in done
-    return done if ours else None
+    return done if done.fingerprint == fingerprint else None
 
 
-def verify_partition(place: Folder | Bucket, name: str, done: dict[str, Any]) -> None:
+def verify_partition(place: Folder | Bucket, done: PartitionDone) -> None:
     """Read every file of a partition back.
 
     Raises:
-        StorageError: one isn't there or differs.
+        StorageError: One isn't there or differs.
     """
-    for file in done["files"]:
-        verify(place, f"{name}/{file['name']}", file["bytes"], file["xxh64"])
+    for file in done.files:
+        verify(place, f"{done.name}/{file['name']}", file["bytes"], file["xxh64"])
 
 
-def _is_whole(place: Folder | Bucket, name: str, done: dict[str, Any]) -> bool:
+def _is_whole(place: Folder | Bucket, done: PartitionDone) -> bool:
     try:
-        verify_partition(place, name, done)
+        verify_partition(place, done)
     except StorageError:  # damaged since: it is made again
         return False
     return True
@@ -150,8 +157,7 @@ def _is_whole(place: Folder | Bucket, name: str, done: dict[str, Any]) -> bool:
 
 def _stamp(job: ConvertJob, partition: Partition) -> str:
     """Return what a marker would say of the images as they are now."""
-    images = _image_source(job)
-    stamps = xxhash.xxh64()
+    images, stamps = ImageSource(job.images, job.options), xxhash.xxh64()
     for record in _records(job, partition):
         if not isinstance(record.value, RecordError) and not problems_of(record.value):
             for image in Conversation.from_record(record.value).images:
@@ -159,42 +165,38 @@ def _stamp(job: ConvertJob, partition: Partition) -> str:
     return stamps.hexdigest()
 
 
-def _image_source(job: ConvertJob) -> ImageSource:
-    return ImageSource(job.images, job.max_pixels, job.check, job.resized)
-
-
 class _Conversion:
     """One partition on its way."""
 
     def __init__(self, job: ConvertJob, partition: Partition, place: Folder | Bucket, report: Report) -> None:
         self._job, self._partition, self._report = job, partition, report
-        self._images, self._stamps = _image_source(job), xxhash.xxh64()
+        self._images, self._stamps = ImageSource(job.images, job.options), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
-        self._writer = ShardWriter(place, partition.name, COLUMNS, job.size_limit, job.hashes)
+        self._writer = ShardWriter(place, partition.name, COLUMNS, job.options.size_bytes, job.options.hashes)
         self._counts = dict.fromkeys(COUNTS, 0)
         self._sources: dict[str, Counter[str]] = {}
         self._unknown_keys: Counter[str] = Counter()
-        self._problems: list[tuple[RawRecord, str | None, RecordError]] = []
+        self._problems: list[Problem] = []
         self._image_hashes: list[int] = []
 
     def run(self) -> PartitionResult:
         job, partition, writer = self._job, self._partition, self._writer
         try:
-            threads = max(job.threads, _BUCKET_THREADS) if "://" in job.images else job.threads
+            threads = max(job.threads, _BUCKET_THREADS) if is_remote(job.images) else job.threads
             for record, loaded, problems, stamps in in_threads(self._load, _records(job, partition), threads):
                 self._stamps.update(stamps)
                 self._add(record, loaded, problems)
             done = None
-            if not job.check_only and not (job.stop_at_problem and self._problems):
+            if job.writes_on(self._problems):
                 writer.finish()
                 if self._image_hashes:
                     writer.write_file(IMAGE_HASHES_NAME, np.array(self._image_hashes, "<u8").tobytes())
                 done = self._marker()
-                writer.write_marker(DONE_NAME, (json.dumps(done, sort_keys=True) + "\n").encode())
+                writer.write_marker(DONE_NAME, (json.dumps(vars(done), sort_keys=True) + "\n").encode())
         finally:
             writer.close()
         values = self._hashed.values if self._hashed is not None else {}
-        return PartitionResult(partition, done, self._problems, values, dict(self._unknown_keys))
+        return PartitionResult(partition, done, self._problems, values)
 
     def _load(
         self, record: RawRecord
@@ -233,7 +235,7 @@ class _Conversion:
         conversation, stored = loaded
         sample = make_sample(record, conversation, stored, self._hashed)
         num_bytes = sum(len(image.data) for image in stored)
-        if not self._job.check_only and not (self._job.stop_at_problem and self._problems):
+        if self._job.writes_on(self._problems):
             self._writer.write(sample)
         self._count(conversation, num_bytes)
         self._image_hashes += [image.hash for image in stored]
@@ -255,21 +257,21 @@ class _Conversion:
         source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
         self._sources.setdefault(source, Counter()).update(added)
 
-    def _marker(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self._job.fingerprint,
-            "partition": self._partition.index,
-            "stamp": self._stamps.hexdigest(),
-            "counts": self._counts,
-            "sources": {name: dict(counts) for name, counts in sorted(self._sources.items())},
-            "unknown_keys": dict(self._unknown_keys),
-            "problems": [
+    def _marker(self) -> PartitionDone:
+        return PartitionDone(
+            fingerprint=self._job.fingerprint,
+            partition=self._partition.index,
+            stamp=self._stamps.hexdigest(),
+            counts=self._counts,
+            sources={name: dict(counts) for name, counts in sorted(self._sources.items())},
+            unknown_keys=dict(self._unknown_keys),
+            problems=[
                 [record.position, record.line, error.rule, error.found, error.fix, error.where]
                 for record, _, error in self._problems
             ],
-            "files": self._writer.files,
-            "shards": self._writer.shards,
-        }
+            files=self._writer.files,
+            shards=self._writer.shards,
+        )
 
 
 _DUPLICATE_FIX = "give it its own id, or leave the key out"
@@ -311,12 +313,12 @@ def unknown_keys_of(value: object) -> list[str]:
     return sorted(key if _PLAIN_KEY.fullmatch(key) else "(not a plain name)" for key in keys)
 
 
-def _take_over(job: ConvertJob, partition: Partition, done: dict[str, Any], report: Report) -> PartitionResult:
+def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, report: Report) -> PartitionResult:
     """Rebuild from the records what a marker doesn't hold because it identifies: ids of bad ones, and hashes."""
     errors: dict[int, list[RecordError]] = {}
-    for position, _line, rule, found, fix, where in done["problems"]:
+    for position, _line, rule, found, fix, where in done.problems:
         errors.setdefault(position, []).append(RecordError(rule, found, fix, where))
-    problems: list[tuple[RawRecord, str | None, RecordError]] = []
+    problems: list[Problem] = []
     hashed = KeyedHashes(job.key) if job.key is not None else None
     for record in _records(job, partition):
         found_errors = errors.get(record.position or 0, [])
@@ -325,7 +327,7 @@ def _take_over(job: ConvertJob, partition: Partition, done: dict[str, Any], repo
             make_sample(record, Conversation.from_record(record.value), [], hashed)
         report(1, 0)
     values = hashed.values if hashed is not None else {}
-    return PartitionResult(partition, done, problems, values, done["unknown_keys"], resumed=True)
+    return PartitionResult(partition, done, problems, values, resumed=True)
 
 
 def _without_value(record: RawRecord) -> RawRecord:
@@ -344,24 +346,3 @@ def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
         count = -1
     if count != partition.num_records:
         raise StorageError("--data: changed while it was converted; leave it alone and convert again with --overwrite")
-
-
-def in_threads(
-    function: Callable[[Item], Result], items: Iterable[Item], threads: int = os.cpu_count() or 1
-) -> Iterator[Result]:
-    """Map in several threads, in order, with a bounded number of items in memory."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) >= 3 * threads:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_path.records.conversation import RecordError
+from composer_path.records.rules import RecordError
 from composer_path.storage.places import open_file
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import IO
 
 from composer_path.conversion.record_file import RawRecord
-from composer_path.records.conversation import RecordError
-from composer_path.storage.places import TEMPORARY_SUFFIX
+from composer_path.records.rules import RecordError
+from composer_path.storage.atomic import write_whole
 
 # What a person reads in a terminal; the counts by rule below them are of all problems.
 _NUM_SHOWN = 20
@@ -61,7 +62,7 @@ class Rejections:
         self._by_rule: Counter[str] = Counter()
         self._num_records = 0
         self._last: tuple[int | None, set[str]] | None = None
-        self._listing: Path | None = None
+        self._listing: IO[str] | None = None
 
     def add(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
         """Note one problem of a record, all those of one record after each other; its content isn't kept."""
@@ -97,22 +98,16 @@ class Rejections:
         return "\n".join([*lines, f"rejected by rule: {counts}"])
 
     def save(self) -> None:
-        """Let the list appear under its name, if there is anything in it."""
-        if self._listing is not None and self.file is not None:
-            self._listing.replace(self.file)
-            self._listing = None
-
-    def discard(self) -> None:
-        """Leave no half list behind."""
-        if self._listing is not None:
-            self._listing.unlink(missing_ok=True)
-            self._listing = None
+        """Write the list, if there is anything in it."""
+        listing = self._listing
+        if listing is not None and self.file is not None:
+            listing.seek(0)
+            write_whole(self.file, lambda file: file.writelines(line.encode() for line in listing), mode=0o600)
+            listing.close()
 
     def _list(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
-        assert self.file is not None
         row = {"data": self.name, "record": record.position, "line": record.line, "id": record_id}
         row |= {"where": error.where, "rule": error.rule, "found": error.found, "fix": error.fix}
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if self._listing else os.O_TRUNC)
-        self._listing = self.file.with_name(f".{self.file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        with open(os.open(self._listing, flags, 0o600), "w", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self._listing is None:  # of no name, so that nothing stays behind a killed process
+            self._listing = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self._listing.write(json.dumps(row) + "\n")

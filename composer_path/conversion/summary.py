@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from composer_path import __version__
-from composer_path.conversion.partition import COUNTS
+from composer_path.conversion.partition import COUNTS, PartitionDone
+from composer_path.conversion.spill import SpilledRows
 from composer_path.shards.columns import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
+from composer_path.shards.index import IMAGE_HASHES_NAME
+from composer_path.storage.places import Bucket, Folder
 
 # More are counted together: a source should be a data set's name, and a name for each record is none.
 _NUM_SOURCES = 1000
@@ -60,18 +65,18 @@ class ConvertSummary:
     rejected_file: Path | None = None
     mapping_file: Path | None = None
 
-    def add(self, done: dict[str, Any]) -> None:
+    def add(self, done: PartitionDone) -> None:
         """Add what a partition's marker says."""
         for name in COUNTS:
-            setattr(self, name, getattr(self, name) + done["counts"][name])
-        for source, counts in done["sources"].items():
+            setattr(self, name, getattr(self, name) + done.counts[name])
+        for source, counts in done.sources.items():
             known = source in self.sources or len(self.sources) < _NUM_SOURCES
             into = self.sources.setdefault(source if known else "(others)", dict.fromkeys(COUNTS, 0))
             for name in COUNTS:
                 into[name] += counts.get(name, 0)
-        self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done["unknown_keys"]))
-        self.shards += len(done["shards"])
-        self.bytes += sum(shard["raw_data"]["bytes"] for shard in done["shards"])
+        self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done.unknown_keys))
+        self.shards += len(done.shards)
+        self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
     def __str__(self) -> str:
         """One line for each figure; those about oddities only when there are any."""
@@ -122,12 +127,26 @@ def card_after(card: dict[str, Any], summary: ConvertSummary, num_partitions: in
     return {**card, **{name: getattr(summary, name) for name in names}, "partitions": num_partitions}
 
 
-def rejected_by_rule(dones: Iterable[dict[str, Any]]) -> tuple[int, dict[str, int]]:
+def rejected_by_rule(dones: Iterable[PartitionDone]) -> tuple[int, dict[str, int]]:
     """Count rejected records, and those that break each rule, from the partitions' markers."""
     rules: Counter[str] = Counter()
     num_records = 0
     for done in dones:
-        broken = {(problem[0], problem[2]) for problem in done["problems"]}
+        broken = {(problem[0], problem[2]) for problem in done.problems}
         num_records += len({position for position, _ in broken})
         rules.update(rule for _, rule in broken)
     return num_records, dict(rules.most_common())
+
+
+def count_repeated_images(place: Folder | Bucket, dones: Iterable[PartitionDone]) -> int:
+    """Count images that are equal to an earlier one, byte for byte as stored."""
+    rows = SpilledRows()
+    for done in dones:
+        if any(file["name"] == IMAGE_HASHES_NAME for file in done.files):
+            hashes = np.frombuffer(place.read(f"{done.name}/{IMAGE_HASHES_NAME}"), "<u8")
+            for hash in hashes.tolist():
+                rows.add(hash, hash.to_bytes(8, "little"))
+    counts = (np.frombuffer(group, "<u8") for group in rows.groups())
+    repeated = sum(len(hashes) - len(np.unique(hashes)) for hashes in counts)
+    rows.close()
+    return repeated

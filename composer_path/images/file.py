@@ -22,8 +22,8 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from composer_path.images.error import ImageError
 from composer_path.images.jpeg import Jpeg, is_jpeg
+from composer_path.records.rules import ImageError
 
 # 16,384 px a side: 8 mm of a slide at 20x (0.5 um a pixel), far more than a region that is shown to a model,
 # and 0.8 GB of RGB in a loader worker at worst. Pillow's own limit (0.18 G pixels) stays as it is, unused.
@@ -183,7 +183,7 @@ def orientation_of(image: Image.Image) -> int:
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     size = f"an image of {width} x {height} pixels"
     if width < 1 or height < 1:
-        raise ImageError("unreadable-image", size)
+        raise ImageError("unreadable-image", size, "replace the file")
     if width * height > max_pixels:
         raise ImageError("too-many-pixels", size, f"crop it, or raise max_pixels (now {max_pixels})")
     longer, shorter = max(width, height), min(width, height)

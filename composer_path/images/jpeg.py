@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from composer_path.images.error import ImageError
+from composer_path.records.rules import ImageError
 
 # A marker is 0xFF (any number of them) and a byte that is neither 0 nor 0xFF. In the entropy-coded data of a scan
 # 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data (ITU-T T.81, B.1.1).

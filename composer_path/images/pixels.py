@@ -1,17 +1,18 @@
 """The one way from an image's bytes to the model's pixels: decode, pad or crop, resize, and later normalise.
 
-Images travel as uint8 (a quarter of the bytes of float) and are normalised on the device. With
-`decoder="pil"` every number equals the reference's bit for bit; `decoder="torchvision"` is about twice as
-fast on JPEGs and at most one grey level off.
+Images travel as uint8 (a quarter of the bytes of float) and are normalised on the device. With `decoder="pil"` every
+number equals the reference's bit for bit; `decoder="torchvision"` is about twice as fast on JPEGs and at most one grey
+level off.
 
-What differs from the reference by rule: it ignores EXIF rotation, clips 16-bit grey to white and turns what
-is transparent black; here such pictures come out upright, scaled and on white.
+What differs from the reference by rule: it ignores EXIF rotation, clips 16-bit grey to white and turns what is
+transparent black; here such pictures come out upright, scaled and on white.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,32 +23,16 @@ from torch import Tensor
 
 from composer_path.images.file import (
     MAX_PIXELS,
-    ImageError,
-    check_image,
     decode_pixels,
     open_image,
     orientation_of,
     to_rgb,
 )
-from composer_path.images.square import ResizedMismatch, Square, is_square, pack_square, unpack_square
+from composer_path.images.square import Fit, Square, is_square, pack_square, unpack_square
+from composer_path.records.rules import ImageError
 
-__all__ = [
-    "IMAGE_MEAN",
-    "IMAGE_STD",
-    "MAX_PIXELS",
-    "PAD_COLOR",
-    "ImageError",
-    "ResizedMismatch",
-    "check_image",
-    "load_image",
-    "load_stored_image",
-    "normalize_image",
-    "pad_color_of",
-    "resize_image",
-]
-
-Fit = Literal["pad", "crop"]
 Decoder = Literal["pil", "torchvision"]
+Pixels = UInt8[Tensor, "3 size size"]
 
 # ImageNet's, which the reference uses; other encoders bring their own.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -55,7 +40,7 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 
 def pad_color_of(mean: Sequence[float]) -> tuple[int, int, int]:
-    """Return the colour that normalises to about zero: 255 times the mean, cut (not rounded) to integers."""
+    """The colour that normalises to about zero: 255 times the mean, cut (not rounded) to integers."""
     red, green, blue = (int(255 * channel) for channel in mean)
     return red, green, blue
 
@@ -63,81 +48,117 @@ def pad_color_of(mean: Sequence[float]) -> tuple[int, int, int]:
 PAD_COLOR = pad_color_of(IMAGE_MEAN)  # (123, 116, 103)
 
 
-def load_image(
-    data: bytes,
-    image_size: int,
-    fit: Fit = "pad",
-    decoder: Decoder = "pil",
-    pad_color: Sequence[int] = PAD_COLOR,
-    max_pixels: int = MAX_PIXELS,
-) -> UInt8[Tensor, "3 size size"]:
-    """Decode an image and bring it to the model's size, as the reference does.
-
-    1. Decode to upright 8-bit RGB (see `decode_pixels`: rotation, 16 bits, transparency, CMYK, palettes).
-    2. `pad`: centre it on a square of its longer side in `pad_color`.
-    3. Resize the shorter side to `image_size`, bicubic with antialiasing; the longer is cut to an integer.
-    4. Cut out the centre (nothing is left to cut after `pad`).
+@dataclass(frozen=True)
+class ImagePreparation:
+    """How images are prepared for a model: the only way in which these settings travel.
 
     Args:
-        data: The file's bytes.
         image_size: Height and width of the result, in pixels.
         fit: `pad` keeps the whole picture, `crop` fills the frame.
-        decoder: `pil` is exact, `torchvision` fast for JPEGs that are made smaller; whatever else it meets
-            (other formats, rotated, CMYK or smaller pictures) goes through Pillow and is exact.
+        decoder: `pil` is exact, `torchvision` fast for JPEGs that are made smaller; whatever else it meets (other
+            formats, rotated, CMYK or smaller pictures) goes through Pillow and is exact.
         pad_color: Red, green and blue of the padding, 0 to 255; `pad_color_of(mean)` of the encoder.
         max_pixels: The most pixels that may be decoded; checked on the header, before any memory is taken.
 
     Raises:
-        ImageError: The picture is unreadable, too large or of an unsupported kind.
         ValueError: An unknown `fit` or `decoder`.
     """
-    if fit not in ("pad", "crop"):
-        raise ValueError(f"fit must be 'pad' or 'crop', found {fit!r}")
-    if decoder not in ("pil", "torchvision"):
-        raise ValueError(f"decoder must be 'pil' or 'torchvision', found {decoder!r}")
-    red, green, blue = (int(channel) for channel in pad_color)
-    if decoder == "torchvision" and _suits_torchvision(open_image(data, max_pixels), image_size, fit):
-        return _fit_with_torchvision(_decode_jpeg(data), image_size, fit, (red, green, blue))
-    return _fit_with_pil(to_rgb(decode_pixels(data, max_pixels)), image_size, fit, (red, green, blue))
+
+    image_size: int
+    fit: Fit = "pad"
+    decoder: Decoder = "pil"
+    pad_color: tuple[int, int, int] = PAD_COLOR
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        for name, words in (("fit", Fit), ("decoder", Decoder)):
+            if getattr(self, name) not in get_args(words):
+                known = " or ".join(map(repr, get_args(words)))
+                raise ValueError(f"{name} must be {known}, found {getattr(self, name)!r}")
+
+    @classmethod
+    def of_square(cls, square: Square, max_pixels: int) -> ImagePreparation:
+        """The way in which a finished square is made."""
+        return cls(square.image_size, square.fit, pad_color=square.pad_color or PAD_COLOR, max_pixels=max_pixels)
+
+    @property
+    def square(self) -> Square:
+        """What a finished square must be to stand for an image."""
+        return Square.of(self.image_size, self.fit, self.pad_color)
+
+    def load(self, data: bytes) -> Pixels:
+        """Decode an image file and bring it to the model's size, as the reference does.
+
+        1. Decode to upright 8-bit RGB (see `decode_pixels`: rotation, 16 bits, transparency, CMYK, palettes).
+        2. `pad`: centre it on a square of its longer side in `pad_color`.
+        3. Resize the shorter side to `image_size`, bicubic with antialiasing; the longer is cut to an integer.
+        4. Cut out the centre (nothing is left to cut after `pad`).
+
+        Raises:
+            ImageError: The picture is unreadable, too large or of an unsupported kind.
+        """
+        if self.decoder == "torchvision" and self._suits_torchvision(open_image(data, self.max_pixels)):
+            return self._fit_with_torchvision(_decode_jpeg(data))
+        return self._fit_with_pil(to_rgb(decode_pixels(data, self.max_pixels)))
+
+    def load_stored(self, data: bytes | memoryview) -> Pixels:
+        """Load an image of a shard, be it a file or a finished square; a square holds the `pil` decoder's pixels.
+
+        Raises:
+            ImageError: As `load`, and for a square that is damaged.
+            ResizedMismatch: The shards were resized for another size, fit or padding colour. Not an ImageError, because
+                no other sample is better.
+        """
+        return unpack_square(data, self.square) if is_square(data) else self.load(bytes(data))
+
+    def resize(self, data: bytes) -> bytes:
+        """Make the finished square that `--resize` stores in place of the file.
+
+        Raises:
+            ImageError: As `load`.
+        """
+        return pack_square(self.load(data), self.square)
+
+    def _fit_with_pil(self, image: Image.Image) -> Pixels:
+        if self.fit == "pad" and image.width != image.height:
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), self.pad_color)
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        image = image.resize(_resized_size(*image.size, self.image_size), Image.Resampling.BICUBIC)
+        return _center(torch.from_numpy(np.array(image)).permute(2, 0, 1), self.image_size)
+
+    def _suits_torchvision(self, header: ImageFile) -> bool:
+        """Whether this is an upright grey or colour JPEG that is not enlarged (which would be 2 levels off)."""
+        side = max(header.size) if self.fit == "pad" else min(header.size)
+        plain = header.format == "JPEG" and header.mode in ("L", "RGB") and orientation_of(header) == 1
+        return plain and side >= self.image_size
+
+    def _fit_with_torchvision(self, pixels: UInt8[Tensor, "3 height width"]) -> Pixels:
+        from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+        _, height, width = pixels.shape
+        if self.fit == "pad" and width != height:
+            side = max(width, height)
+            square = torch.tensor(self.pad_color, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
+            top, left = (side - height) // 2, (side - width) // 2
+            square[:, top : top + height, left : left + width] = pixels
+            pixels, width, height = square, side, side
+        width, height = _resized_size(width, height, self.image_size)
+        return _center(resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True), self.image_size)
 
 
-def resize_image(
+def load_image(
     data: bytes,
     image_size: int,
-    fit: Fit = "pad",
-    pad_color: Sequence[int] | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> bytes:
-    """Make the finished square that `--resize` stores in place of the file: `load_image`'s exact pixels.
-
-    Raises:
-        ImageError: As `load_image`.
-    """
-    color = PAD_COLOR if pad_color is None else pad_color  # a crop has none
-    pixels = load_image(data, image_size, fit, "pil", color, max_pixels)
-    return pack_square(pixels, Square.of(image_size, fit, color))
-
-
-def load_stored_image(
-    data: bytes,
-    image_size: int,
-    fit: Fit = "pad",
-    decoder: Decoder = "pil",
-    pad_color: Sequence[int] = PAD_COLOR,
-    max_pixels: int = MAX_PIXELS,
-) -> UInt8[Tensor, "3 size size"]:
-    """Load an image of a shard, be it a file or a finished square; the same pixels for `decoder="pil"`.
-
-    A square holds the `pil` decoder's pixels whatever `decoder` says.
-
-    Raises:
-        ImageError: As `load_image`, and for a square that is damaged.
-        ResizedMismatch: The shards were resized for another size, fit or padding colour. Not an ImageError, because
-            no other sample is better.
-    """
-    if is_square(data):
-        return unpack_square(data, Square.of(image_size, fit, pad_color))
-    return load_image(data, image_size, fit, decoder, pad_color, max_pixels)
+    fit: Fit = ImagePreparation.fit,
+    decoder: Decoder = ImagePreparation.decoder,
+    pad_color: Sequence[int] = ImagePreparation.pad_color,
+    max_pixels: int = ImagePreparation.max_pixels,
+) -> Pixels:
+    """`ImagePreparation.load` with the settings one by one."""
+    red, green, blue = map(int, pad_color)
+    return ImagePreparation(image_size, fit, decoder, (red, green, blue), max_pixels).load(data)
 
 
 def normalize_image(
@@ -162,27 +183,6 @@ def _resized_size(width: int, height: int, image_size: int) -> tuple[int, int]:
     return int(image_size * width / height), image_size
 
 
-def _fit_with_pil(
-    image: Image.Image, image_size: int, fit: Fit, pad_color: tuple[int, int, int]
-) -> UInt8[Tensor, "3 size size"]:
-    if fit == "pad" and image.width != image.height:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), pad_color)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    width, height = _resized_size(*image.size, image_size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return _center(pixels, image_size)
-
-
-def _suits_torchvision(header: ImageFile, image_size: int, fit: Fit) -> bool:
-    """Whether this is an upright grey or colour JPEG that is not enlarged (which would be 2 levels off)."""
-    side = max(header.size) if fit == "pad" else min(header.size)
-    plain = header.format == "JPEG" and header.mode in ("L", "RGB") and orientation_of(header) == 1
-    return plain and side >= image_size
-
-
 def _decode_jpeg(data: bytes) -> UInt8[Tensor, "3 height width"]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -195,24 +195,7 @@ def _decode_jpeg(data: bytes) -> UInt8[Tensor, "3 height width"]:
         raise ImageError("unreadable-image", found, "replace the file") from None
 
 
-def _fit_with_torchvision(
-    pixels: UInt8[Tensor, "3 height width"], image_size: int, fit: Fit, pad_color: tuple[int, int, int]
-) -> UInt8[Tensor, "3 size size"]:
-    from torchvision.transforms.v2.functional import InterpolationMode, resize
-
-    _, height, width = pixels.shape
-    if fit == "pad" and width != height:
-        side = max(width, height)
-        square = torch.tensor(pad_color, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[:, top : top + height, left : left + width] = pixels
-        pixels, width, height = square, side, side
-    width, height = _resized_size(width, height, image_size)
-    pixels = resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True)
-    return _center(pixels, image_size)
-
-
-def _center(pixels: UInt8[Tensor, "3 height width"], image_size: int) -> UInt8[Tensor, "3 size size"]:
+def _center(pixels: UInt8[Tensor, "3 height width"], image_size: int) -> Pixels:
     _, height, width = pixels.shape
     top, left = (height - image_size) // 2, (width - image_size) // 2
     return pixels[:, top : top + image_size, left : left + image_size].contiguous()

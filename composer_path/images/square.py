@@ -9,18 +9,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from composer_path.images.file import ImageError
+from composer_path.records.rules import ImageError
+
+Fit = Literal["pad", "crop"]
 
 # No image format begins so. The first byte is no text, and a transfer that changes line ends breaks the rest.
 _MAGIC = b"\xc5CPSQ\r\n\x1a"
 _VERSION = 1
 _HEADER = struct.Struct("<8sBBHBBBx")  # magic, version, fit, side, red, green, blue of the padding
-_FITS = ("pad", "crop")
 
 
 class ResizedMismatch(ValueError):
@@ -32,19 +34,19 @@ class Square:
     """How a stored square was made; what must be the same for the model that is trained on it.
 
     Attributes:
-        image_size: height and width in pixels.
+        image_size: Height and width in pixels.
         fit: `pad` or `crop`, see `load_image`.
-        pad_color: red, green and blue of the padding; None for `crop`, which pads nothing.
+        pad_color: Red, green and blue of the padding; None for `crop`, which pads nothing.
     """
 
     image_size: int
-    fit: str
+    fit: Fit
     pad_color: tuple[int, int, int] | None
 
     @classmethod
-    def of(cls, image_size: int, fit: str, pad_color: Sequence[int] | None) -> Square:
+    def of(cls, image_size: int, fit: Fit, pad_color: Sequence[int] | None) -> Square:
         """Make one; the colour counts only where there is padding."""
-        if fit not in _FITS:
+        if fit not in get_args(Fit):
             raise ValueError(f"fit must be 'pad' or 'crop', found {fit!r}")
         if fit == "crop" or pad_color is None:
             return cls(image_size, fit, None)
@@ -64,7 +66,7 @@ def is_square(data: bytes | memoryview) -> bool:
 def pack_square(pixels: UInt8[Tensor, "3 size size"], square: Square) -> bytes:
     """Join header and pixels; `unpack_square` gives the same tensor back."""
     color = (0, 0, 0) if square.pad_color is None else square.pad_color
-    header = _HEADER.pack(_MAGIC, _VERSION, _FITS.index(square.fit), square.image_size, *color)
+    header = _HEADER.pack(_MAGIC, _VERSION, get_args(Fit).index(square.fit), square.image_size, *color)
     return header + pixels.contiguous().numpy().tobytes()
 
 
@@ -72,26 +74,26 @@ def square_of(data: bytes | memoryview) -> Square:
     """Read a square's header.
 
     Raises:
-        ImageError: `unreadable-image`, its bytes are not as many as its header says.
-        ResizedMismatch: a later version of composer_path wrote it.
+        ImageError: `unreadable-image`, Its bytes are not as many as its header says.
+        ResizedMismatch: A later version of composer_path wrote it.
     """
     version, fit, side, *color = _HEADER.unpack(data[: _HEADER.size])[1:] if len(data) >= _HEADER.size else (0,) * 6
     if version > _VERSION:
         raise ResizedMismatch(
             f"resized images must be of version {_VERSION}, found {version}; update composer_path, or convert again"
         )
-    if version < 1 or fit >= len(_FITS) or len(data) != _HEADER.size + 3 * side * side:
+    if version < 1 or fit >= len(get_args(Fit)) or len(data) != _HEADER.size + 3 * side * side:
         found = f"a resized image of {len(data)} bytes that is truncated or damaged"
         raise ImageError("unreadable-image", found, "convert the data again")
-    return Square.of(side, _FITS[fit], color)
+    return Square.of(side, get_args(Fit)[fit], color)
 
 
 def unpack_square(data: bytes | memoryview, wanted: Square) -> UInt8[Tensor, "3 size size"]:
-    """Return a square's pixels, checked to be what the model wants.
+    """A square's pixels, checked to be what the model wants.
 
     Raises:
-        ImageError: as `square_of`.
-        ResizedMismatch: another size, fit or padding.
+        ImageError: As `square_of`.
+        ResizedMismatch: Another size, fit or padding.
     """
     check_resized(square_of(data), wanted)
     size = wanted.image_size
@@ -106,7 +108,7 @@ def check_resized(found: Square, wanted: Square) -> None:
     `found` may come from the data card: `Square.of(**card["resized"])`.
 
     Raises:
-        ResizedMismatch: they differ; names both.
+        ResizedMismatch: They differ; names both.
     """
     if found != wanted:
         raise ResizedMismatch(

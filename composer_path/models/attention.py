@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +23,24 @@ from transformers.modeling_utils import AttentionInterface
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "flash_attn", "torch_flash", "sdpa")
+AttentionBackend = Literal["auto", "flash_attn", "torch_flash", "sdpa"]
 PADDED = "sdpa"  # transformers' own
 
 
-def resolve_attention(backend: str, device_type: str) -> str:
+def resolve_attention(backend: AttentionBackend, device_type: str) -> str:
     """Name of the registered attention function for a backend.
 
     Args:
-        backend: One of `BACKENDS`. `auto` takes flash-attn's varlen kernel where it is installed on CUDA, else torch's
+        backend: `auto` takes flash-attn's varlen kernel where it is installed on CUDA, else torch's
             own flash kernel on CUDA, else one causal attention per sample.
         device_type: "cuda", "cpu", ...
 
     Raises:
         ValueError: Unknown backend, or one that can't run here.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    if backend not in get_args(AttentionBackend):
+        known = ", ".join(get_args(AttentionBackend))
+        raise ValueError(f"attention: unknown backend '{backend}'; choose one of {known}")
     has_flash_attn = importlib.util.find_spec("flash_attn") is not None
     if backend == "auto":
         backend = "sdpa" if device_type != "cuda" else "flash_attn" if has_flash_attn else "torch_flash"

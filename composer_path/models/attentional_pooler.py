@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+PoolerKind = Literal["reference", "open_clip"]
+
+
+@dataclass(frozen=True)
+class PoolerSettings:
+    """What a pooler is made from; by default the one that the reference takes over from its CoCa.
+
+    Attributes:
+        kind: `reference` (`AttentionalPooler`) or `open_clip` (`OpenClipAttentionalPooler`).
+        dim: Width of the queries and of the output.
+        num_queries: Number of tokens that come out.
+        num_heads: Attention heads; must divide `dim`.
+    """
+
+    kind: PoolerKind = "reference"
+    dim: int = 768
+    num_queries: int = 128
+    num_heads: int = 8
 
 
 class AttentionalPooler(nn.Module):
@@ -69,4 +91,4 @@ class OpenClipAttentionalPooler(nn.Module):
         return self.attn(query, features, features, need_weights=False)[0]
 
 
-POOLERS: dict[str, type[nn.Module]] = {"reference": AttentionalPooler, "open_clip": OpenClipAttentionalPooler}
+POOLERS: dict[PoolerKind, type[nn.Module]] = {"reference": AttentionalPooler, "open_clip": OpenClipAttentionalPooler}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from composer_path.models.language_model import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 
-CHECKPOINTING = ("off", "selective", "full")
-FUSIONS = ("off", "compile", "liger")
+Checkpointing = Literal["off", "selective", "full"]
+Fusion = Literal["off", "compile", "liger"]
 # What `selective` keeps: products of matrices and attention. All else is cheap to do again.
 KEPT = (
     "aten::mm",
@@ -38,8 +38,8 @@ SCALED_HEADS = (
 def choose_execution(
     model: PathMLLM,
     *,
-    activation_checkpointing: str | bool = "off",
-    fusion: str | bool = "off",
+    activation_checkpointing: Checkpointing | bool = "off",
+    fusion: Fusion | bool = "off",
     vision_chunk: int | None = None,
     loss_chunk: int | None = None,
     row_multiple: int | None = None,
@@ -61,8 +61,8 @@ def choose_execution(
     Raises:
         ValueError: Unknown words, numbers below 1, or a lever that this model or machine can't use.
     """
-    checkpointing = _word("activation_checkpointing", activation_checkpointing, CHECKPOINTING)
-    fused = _word("fusion", fusion, FUSIONS)
+    checkpointing = _word("activation_checkpointing", activation_checkpointing, get_args(Checkpointing))
+    fused = _word("fusion", fusion, get_args(Fusion))
     for name, value in (("vision_chunk", vision_chunk), ("loss_chunk", loss_chunk), ("row_multiple", row_multiple)):
         if value is not None and value < 1:
             raise ValueError(f"execution.{name}: found {value}; it must be at least 1")

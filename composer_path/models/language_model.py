@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from composer_path.models.attention import check_attention_supported, resolve_attention
+from composer_path.models.attention import AttentionBackend, check_attention_supported, resolve_attention
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, read_rope_parameters
 
 
@@ -26,7 +26,7 @@ def build_language_model(
     path: str | None = None,
     config: dict[str, Any] | str | None = None,
     *,
-    attention: str = "auto",
+    attention: AttentionBackend = "auto",
     dtype: torch.dtype = torch.float32,
     empty: bool = False,
 ) -> PreTrainedModel:
@@ -36,7 +36,7 @@ def build_language_model(
         path: A Hugging Face folder with configuration and weights.
         config: Instead of `path`: configuration keys (`model_type: llama`, `hidden_size: ...`) or the path of a
             `config.json`; the weights are random.
-        attention: Backend, see `composer_path.models.attention.BACKENDS`.
+        attention: See `composer_path.models.attention.resolve_attention`.
         dtype: Of the weights; buffers (RoPE's frequencies) always stay fp32.
         empty: Parameters on the meta device: for ranks that receive the weights from rank 0, or when a state dict
             is loaded afterwards.

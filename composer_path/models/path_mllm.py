@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from composer_path.images.pixels import normalize_image
-from composer_path.models.attention import fill_row, pack_attention
+from composer_path.models.attention import AttentionBackend, fill_row, pack_attention
 from composer_path.models.language_model import cast_parameters, decoder_blocks
 from composer_path.models.projector import Projector
 from composer_path.models.vision_encoder import VisionEncoder
 
-MODULES = ("vision_encoder", "projector", "language_model")
+ModuleName = Literal["vision_encoder", "projector", "language_model"]
+MODULES: tuple[ModuleName, ...] = get_args(ModuleName)
 MODEL_TYPE = "composer_path"
 Pixels = (
     UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
@@ -201,7 +202,7 @@ class PathMLLM(nn.Module):
         generate: Any = self.language_model.generate
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
-    def trainable(self, modules: list[str] | tuple[str, ...], frozen_dtype: torch.dtype | None = None) -> PathMLLM:
+    def trainable(self, modules: Sequence[ModuleName], frozen_dtype: torch.dtype | None = None) -> PathMLLM:
         """Train the named modules only; the others lose their gradients and are held in `frozen_dtype`.
 
         Raises:
@@ -270,13 +271,13 @@ class PathMLLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, attention: str = "auto", dtype: torch.dtype | None = None
+        cls, folder: str | Path, *, attention: AttentionBackend = "auto", dtype: torch.dtype | None = None
     ) -> PathMLLM:
         """Load a folder written by `save_pretrained`.
 
         Args:
             folder: With `config.json` and safetensors.
-            attention: Backend for forward passes, see `composer_path.models.attention.BACKENDS`.
+            attention: Backend for forward passes, see `composer_path.models.attention.resolve_attention`.
             dtype: Of the weights; as written by default.
 
         Raises:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from composer_path.models.attentional_pooler import POOLERS
+from composer_path.models.attentional_pooler import POOLERS, PoolerKind, PoolerSettings
 
-# 128 queries of width 768 with 8 heads: the pooler that the reference takes over from its CoCa.
-POOLER_DEFAULTS: dict[str, Any] = {"kind": "reference", "dim": 768, "num_queries": 128, "num_heads": 8}
-MLP_DEFAULTS: dict[str, Any] = {"depth": 2}
 REFERENCE_TYPE = re.compile(r"(?P<pooler>attn_pool\+)?(?:(?P<linear>linear)|mlp(?P<depth>[1-9]\d*)x_gelu|identity)")
+
+Settings = TypeVar("Settings", "MlpSettings", PoolerSettings)
+
+
+@dataclass(frozen=True)
+class MlpSettings:
+    """What the MLP is made from.
+
+    Attributes:
+        depth: Number of linear layers with GELU between them: 0 is the identity, 1 one linear layer.
+    """
+
+    depth: int = 2
 
 
 class Projector(nn.Module):
@@ -24,47 +35,47 @@ class Projector(nn.Module):
     Args:
         in_dim: Width of the vision encoder's tokens.
         out_dim: Width of the language model.
-        pooler: `{kind, dim, num_queries, num_heads}`, complete, or None for no pooler.
-        mlp_depth: Number of linear layers with GELU between them: 0 is the identity, 1 one linear layer.
+        pooler: None for no pooler.
+        mlp: Its MLP.
 
     Attributes:
         config: Keywords that rebuild the projector, without its weights, through `build_projector`.
 
     Raises:
-        ValueError: `num_heads` doesn't divide the pooler's `dim`, or `mlp_depth` is 0 where the width has to change.
+        ValueError: `num_heads` doesn't divide the pooler's `dim`, or depth 0 where the width has to change.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, pooler: dict[str, Any] | None, mlp_depth: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, *, pooler: PoolerSettings | None, mlp: MlpSettings) -> None:
         super().__init__()
         self.in_dim = in_dim
         self.out_dim = out_dim
         self.config: dict[str, Any] = {
             "in_dim": in_dim,
             "out_dim": out_dim,
-            "pooler": None if pooler is None else dict(pooler),
-            "mlp": {"depth": mlp_depth},
+            "pooler": None if pooler is None else asdict(pooler),
+            "mlp": asdict(mlp),
         }
         width = in_dim
         self.num_queries: int | None = None
         self.pooler: nn.Module | None = None
         self.ln: nn.Module | None = None
         if pooler is not None:
-            width = pooler["dim"]
-            if width % pooler["num_heads"]:
+            width = pooler.dim
+            if width % pooler.num_heads:
                 raise ValueError(
                     f"projector.pooler: dim must be divisible by num_heads, found dim {width} and "
-                    f"num_heads {pooler['num_heads']}"
+                    f"num_heads {pooler.num_heads}"
                 )
-            self.num_queries = pooler["num_queries"]
-            self.pooler = POOLERS[pooler["kind"]](in_dim, width, pooler["num_queries"], pooler["num_heads"])
+            self.num_queries = pooler.num_queries
+            self.pooler = POOLERS[pooler.kind](in_dim, width, pooler.num_queries, pooler.num_heads)
             self.ln = nn.LayerNorm(width)
-        if mlp_depth == 0 and width != out_dim:
+        if mlp.depth == 0 and width != out_dim:
             raise ValueError(
                 f"projector.mlp: depth 0 (identity) can't change the width, but {width} comes in and the language "
                 f"model's width is {out_dim}; take depth 1 or more"
             )
         layers: list[nn.Module] = []
-        for index in range(mlp_depth):
+        for index in range(mlp.depth):
             if index:
                 layers.append(nn.GELU())
             layers.append(nn.Linear(width if index == 0 else out_dim, out_dim))
@@ -117,33 +128,23 @@ def build_projector(
     Raises:
         ValueError: Unknown names, keys that contradict `type`, sizes that don't fit, or weights that don't fit.
     """
-    depth = MLP_DEFAULTS["depth"]
-    if mlp is not None:
-        _check_keys("projector.mlp", mlp, MLP_DEFAULTS)
-        depth = mlp.get("depth", depth)
+    settings = _settings(MlpSettings, "projector.mlp", mlp or {})
     if type is None and pooler is None and mlp is None:
         type = "attn_pool+mlp2x_gelu"
     if type is not None:
         has_pooler, type_depth = _parse_type(type)
         if pooler is not None and not has_pooler:
             raise ValueError(f"projector: type '{type}' has no pooler, but 'pooler' is given; remove one of the two")
-        if mlp is not None and depth != type_depth:
+        if mlp is not None and settings.depth != type_depth:
             raise ValueError(
-                f"projector: type '{type}' has an MLP of depth {type_depth}, but mlp.depth is {depth}; "
+                f"projector: type '{type}' has an MLP of depth {type_depth}, but mlp.depth is {settings.depth}; "
                 "remove one of the two"
             )
-        depth = type_depth
+        settings = MlpSettings(type_depth)
         if has_pooler and pooler is None:
             pooler = {}
-    if pooler is not None:
-        _check_keys("projector.pooler", pooler, POOLER_DEFAULTS)
-        pooler = {**POOLER_DEFAULTS, **pooler}
-        if pooler["kind"] not in POOLERS:
-            raise ValueError(f"projector.pooler.kind: must be one of {sorted(POOLERS)}, found '{pooler['kind']}'")
-        for key in ("dim", "num_queries", "num_heads"):
-            _check_count(f"projector.pooler.{key}", pooler[key], at_least=1)
-    _check_count("projector.mlp.depth", depth, at_least=0)
-    projector = Projector(in_dim, out_dim, pooler=pooler, mlp_depth=depth)
+    chosen = None if pooler is None else _settings(PoolerSettings, "projector.pooler", pooler)
+    projector = Projector(in_dim, out_dim, pooler=chosen, mlp=settings)
     if weights is not None:
         # Here, not at the top: the weights package reads whole models and so imports this one.
         from composer_path.weights.projector_file import load_projector_weights
@@ -164,14 +165,19 @@ def _parse_type(name: str) -> tuple[bool, int]:
     return match["pooler"] is not None, depth
 
 
-def _check_keys(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    for key in given:
+def _settings(settings: type[Settings], where: str, given: Mapping[str, Any]) -> Settings:
+    """Settings from a YAML's mapping; what isn't given has the default."""
+    known = sorted(field.name for field in fields(settings))
+    for key, value in given.items():
         if key not in known:
-            nearest = difflib.get_close_matches(key, list(known), n=1)
+            nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-            raise ValueError(f"{where}: unknown key '{key}'; known are {sorted(known)}{hint}")
-
-
-def _check_count(where: str, value: object, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{where}: must be a whole number of at least {at_least}, found {value!r}")
+            raise ValueError(f"{where}: unknown key '{key}'; known are {known}{hint}")
+        if key == "kind":
+            if value not in get_args(PoolerKind):
+                raise ValueError(f"{where}.kind: must be one of {get_args(PoolerKind)}, found '{value}'")
+            continue
+        least = 0 if key == "depth" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{where}.{key}: must be a whole number of at least {least}, found {value!r}")
+    return settings(**given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import timm
 import timm.layers
@@ -20,7 +20,7 @@ from composer_path.models.open_clip_trunk import (
     open_clip_vision_config,
 )
 
-TOKENS = ("all", "patches", "cls_patches")
+Tokens = Literal["all", "patches", "cls_patches"]
 # The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
 COCA_VIT_L: dict[str, Any] = {"name": "vit_large_patch16_224", "image_size": 448, "kwargs": {"init_values": 1.0}}
 # Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files.
@@ -55,14 +55,14 @@ class VisionEncoder(nn.Module):
         *,
         image_size: int,
         patch_size: int,
-        tokens: str,
+        tokens: Tokens,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         config: dict[str, Any],
     ) -> None:
         super().__init__()
-        if tokens not in TOKENS:
-            raise ValueError(f"vision_encoder.tokens: must be one of {TOKENS}, found '{tokens}'")
+        if tokens not in get_args(Tokens):
+            raise ValueError(f"vision_encoder.tokens: must be one of {get_args(Tokens)}, found '{tokens}'")
         self.trunk: Any = trunk  # Any: what a ViT has beyond nn.Module, no type says
         self.image_size = image_size
         self.patch_size = patch_size
@@ -128,7 +128,7 @@ def build_vision_encoder(
     name: str,
     *,
     image_size: int | None = None,
-    tokens: str = "all",
+    tokens: Tokens = "all",
     weights: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,

@@ -6,21 +6,19 @@ the YAML, as training takes it.
 
 from __future__ import annotations
 
-import inspect
-import io
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from composer_path.conversion.destination import INDEX_NAME
+from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import PromptTemplate, TemplateError
-from composer_path.records.tokenize import tokenize_conversation
-from composer_path.records.vocabulary import TextEncoder, text_encoder
+from composer_path.records.prompts import TemplateError
+from composer_path.records.tokenize import TextPreparation
+from composer_path.records.vocabulary import TextEncoder, load_tokenizer, text_encoder
+from composer_path.run.preparation import text_of_sources
+from composer_path.shards.index import INDEX_NAME
 from composer_path.shards.lengths import (
     LengthsError,
     LengthsKey,
@@ -31,14 +29,7 @@ from composer_path.shards.lengths import (
     read_lengths,
     write_lengths,
 )
-from composer_path.shards.view import (
-    DamagedShard,
-    ShardView,
-    decompressed,
-    in_processes,
-    name_of,
-    stored_info,
-)
+from composer_path.shards.view import ShardView
 from composer_path.storage.places import StorageError, open_place
 
 if TYPE_CHECKING:
@@ -55,19 +46,13 @@ class TrainingSet:
     Attributes:
         where: The YAML's key that names it.
         url: Folder or address of its index.
-        template: Prompt template of its samples.
-        num_image_tokens: Placeholders of an image.
-        max_seq_len: Where samples are cut, tokens.
-        image_position: `front` or `inline`.
+        text: How its samples are tokenized.
         folder: Where its lengths lie; None for beside it.
     """
 
     where: str
     url: str
-    template: PromptTemplate
-    num_image_tokens: int
-    max_seq_len: int
-    image_position: str
+    text: TextPreparation
     folder: str | None = None
 
     def key(self, tokenizer: Tokenizer) -> LengthsKey:
@@ -82,8 +67,7 @@ class TrainingSet:
             raise LengthsError(f"{self.where}: found no {INDEX_NAME} in '{open_place(self.url)}'") from None
         except StorageError as error:
             raise LengthsError(f"{self.where}: {error}") from None
-        settings = (self.template, self.num_image_tokens, self.max_seq_len, self.image_position)
-        return lengths_key(index, tokenizer, *settings)
+        return lengths_key(index, tokenizer, self.text)
 
 
 def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None = None) -> list[TrainingSet]:
@@ -94,8 +78,8 @@ def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None =
         loaders: Which of `LOADERS`; None for those that are balanced.
     """
     if loaders is None:
-        loaders = tuple(name for name in LOADERS if (settings.get(name) or {}).get("balance"))
-    sections = {name: settings[name] for name in loaders if settings.get(name)}
+        loaders = tuple(name for name in LOADERS if settings[name] and settings[name]["balance"])
+    sections = {name: settings[name] for name in loaders if settings[name]}
     if not sections:
         return []
     num_image_tokens = image_tokens_of(settings["model"])
@@ -103,25 +87,13 @@ def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None =
 
 
 def _sets_of(name: str, section: Mapping[str, Any], num_image_tokens: int) -> Iterator[TrainingSet]:
-    from composer_path.batches.dataset import ConversationDataset
-    from composer_path.batches.mixture import template_of
-
-    dataset = section["dataset"]
-    defaults = inspect.signature(ConversationDataset.__init__).parameters
-    template, max_seq_len, image_position = (
-        dataset.get(key, defaults[key].default) for key in ("template", "max_seq_len", "image_position")
-    )
-    streams = dataset.get("streams") or {"": dataset}
-    for stream, keywords in streams.items():
-        split = keywords.get("split") or dataset.get("split") or ""
+    for stream, keywords, text in text_of_sources(section["dataset"], num_image_tokens):
+        folder = str(keywords["remote"] or keywords["local"]).rstrip("/")
         yield TrainingSet(
             where=f"{name}.dataset.streams.{stream}" if stream else f"{name}.dataset",
-            url="/".join(filter(None, (str(keywords.get("remote") or keywords["local"]).rstrip("/"), split))),
-            template=template_of(keywords.get("template", template), keywords.get("system")),
-            num_image_tokens=num_image_tokens,
-            max_seq_len=max_seq_len,
-            image_position=image_position,
-            folder=section.get("lengths"),
+            url="/".join(filter(None, (folder, keywords["split"]))),
+            text=text,
+            folder=section["lengths"],
         )
 
 
@@ -136,7 +108,7 @@ def image_tokens_of(model: Mapping[str, Any]) -> int:
     from composer_path.models.vision_encoder import build_vision_encoder
 
     language_model = model["language_model"]
-    config = load_language_model_config(language_model.get("path") or language_model.get("config"))
+    config = load_language_model_config(language_model["path"] or language_model["config"])
     with empty_parameters(enabled=True):
         vision = build_vision_encoder(
             **{key: value for key, value in model["vision_encoder"].items() if key != "weights"}
@@ -151,8 +123,6 @@ def lengths_problems(settings: Mapping[str, Any]) -> list[str]:
     sets = training_sets(settings)
     if not sets:
         return []
-    from composer_path.records.vocabulary import load_tokenizer
-
     tokenizer, problems = load_tokenizer(**settings["tokenizer"]), []
     for found in sets:
         try:
@@ -182,11 +152,9 @@ def measure(
 
     Raises:
         LengthsError: There is no such set.
-        ShardViewError: It can't be read.
+        ShardError: It can't be read.
         OSError: The lengths can't be written.
     """
-    from composer_path.records.vocabulary import load_tokenizer
-
     tokenizer = load_tokenizer(**settings["tokenizer"])
     for found in training_sets(settings, loaders) or training_sets(settings, LOADERS[:1]):
         found = found if out is None else replace(found, folder=out)
@@ -219,7 +187,7 @@ def measure_set(
 
     Raises:
         LengthsError: There is no such set.
-        ShardViewError: It can't be read.
+        ShardError: It can't be read.
         OSError: The lengths can't be written.
     """
     key, place = found.key(tokenizer), lengths_place(found.url, found.folder)
@@ -229,7 +197,7 @@ def measure_set(
     tasks = [(view, number, found, text_encoder(tokenizer)) for number in range(len(view.shards))]
     report = None if progress is None else progress(len(tasks))
     parts = []
-    for part in in_processes(_measure_shard, tasks, workers):
+    for part in in_processes(_measure_shard, tasks, workers, fork=True):
         parts.append(part)
         if report is not None:
             report(len(parts))
@@ -240,7 +208,7 @@ def measure_set(
 
 def _measure_shard(task: tuple[ShardView, int, TrainingSet, TextEncoder]) -> np.ndarray:
     view, number, found, encoder = task
-    counts = [measure_sample(data, num_images, found, encoder) for data, num_images in texts(view, number)]
+    counts = [measure_sample(data, num_images, found, encoder) for data, num_images in view.texts(number)]
     return np.array(counts, np.int32).reshape(-1, 3)
 
 
@@ -253,47 +221,10 @@ def measure_sample(data: Any, num_images: int, found: TrainingSet, encoder: Text
         conversation = Conversation.from_shard(data, num_images)
     except ValueError:
         return 1, 0, 0
-    settings = (found.template, found.num_image_tokens, found.max_seq_len, found.image_position)
     try:
-        tokens = tokenize_conversation(conversation, encoder, *settings)
+        tokens = found.text.tokenize(conversation, encoder)
     except TemplateError:
         return 1, 0, 0
     if not tokens.num_answer_tokens:
         return 1, 0, 0
     return len(tokens.input_ids), tokens.num_answer_tokens, tokens.num_images
-
-
-def texts(view: ShardView, number: int) -> Iterator[tuple[Any, int]]:
-    """Yield the conversation column and the number of images of each sample of a shard; images are passed over.
-
-    Raises:
-        DamagedShard: It isn't what the index says.
-    """
-    shard = view.shards[number]
-    columns = shard["column_names"]
-    with view.open_file(stored_info(shard)["basename"]) as stored:
-        file = decompressed(stored, shard) if shard.get("zip_data") else stored
-        count = shard["samples"]
-        header = _read(file, 4 * (count + 2), shard)
-        num_samples, *places = struct.unpack(f"<{count + 2}I", header)
-        if num_samples != count:
-            raise DamagedShard(f"{name_of(shard)}: its header doesn't fit {count} samples")
-        for place in places[:-1]:
-            file.seek(place)
-            sizes = struct.unpack(f"<{len(columns)}I", _read(file, 4 * len(columns), shard))
-            starts = dict(zip(columns, np.cumsum([place + 4 * len(columns), *sizes]).tolist(), strict=False))
-            file.seek(starts["conversation"])
-            text = _read(file, sizes[columns.index("conversation")], shard)
-            file.seek(starts["images"])
-            (num_images,) = struct.unpack("<I", _read(file, 4, shard))
-            try:
-                yield json.loads(text), num_images
-            except ValueError as error:  # its message may quote the text
-                raise DamagedShard(f"{name_of(shard)}: a sample doesn't decode ({type(error).__name__})") from None
-
-
-def _read(file: io.IOBase, size: int, shard: Mapping[str, Any]) -> bytes:
-    data = file.read(size)
-    if len(data) != size:
-        raise DamagedShard(f"{name_of(shard)}: it ends before its last sample")
-    return data

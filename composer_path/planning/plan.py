@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from composer_path.models.execution import CHECKPOINTING, choose_execution
+from composer_path.config.reading import plain
+from composer_path.models.execution import Checkpointing, choose_execution
 from composer_path.models.flops import FlopCounter, PartFlops
 from composer_path.models.path_mllm import MODULES, PathMLLM
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step, to_meta
@@ -163,11 +164,9 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     Raises:
         ValueError: The samples can't be, or the model can't be built.
     """
-    from composer_path.run.parts import plain
-
     settings = plain(config)
-    parallelism = settings["trainer"].get("parallelism_config") or {}
-    fsdp = parallelism.get("fsdp")
+    parallelism = settings["trainer"]["parallelism_config"]
+    fsdp = parallelism and parallelism["fsdp"]
     model = _empty_model(settings, "off")
     if sample.answers >= sample.tokens - sample.images * model.num_image_tokens():
         raise ValueError(
@@ -177,32 +176,32 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     counter = FlopCounter(model)
     lengths = ([sample.tokens], sample.images, sample.answers)
     flops = counter.needed(*lengths)
-    sizes = {name: _size(getattr(model, name)) for name in MODULES}
+    sizes: dict[str, tuple[int, bool]] = {name: _size(getattr(model, name)) for name in MODULES}
     standing = standing_bytes(model, fsdp, settings["optimizer"]["name"], machine.gpus)
     free = machine.memory * (1 - RESERVED) - standing.total
-    loss_chunk = settings["execution"].get("loss_chunk")
+    loss_chunk = settings["execution"]["loss_chunk"]
     fits = []
-    for kind in CHECKPOINTING:
+    for kind in get_args(Checkpointing):
         per_token, fixed = bytes_of_rows(_empty_model(settings, kind), sample)
         most = int((free - fixed) / per_token) if free > fixed else 0
         again = counter.recomputed(*lengths, blocks=kind == "full", head=loss_chunk is not None)
         fits.append(Fit(kind, per_token, fixed, most, again / flops.total))
     loader = settings["train_loader"]
-    chosen = settings["execution"].get("activation_checkpointing", "off") or "off"
+    chosen = settings["execution"]["activation_checkpointing"] or "off"  # a bare off is false to YAML
     trained = sum(count for count, learns in sizes.values() if learns)
     everything = sum(count * (4.0 if learns else 2.0) for count, learns in sizes.values())
     only_projector = all(name == "projector" for name, (_, learns) in sizes.items() if learns)
     return Plan(
         machine=machine,
         sample=sample,
-        sharding="DDP" if fsdp is None else f"FSDP{fsdp.get('version', 2)}",
+        sharding="DDP" if fsdp is None else f"FSDP{fsdp['version']}",
         parameters=sizes,
         standing=standing,
         fits=fits,
         flops=flops,
         global_batch_size=loader["global_batch_size"],
-        max_tokens=loader.get("max_tokens_per_microbatch"),
-        max_seq_len=loader["dataset"].get("max_seq_len", 4096),
+        max_tokens=loader["max_tokens_per_microbatch"],
+        max_seq_len=loader["dataset"]["max_seq_len"],
         chosen=chosen,
         host_bytes=sizes["projector"][0] * 4.0 if only_projector else everything,
         checkpoint_bytes=trained * (4 + MOMENTS[settings["optimizer"]["name"]]),

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import re
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
 
+from composer_path.records.chat_template import FIXED_DATE, TemplateError, read_date, render_around, trimmed
 from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
 from composer_path.records.vocabulary import TextEncoder
+
+ImagePosition = Literal["front", "inline"]  # of an image: in front of its turn's text, or where its tag stands
 
 # The system sentence that the reference's conversations start with (read from its token ids).
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-# For chat templates that ask for today's date: tokens must not change overnight. LLaMA-3's own template falls back on
-# this day.
-FIXED_DATE = "26 Jul 2024"
-
-
-class TemplateError(ValueError):
-    """A conversation that a template can't express, such as two questions in `plain`. Never holds its text."""
 
 
 @dataclass(frozen=True)
@@ -62,20 +56,28 @@ class PromptTemplate(ABC):
 
     name: ClassVar[str]
 
+    # Whether a model that was trained with it can be asked a question; one without can only caption.
+    takes_question: ClassVar[bool] = True
+
     # The reference tokenizes the text after each image or special token as a text of its own (in LLaMA's vocabulary:
     # with a leading space). False leaves it to the tokenizer.
     prefix_after_special: ClassVar[bool] = True
 
     @abstractmethod
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
     ) -> list[Segment]:
         """The conversation's segments; when its last turn is a question, they end where the answer starts.
 
         Raises:
-            TemplateError: this template can't express the conversation.
-            ValueError: the tokenizer lacks what this template needs.
+            TemplateError: This template can't express the conversation.
+            ValueError: The tokenizer lacks what this template needs.
         """
+
+    def to_json(self) -> str | dict[str, Any]:
+        """What `get_template` makes this template of: its name, with the settings that aren't the usual ones."""
+        settings = {key: value for key, value in asdict(self).items() if value != getattr(type(self)(), key)}
+        return {"name": self.name, **settings} if settings else self.name
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class PlainTemplate(PromptTemplate):
     """Stage 1: the image, the caption, a newline. The question and a system message are dropped."""
 
     name: ClassVar[str] = "plain"
+    takes_question: ClassVar[bool] = False
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
     ) -> list[Segment]:
         """See PromptTemplate; `image_position` changes nothing, as no text but the caption is left."""
         questions = [turn for turn in conversation.turns if turn.role == "human"]
@@ -104,7 +107,7 @@ class LlavaLlama2Template(PromptTemplate):
     """Stage 2: LLaMA-2's chat format with the reference's system sentence.
 
     Args:
-        system: the system message of conversations that have none; an empty one (or null) leaves the system block out.
+        system: The system message of conversations that have none; an empty one (or null) leaves the system block out.
     """
 
     system: str | None = LLAVA_SYSTEM
@@ -112,7 +115,7 @@ class LlavaLlama2Template(PromptTemplate):
     name: ClassVar[str] = "llava_llama_2"
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
     ) -> list[Segment]:
         """See PromptTemplate. Each answer is supervised with the spaces around it and the end-of-sequence token."""
         eos_id = encoder.tokenizer.eos_token_id
@@ -137,15 +140,11 @@ class LlavaLlama2Template(PromptTemplate):
 
 @dataclass(frozen=True)
 class ChatTemplate(PromptTemplate):
-    """The tokenizer's own chat template.
-
-    It is rendered once with marks in place of all contents, and cut at the marks: what the template itself wrote may
-    hold special tokens, what a conversation says never does. Supervised are each answer and what follows it, up to
-    and including the first special token.
+    """The tokenizer's own chat template. Supervised are each answer and what follows it, up to the first special token.
 
     Args:
-        system: the system message of conversations that have none; without it the template's own default stands.
-        date: what the template gets when it asks for today's date ("26 Jul 2024" or "2024-07-26").
+        system: The system message of conversations that have none; without it the template's own default stands.
+        date: What the template gets when it asks for today's date ("26 Jul 2024" or "2024-07-26").
     """
 
     system: str | None = None
@@ -155,10 +154,10 @@ class ChatTemplate(PromptTemplate):
     prefix_after_special: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _read_date(self.date)
+        read_date(self.date)
 
     def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: str = "front"
+        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
     ) -> list[Segment]:
         """See PromptTemplate."""
         system = self.system if conversation.system is None else conversation.system
@@ -170,16 +169,16 @@ class ChatTemplate(PromptTemplate):
         messages = [("user" if turn.role == "human" else "assistant", turn.text) for turn in turns]
         if system is not None:
             messages.insert(0, ("system", system))
-        chunks, trims = self._render([role for role, _ in messages], encoder)
+        chunks, trims = render_around([role for role, _ in messages], encoder.tokenizer, self.date)
 
         segments: list[Segment] = []
         end_is_due = False  # an answer stands before this chunk, so its end is supervised
         for chunk, trim, (role, text) in zip(chunks, trims, messages, strict=False):
             answer = role == "assistant"
             if answer and chunk.endswith(" "):
-                chunk, text = chunk[:-1], " " + _trimmed(text, trim)
+                chunk, text = chunk[:-1], " " + trimmed(text, trim)
             else:
-                text = _trimmed(text, trim)
+                text = trimmed(text, trim)
             segments += _template_text(chunk, encoder, end_is_due)
             segments += _question(text, image_position) if role == "user" else [Text(text, supervised=answer)]
             end_is_due = answer
@@ -187,55 +186,6 @@ class ChatTemplate(PromptTemplate):
             return segments[:-1]
         return segments + _template_text(chunks[-1], encoder, end_is_due)
 
-    def _render(self, roles: list[str], encoder: TextEncoder) -> tuple[list[str], list[_Trim]]:
-        """The template's own text around each content, and how it trims that content."""
-        tokenizer = encoder.tokenizer
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
-                "template 'chat_template' needs a tokenizer that has one; this one has no chat_template (see its "
-                "tokenizer_config.json), use 'llava_llama_2'"
-            )
-        import jinja2
-
-        # An em space on both sides tells whether the template trims contents; no template writes one itself.
-        marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
-        messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
-        try:
-            rendered = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._with_fixed_date(tokenizer.get_chat_template()),
-                tokenize=False,
-                date_string=_read_date(self.date).strftime("%d %b %Y"),  # what LLaMA-3's template looks for
-            )
-        except jinja2.TemplateError as error:  # for example a template without system messages
-            raise TemplateError(
-                f"the tokenizer's chat template refuses a conversation of the roles {', '.join(roles)}: {error}"
-            ) from error
-        # Alternately what the template wrote and a mark with what is left of its em spaces.
-        pieces = re.split(f"(\u2003?(?:{'|'.join(marks)})\u2003?)", str(rendered))
-        chunks, found = pieces[::2], pieces[1::2]
-        if [piece.strip() for piece in found] != marks:
-            raise TemplateError(
-                f"the tokenizer's chat template must write each of the {len(marks)} messages once and in order, found "
-                f"{len(found)} of them; use 'llava_llama_2' or change the tokenizer's chat template"
-            )
-        return chunks, [(not piece.startswith("\u2003"), not piece.endswith("\u2003")) for piece in found]
-
-    def _with_fixed_date(self, chat_template: str) -> str:
-        """Write the date into the template; transformers 5 lets no function of ours take `strftime_now`'s place."""
-        date = _read_date(self.date)
-        fixed = re.sub(
-            r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(date.strftime(match[2])), chat_template
-        )
-        if re.search(r"strftime_now\s*\(", fixed):
-            raise ValueError(
-                "the tokenizer's chat template asks for today's date in a way that can't be replaced by template.date; "
-                "write strftime_now's format as a plain string there"
-            )
-        return fixed
-
-
-_Trim = tuple[bool, bool]  # the template removes white space at the content's start, at its end
 
 TEMPLATES: dict[str, type[PromptTemplate]] = {
     template.name: template for template in (PlainTemplate, LlavaLlama2Template, ChatTemplate)
@@ -246,7 +196,7 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
     """A template by name, or by name and its settings, such as `{"name": "llava_llama_2", "system": "…"}`.
 
     Raises:
-        ValueError: no template has this name, or it has no such setting.
+        ValueError: No template has this name, or it has no such setting.
     """
     if isinstance(template, PromptTemplate):
         return template
@@ -267,7 +217,7 @@ def _bos(encoder: TextEncoder) -> list[Segment]:
     return [] if id is None else [SpecialToken(id)]
 
 
-def _question(text: str, image_position: str) -> list[Segment]:
+def _question(text: str, image_position: ImagePosition) -> list[Segment]:
     """A human turn with its images: in front of the text (one as in the reference, several line by line), or inline."""
     parts = text.split(IMAGE_TAG)
     if len(parts) == 1:
@@ -301,19 +251,3 @@ def _template_text(chunk: str, encoder: TextEncoder, end_is_due: bool) -> list[S
             "add one (such as eos_token) to the template, or use 'llava_llama_2'"
         )
     return segments
-
-
-def _trimmed(text: str, trim: _Trim) -> str:
-    text = text.lstrip() if trim[0] else text
-    return text.rstrip() if trim[1] else text
-
-
-def _read_date(date: str | datetime.date) -> datetime.date:
-    if isinstance(date, datetime.date):
-        return date
-    for form in ("%d %b %Y", "%Y-%m-%d"):
-        try:
-            return datetime.datetime.strptime(date, form).date()
-        except ValueError:
-            continue
-    raise ValueError(f'template.date: found {date!r}; write it as "26 Jul 2024" or "2024-07-26"')

@@ -1,6 +1,18 @@
-"""The error of a record that breaks an input rule, and the rules by name."""
+"""Why a record is refused: the rules by name, the error, and the checks that need nothing but the record.
+
+A record is `{id, image, conversations: [{from, value}, ...], system, source, organ, stain, magnification, mpp, meta,
+patient, slide}`, of which only `conversations` must be there. Rules about where an image lies are checked in
+`images/folder.py`, those about its pixels in `images/file.py`, those about a list of records where it is read. No error
+holds the text of a conversation, a file name or an identifier: values are described.
+"""
 
 from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
 
 RULES = {
     "not-utf8": "the text must be UTF-8",
@@ -32,10 +44,10 @@ class RecordError(ValueError):
     """A record breaks an input rule.
 
     Attributes:
-        rule: the rule's short name, a key of ``RULES``.
-        found: what was found, described; never text of a conversation, a file name or an identifier.
-        fix: what to do about it.
-        where: the place, from the outside in (``record 7 (line 8): conversations[2].from``); may be empty.
+        rule: The rule's short name, a key of `RULES`.
+        found: What was found, described; never text of a conversation, a file name or an identifier.
+        fix: What to do about it.
+        where: The place, from the outside in (`record 7 (line 8): conversations[2].from`); may be empty.
     """
 
     def __init__(self, rule: str, found: str, fix: str, where: str = "") -> None:
@@ -43,11 +55,201 @@ class RecordError(ValueError):
         self.rule, self.found, self.fix, self.where = rule, found, fix, where
 
     def at(self, where: str) -> RecordError:
-        """Return the same error with ``where`` put in front of its place."""
-        place = ": ".join(part for part in (where, self.where) if part)
-        return RecordError(self.rule, self.found, self.fix, place)
+        """The same error with `where` put in front of its place."""
+        return type(self)(self.rule, self.found, self.fix, ": ".join(part for part in (where, self.where) if part))
 
     def __str__(self) -> str:
         """Where, the rule, what was found, what to do, and the rule's name."""
         place = f"{self.where}: " if self.where else ""
         return f"{place}{RULES[self.rule]}, found {self.found}; {self.fix} [{self.rule}]"
+
+
+class ImageError(RecordError):
+    """A picture that can't be used; what was found is said in sizes and formats only, never in metadata."""
+
+
+IMAGE_TAG = "<image>"
+
+# Public sets say 'gpt' or 'user'; everything after this table knows two roles only.
+ROLES = {"human": "human", "user": "human", "assistant": "assistant", "gpt": "assistant"}
+
+# JSON can spell characters that have no UTF-8 form.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# Role words that may be shown in an error; any other value could be a name or a sentence.
+_PRINTABLE_ROLES = {*ROLES, "answer", "bot", "chatgpt", "doctor", "function", "model", "question", "system", "tool"}
+
+# Key -> accepted types and how the error names them. bool is an int in Python, but not a number in JSON.
+METADATA_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "source": ((str,), "a string"),
+    "organ": ((str,), "a string"),
+    "stain": ((str,), "a string"),
+    "magnification": ((str, int, float), "a string or a number"),
+    "mpp": ((int, float), "a number above 0 (micrometres per pixel)"),
+    "meta": ((dict,), "an object"),
+    "patient": ((str, int), "a string or a whole number"),
+    "slide": ((str, int), "a string or a whole number"),
+}
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "id": ((str, int), "a string or a whole number"),
+    "system": ((str,), "a string"),
+    **METADATA_TYPES,
+}
+# A region of a slide: the least value of each number. Left and top edge may lie outside of the scan.
+_REGION_NUMBERS = {"x": None, "y": None, "width": 1, "height": 1, "level": 0}
+_REGION_KEYS = ("file", *_REGION_NUMBERS)
+RECORD_KEYS = frozenset(_TYPES) | {"image", "conversations"}
+
+
+def problems_of(record: object) -> list[RecordError]:
+    """List every rule that a record breaks, of those that need no file.
+
+    When the structure is wrong (types, keys, roles) the rules that build on it are not tried.
+    """
+    if not isinstance(record, dict):
+        fix = "write {'id': ..., 'image': ..., 'conversations': [...]}"
+        return [RecordError("not-an-object", _describe(record), fix)]
+    problems = [*_type_problems(record)]
+    return problems or [*_turn_problems(record)]
+
+
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """A record's images as a list, whichever way it gives them."""
+    image = record.get("image")
+    return image if isinstance(image, list) else [] if image is None else [image]
+
+
+def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
+    """Wrong types and missing keys; null counts as absent for every optional key."""
+    for key, (types, expected) in _TYPES.items():
+        yield from _value_problems(record.get(key), types, expected, key)
+    mpp = record.get("mpp", 1)
+    if isinstance(mpp, int | float) and not isinstance(mpp, bool) and not 0 < mpp < math.inf:
+        yield _wrong_type("a number that is not above 0", _TYPES["mpp"][1], "mpp")
+    image = record.get("image")
+    if isinstance(image, list):
+        for index, value in enumerate(image):
+            yield from _image_problems(value, f"image[{index}]", "a file name or a region of a slide")
+    elif image is not None:
+        yield from _image_problems(image, "image", "a file name, a region of a slide, or a list of them")
+
+    turns = record.get("conversations")
+    if turns is None:
+        yield _missing_key("conversations")
+    elif not isinstance(turns, list):
+        yield _wrong_type(_describe(turns), "a list of turns", "conversations")
+    else:
+        for index, turn in enumerate(turns):
+            yield from _turn_type_problems(turn, f"conversations[{index}]")
+
+
+def _image_problems(image: object, where: str, expected: str) -> Iterator[RecordError]:
+    """Problems of one image: a file name, or a region {'file', 'x', 'y', 'width', 'height', 'level'} of a slide."""
+    if not isinstance(image, dict):
+        yield from _value_problems(image, (str,), expected, where, required=True)
+        return
+    yield from _value_problems(image.get("file"), (str,), "a file name", f"{where}.file")
+    for key, least in _REGION_NUMBERS.items():
+        value, expected = image.get(key), f"a whole number{'' if least is None else f' of {least} or more'}"
+        yield from _value_problems(value, (int,), expected, f"{where}.{key}")
+        if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
+            yield _wrong_type(f"a number below {least}", expected, f"{where}.{key}")
+    yield from (_missing_key(f"{where}.{key}") for key in _REGION_KEYS if key != "level" and image.get(key) is None)
+    if num_others := len(image.keys() - set(_REGION_KEYS)):
+        yield _wrong_type(f"{num_others} other keys", "a region with file, x, y, width, height and level only", where)
+
+
+def _turn_type_problems(turn: object, where: str) -> Iterator[RecordError]:
+    if not isinstance(turn, dict):
+        yield _wrong_type(_describe(turn), "an object {'from': ..., 'value': ...}", where)
+        return
+    for key in ("from", "value"):
+        if key not in turn:
+            yield _missing_key(f"{where}.{key}")
+        else:
+            place = f"{where}.{key}"
+            yield from _value_problems(turn[key], (str,), "a string", place, required=True, empty=True)
+    role = turn.get("from")
+    if isinstance(role, str) and role not in ROLES:
+        known = role if role.lower() in _PRINTABLE_ROLES else ""
+        fix = "put it under the record's key 'system'" if known.lower() == "system" else "rename the role"
+        yield RecordError("unknown-role", repr(known) if known else _describe(role), fix, f"{where}.from")
+
+
+def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
+    """Rules about the turns and tags of a record whose types are right."""
+    turns = record["conversations"]
+    roles = [ROLES[turn["from"]] for turn in turns]
+    if not turns:
+        yield RecordError("empty-conversation", "no turn", "add turns or leave it out", "conversations")
+        return
+    if roles == ["assistant"]:
+        found = "one assistant turn, and a leading one is dropped"
+        yield RecordError("empty-conversation", found, "add the question", "conversations")
+        return
+    for index in range(1, len(turns)):
+        if roles[index] == roles[index - 1]:
+            found, fix = f"two {roles[index]!r} turns in a row", "join them or add the missing turn"
+            yield RecordError("repeated-role", found, fix, f"conversations[{index}]")
+    if "assistant" not in roles:
+        found = "1 human turn" if len(turns) == 1 else f"{len(turns)} human turns"
+        yield RecordError("no-assistant-turn", found, "add the answer", "conversations")
+    elif roles[-1] != "assistant":
+        fix = "add the answer or leave the last question out"
+        yield RecordError("last-turn-not-assistant", "'human'", fix, f"conversations[{len(turns) - 1}]")
+
+    leading = int(roles[0] == "assistant")
+    num_tags = 0
+    for index, (role, text) in enumerate(zip(roles, (turn["value"] for turn in turns), strict=True)):
+        where = f"conversations[{index}].value"
+        if role == "human":
+            num_tags += text.count(IMAGE_TAG)
+            continue
+        if IMAGE_TAG in text:
+            found = f"{text.count(IMAGE_TAG)} in an answer"
+            yield RecordError("tag-in-answer", found, "move the tag into a question", where)
+        if index >= leading and not text.strip():
+            found = "blanks only" if text else "an empty string"
+            yield RecordError("empty-answer", found, "write the answer or leave the turns out", where)
+    num_images = len(images_of(record))
+    if num_tags != num_images and not (num_images == 1 and num_tags == 0):
+        fix = "give every image its tag, in order (only a single image may go without)"
+        yield RecordError("tag-count", f"tags: {num_tags}, images: {num_images}", fix, "conversations")
+
+
+def _value_problems(
+    value: object, types: tuple[type, ...], expected: str, where: str, required: bool = False, empty: bool = False
+) -> Iterator[RecordError]:
+    if value is None and not required:
+        return
+    if not has_type(value, types):
+        yield _wrong_type(_describe(value), expected, where)
+    elif value == "" and not empty and where != "system":
+        yield _wrong_type("an empty string", expected, where)
+    elif _LONE_SURROGATE.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
+        fix = "write the character itself or a whole pair of \\u escapes"
+        yield RecordError("not-utf8", "half of a surrogate pair (a lone \\ud800 to \\udfff)", fix, where)
+
+
+def has_type(value: object, types: tuple[type, ...]) -> bool:
+    """Whether a JSON value is of a type; true and false are no numbers."""
+    return isinstance(value, types) and not isinstance(value, bool)
+
+
+def _describe(value: object) -> str:
+    """Say what a JSON value is without showing it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, str):
+        return f"a string of {len(value)} characters"
+    return {int: "a number", float: "a number", list: "a list", dict: "an object"}[type(value)]
+
+
+def _wrong_type(found: str, expected: str, where: str) -> RecordError:
+    return RecordError("wrong-type", found, f"'{where}' must be {expected}", where)
+
+
+def _missing_key(where: str) -> RecordError:
+    return RecordError("missing-key", "no such key", f"add '{where.split('.')[-1]}'", where)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from composer_path.images.file import MAX_PIXELS, ImageError
+from composer_path.images.file import MAX_PIXELS
+from composer_path.records.rules import ImageError
 
 if TYPE_CHECKING:
     from openslide import OpenSlide

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import ImageSlot, PromptTemplate, Segment, SpecialToken, Text, get_template
+from composer_path.records.conversation import Conversation, Turn
+from composer_path.records.prompts import (
+    ImagePosition,
+    ImageSlot,
+    PromptTemplate,
+    Segment,
+    SpecialToken,
+    Text,
+    get_template,
+)
 from composer_path.records.vocabulary import TextEncoder, Tokenizer, text_encoder
 
 IMAGE_TOKEN_ID = -200  # the reference's placeholder; never in a vocabulary
@@ -26,11 +34,11 @@ class TokenizedConversation:
     """A conversation as the model reads it.
 
     Attributes:
-        input_ids: token ids; an image stands as `num_image_tokens` times IMAGE_TOKEN_ID.
-        labels: the same ids where the model learns to write them (answers and their ends), IGNORE_INDEX elsewhere;
+        input_ids: Token ids; an image stands as `num_image_tokens` times IMAGE_TOKEN_ID.
+        labels: The same ids where the model learns to write them (answers and their ends), IGNORE_INDEX elsewhere;
             not shifted.
-        num_images: how many images were not cut away; always the first ones.
-        truncated: something was cut away at the end.
+        num_images: How many images were not cut away; always the first ones.
+        truncated: Something was cut away at the end.
     """
 
     input_ids: Int64[Tensor, " tokens"]
@@ -44,32 +52,103 @@ class TokenizedConversation:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
+@dataclass(frozen=True)
+class TextPreparation:
+    """How text is prepared for a model: the only way in which these settings travel.
+
+    Args:
+        template: What stands around the turns.
+        num_image_tokens: Placeholders of an image: a number, one for each image, or a function of the image's index.
+        max_seq_len: Longer conversations are cut at the end, images included, before an image that would not fit
+            whole; None for no limit.
+        image_position: `front` of its turn, or `inline` where its tag is.
+    """
+
+    template: PromptTemplate
+    num_image_tokens: NumImageTokens
+    max_seq_len: int | None = 4096
+    image_position: ImagePosition = "front"
+
+    def __post_init__(self) -> None:
+        if self.image_position not in get_args(ImagePosition):
+            raise ValueError(f"image_position: must be 'front' or 'inline', found {self.image_position!r}")
+        if self.max_seq_len is not None and self.max_seq_len < 1:
+            raise ValueError(f"max_seq_len: must be at least 1, found {self.max_seq_len}")
+
+    def tokenize(self, conversation: Conversation, tokenizer: Tokenizer | TextEncoder) -> TokenizedConversation:
+        """Turn a conversation that ends with an answer into input ids and labels.
+
+        Raises:
+            TemplateError: The template can't express this conversation.
+            ValueError: Its turns don't alternate, the tokenizer lacks what the template needs, or counts don't fit.
+        """
+        _check_turns(conversation, last_role="assistant")
+        return self._tokenize(conversation, text_encoder(tokenizer), self.max_seq_len)
+
+    def prompt(self, conversation: Conversation, tokenizer: Tokenizer | TextEncoder) -> Int64[Tensor, " tokens"]:
+        """Turn a conversation that ends with a question into input ids, up to where the answer starts; never cut.
+
+        They are the start of what `tokenize` makes of the same conversation with an answer.
+        """
+        _check_turns(conversation, last_role="human")
+        return self._tokenize(conversation, text_encoder(tokenizer), None).input_ids
+
+    def end_id(self, tokenizer: Tokenizer | TextEncoder) -> int:
+        """The token that a model learns to end its answers with."""
+        labels = self.tokenize(Conversation(turns=(Turn("human", "?"), Turn("assistant", "!"))), tokenizer).labels
+        return int(labels[labels != IGNORE_INDEX][-1])
+
+    def _tokenize(
+        self, conversation: Conversation, encoder: TextEncoder, max_seq_len: int | None
+    ) -> TokenizedConversation:
+        """1. Segments of the template. 2. Ids of each, with its mark as label. 3. Stop where the limit is reached."""
+        segments = _joined(self.template.segments(conversation, encoder, self.image_position))
+        num_slots = sum(isinstance(segment, ImageSlot) for segment in segments)
+        if num_slots != conversation.num_images:
+            raise ValueError(
+                f"the questions hold {num_slots} image tags and the conversation {conversation.num_images} images; "
+                "the two must be equal"
+            )
+        image_lengths = _image_lengths(self.num_image_tokens, num_slots)
+        prefix_after_special = self.template.prefix_after_special or encoder.prefix_after_special
+        input_ids: list[int] = []
+        labels: list[int] = []
+        num_images = 0
+        prefix = True  # the next text starts a new piece
+        truncated = False
+        for segment in segments:
+            if isinstance(segment, ImageSlot):
+                ids, supervised = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
+            elif isinstance(segment, SpecialToken):
+                ids, supervised = [segment.id], segment.supervised
+            else:
+                ids, supervised = encoder.encode(segment.text, prefix), segment.supervised
+            prefix = not isinstance(segment, Text) and prefix_after_special
+            room = len(ids) if max_seq_len is None else max_seq_len - len(input_ids)
+            truncated = len(ids) > room
+            if isinstance(segment, ImageSlot):
+                ids = [] if truncated else ids
+                num_images += not truncated
+            ids = ids[:room]
+            input_ids += ids
+            labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+            if truncated:
+                break
+        as_tensors = (torch.tensor(values, dtype=torch.int64) for values in (input_ids, labels))
+        return TokenizedConversation(*as_tensors, num_images, truncated)
+
+
 def tokenize_conversation(
     conversation: Conversation,
     tokenizer: Tokenizer | TextEncoder,
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
     max_seq_len: int | None = None,
-    image_position: str = "front",
+    image_position: ImagePosition = TextPreparation.image_position,
 ) -> TokenizedConversation:
-    """Turn a conversation into input ids and labels.
-
-    Args:
-        conversation: its turns alternate, start with a question and end with an answer.
-        tokenizer: any tokenizer of transformers.
-        template: see `composer_path.records.prompts.get_template`.
-        num_image_tokens: placeholders of an image: a number, one for each image, or a function of the image's index.
-        max_seq_len: longer ones are cut at the end, images included; before an image that would not fit whole.
-        image_position: `front` of its turn, or `inline` where its tag is.
-
-    Raises:
-        TemplateError: the template can't express this conversation.
-        ValueError: the tokenizer lacks what the template needs, or counts don't fit.
-    """
-    _check_turns(conversation, last_role="assistant")
-    if max_seq_len is not None and max_seq_len < 1:
-        raise ValueError(f"max_seq_len: must be at least 1, found {max_seq_len}")
-    return _tokenize(conversation, tokenizer, template, num_image_tokens, max_seq_len, image_position)
+    """`TextPreparation.tokenize` with the settings one by one; the template as `get_template` takes it."""
+    text = TextPreparation(get_template(template), num_image_tokens, max_seq_len, image_position)
+    return text.tokenize(conversation, tokenizer)
 
 
 def tokenize_prompt(
@@ -77,63 +156,11 @@ def tokenize_prompt(
     tokenizer: Tokenizer | TextEncoder,
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
-    image_position: str = "front",
+    image_position: ImagePosition = TextPreparation.image_position,
 ) -> Int64[Tensor, " tokens"]:
-    """Turn a conversation that ends with a question into input ids, up to where the answer starts.
-
-    They are the start of what `tokenize_conversation` makes of the same conversation with an answer.
-    """
-    _check_turns(conversation, last_role="human")
-    return _tokenize(conversation, tokenizer, template, num_image_tokens, None, image_position).input_ids
-
-
-def _tokenize(
-    conversation: Conversation,
-    tokenizer: Tokenizer | TextEncoder,
-    template: str | Mapping[str, Any] | PromptTemplate,
-    num_image_tokens: NumImageTokens,
-    max_seq_len: int | None,
-    image_position: str,
-) -> TokenizedConversation:
-    if image_position not in ("front", "inline"):
-        raise ValueError(f"image_position: must be 'front' or 'inline', found {image_position!r}")
-    encoder = text_encoder(tokenizer)
-    template = get_template(template)
-    segments = _joined(template.segments(conversation, encoder, image_position))
-    num_slots = sum(isinstance(segment, ImageSlot) for segment in segments)
-    if num_slots != conversation.num_images:
-        raise ValueError(
-            f"the questions hold {num_slots} image tags and the conversation {conversation.num_images} images; the "
-            "two must be equal"
-        )
-    image_lengths = _image_lengths(num_image_tokens, num_slots)
-    prefix_after_special = template.prefix_after_special or encoder.prefix_after_special
-
-    input_ids: list[int] = []
-    labels: list[int] = []
-    num_images = 0
-    prefix = True  # the next text starts a new piece
-    truncated = False
-    for segment in segments:
-        if isinstance(segment, ImageSlot):
-            ids, supervised = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
-        elif isinstance(segment, SpecialToken):
-            ids, supervised = [segment.id], segment.supervised
-        else:
-            ids, supervised = encoder.encode(segment.text, prefix), segment.supervised
-        prefix = not isinstance(segment, Text) and prefix_after_special
-        room = len(ids) if max_seq_len is None else max_seq_len - len(input_ids)
-        truncated = len(ids) > room
-        if isinstance(segment, ImageSlot):
-            ids = [] if truncated else ids
-            num_images += not truncated
-        ids = ids[:room]
-        input_ids += ids
-        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-        if truncated:
-            break
-    return TokenizedConversation(
-        torch.tensor(input_ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64), num_images, truncated
+    """`TextPreparation.prompt` with the settings one by one."""
+    return TextPreparation(get_template(template), num_image_tokens, None, image_position).prompt(
+        conversation, tokenizer
     )
 
 

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.asking.processor_config import write_processor_config
+from composer_path.config.reading import plain
+from composer_path.images.pixels import ImagePreparation
 from composer_path.models.path_mllm import PathMLLM
-from composer_path.records.vocabulary import save_tokenizer
+from composer_path.records.tokenize import TextPreparation
+from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
+from composer_path.run.checkpoint_safety import METADATA, is_harmless, read_pickle
+from composer_path.run.checkpoints import frozen_names
+from composer_path.run.preparation import asking_text, images_of
+from composer_path.run.sharding import held_as, settle_precision
+from composer_path.weights.assembly import assemble_model
 from composer_path.weights.folder import write_json
+from composer_path.weights.model_folder import save_model
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 
-PROCESSOR_CONFIG = "processor_config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,7 +51,8 @@ def write_model(
     model: PathMLLM,
     weights: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    processor: Mapping[str, Any],
+    text: TextPreparation,
+    images: ImagePreparation,
     dtype: str | None = None,
 ) -> None:
     """Write everything that `composer-path ask` needs: weights, configuration, tokenizer, how inputs are prepared."""
@@ -54,8 +64,8 @@ def write_model(
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
-    write_json(folder / PROCESSOR_CONFIG, processor)
-    model.save_pretrained(folder, state_dict=tensors)
+    write_processor_config(folder, text, images)
+    save_model(model, folder, state_dict=tensors)
 
 
 def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
@@ -74,8 +84,6 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         from torch.distributed.checkpoint import FileSystemReader, load
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-        from composer_path.run.checkpoint_safety import METADATA, is_harmless
-
         if not (checkpoint / METADATA).is_file():
             raise ValueError(f"'{checkpoint}' is no checkpoint: it has no {METADATA}")
         is_harmless(checkpoint / METADATA)
@@ -92,8 +100,6 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
             load(state, storage_reader=reader, no_dist=True)
         tensors = wanted
     elif checkpoint.is_file():
-        from composer_path.run.checkpoint_safety import read_pickle
-
         model = read_pickle(checkpoint)["state"]["model"]
         tensors = {name: model[prefix + name] for name in names if prefix + name in model}
     else:
@@ -116,17 +122,17 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
         folder: To write.
         dtype: `bf16`, `fp32`, or None for as trained.
     """
-    from composer_path.run.checkpoints import frozen_names
-    from composer_path.run.parts import build_model, build_processor, build_tokenizer, settle_on_device
-
-    config = settle_on_device(config)
-    tokenizer = build_tokenizer(config)
-    model = build_model(config)
+    settings = plain(config)
+    settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(**settings["tokenizer"])
+    model = assemble_model(**settings["model"], **held_as(settings))
     names = set(model.state_dict()) - frozen_names(model)
     if model.language_model.config.tie_word_embeddings:
         names.discard("language_model.lm_head.weight")
     weights = dict(model.state_dict()) | read_checkpoint(checkpoint, names)
-    write_model(folder, model, weights, tokenizer, build_processor(config), dtype)
-    if "projector" in config.model.trainable:
+    dataset = settings["train_loader"]["dataset"]
+    prepared = asking_text(dataset, model.num_image_tokens()), images_of(dataset, model.vision_encoder)
+    write_model(folder, model, weights, tokenizer, *prepared, dtype)
+    if "projector" in settings["model"]["trainable"]:
         write_projector(folder, model, weights)
     return model

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from composer_path.models.path_mllm import MODULES, PathMLLM
 
-OPTIMIZERS = ("adamw", "adamw_8bit")
+OptimizerName = Literal["adamw", "adamw_8bit"]
 
 
 def build_optimizer(
     model: PathMLLM,
     *,
-    name: str = "adamw",
-    lr: float | Mapping[str, float] = 1e-3,
+    name: OptimizerName = "adamw",
+    lr: float | Mapping[str, float],
     weight_decay: float = 0.0,
     **keywords: Any,
 ) -> torch.optim.Optimizer:
@@ -29,13 +29,13 @@ def build_optimizer(
             models that don't fit otherwise.
         lr: One for all, or by module: `{projector: 2e-3, language_model: 2e-5}`.
         weight_decay: On matrices.
-        **keywords: Of `torch.optim.AdamW` (`fused` defaults to whether a GPU is there) or of torchao's `AdamW8bit`.
+        **keywords: Of `torch.optim.AdamW` (`fused` None: where a GPU is there) or of torchao's `AdamW8bit`.
 
     Raises:
         ValueError: Nothing is trained, a trained module has no learning rate, or torchao isn't installed.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(OPTIMIZERS)}")
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(get_args(OptimizerName))}")
     groups: list[dict[str, Any]] = []
     for module_name in MODULES:
         trained = [p for p in getattr(model, module_name).parameters() if p.requires_grad]
@@ -56,12 +56,13 @@ def build_optimizer(
         for group in groups:
             group["lr"] = torch.tensor(group["lr"])  # its compiled step would be compiled again for each new number
         return optimizer_class(name)(groups, **keywords)
-    keywords.setdefault("fused", torch.cuda.is_available())
+    if keywords.get("fused") is None:
+        keywords["fused"] = torch.cuda.is_available()
     return torch.optim.AdamW(groups, **keywords)
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class behind a name of `OPTIMIZERS`.
+def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
+    """The class behind a name.
 
     Raises:
         ValueError: torchao isn't installed.

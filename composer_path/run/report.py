@@ -10,10 +10,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
-from composer_path.asking.run_table import SUMMARY
+from composer_path.asking.run_table import CONFIG, SUMMARY
 from composer_path.weights.folder import write_json
-
-CONFIG = "config.yaml"
 
 
 class RunReport(Callback):

@@ -16,21 +16,24 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
 log = logging.getLogger(__name__)
 
+# Where FSDP1 of this project differs from Composer's: ranks that start empty get rank 0's weights, and each writes its
+# own part of a checkpoint.
+FSDP1_DEFAULTS = {"sync_module_states": True, "state_dict_type": "sharded"}
+
 
 def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Composer's `parallelism_config` from the YAML's.
 
     Args:
-        section: `{fsdp: {version: 2, reshard_after_forward: true, ...}}`, or None for DDP.
+        section: `{fsdp: {version: 2, reshard_after_forward: true, ...}}`, or None (also for `fsdp`) for DDP.
 
     Raises:
         ValueError: FSDP1 without a GPU, where it can't run.
     """
-    fsdp = dict((section or {}).get("fsdp") or {})
-    if not section or section.get("fsdp") is None:
+    if not section or section["fsdp"] is None:
         return None
-    version = fsdp.pop("version", 2)
-    if version == 2:
+    fsdp = dict(section["fsdp"])
+    if fsdp.pop("version") == 2:
         with warnings.catch_warnings():  # "experimental": this project pins the version and tests it
             warnings.simplefilter("ignore", UserWarning)
             return {"fsdp": FSDP2Config(**fsdp)}
@@ -39,20 +42,17 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
             "trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section "
             "out for DDP"
         )
-    fsdp = {"sync_module_states": True, "state_dict_type": "sharded"} | fsdp
     return {"fsdp": FSDPConfig(**fsdp)}
 
 
-def compute_dtype(precision: str | None, section: Mapping[str, Any] | None) -> torch.dtype:
+def compute_dtype(precision: str, section: Mapping[str, Any] | None) -> torch.dtype:
     """The dtype in which matrix products run, which is also the one frozen weights are held in."""
-    mixed = ((section or {}).get("fsdp") or {}).get("mixed_precision")
-    if isinstance(mixed, Mapping) and mixed.get("param_dtype"):
-        return {"bf16": torch.bfloat16, "amp_bf16": torch.bfloat16, "fp32": torch.float32}.get(
-            str(mixed["param_dtype"]), torch.float32
-        )
+    mixed = section["fsdp"]["mixed_precision"] if section and section["fsdp"] else None
+    if isinstance(mixed, Mapping) and "param_dtype" in mixed:
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[mixed["param_dtype"]]
     if mixed == "FULL":
         return torch.float32
-    return torch.bfloat16 if str(precision) == "amp_bf16" else torch.float32
+    return torch.bfloat16 if precision == "amp_bf16" else torch.float32
 
 
 def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
@@ -60,20 +60,34 @@ def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
 
     With FSDP2 products are still computed in bf16, by its mixed precision; without it in fp32. Either is said.
     """
-    if device_type != "cpu" or trainer.get("precision") != "amp_bf16":
+    if device_type != "cpu" or trainer["precision"] != "amp_bf16":
         return
     trainer["precision"] = "fp32"
-    fsdp = (trainer.get("parallelism_config") or {}).get("fsdp")
-    if fsdp is not None and fsdp.get("mixed_precision", "DEFAULT") in ("DEFAULT", "PURE"):
-        reduce = "bf16" if fsdp.get("mixed_precision") == "PURE" else "fp32"
+    fsdp = (trainer["parallelism_config"] or {"fsdp": None})["fsdp"]
+    if fsdp is not None and fsdp["mixed_precision"] in ("DEFAULT", "PURE"):
+        reduce = "bf16" if fsdp["mixed_precision"] == "PURE" else "fp32"
         fsdp["mixed_precision"] = {"param_dtype": "bf16", "reduce_dtype": reduce}
     how = "bf16 through FSDP's mixed precision" if fsdp is not None else "fp32"
     log.warning("trainer.precision: amp_bf16 needs a GPU; this CPU run computes in %s", how)
 
 
+def held_as(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How this rank holds the model, as keywords of `assemble_model`: frozen parts in the compute dtype, or empty.
+
+    Args:
+        settings: The complete configuration as plain mappings, its precision settled.
+    """
+    trainer = settings["trainer"]
+    return {
+        "seed": settings["seed"],
+        "frozen_dtype": compute_dtype(trainer["precision"], trainer["parallelism_config"]),
+        "empty": starts_empty(trainer["parallelism_config"]),
+    }
+
+
 def starts_empty(section: Mapping[str, Any] | None) -> bool:
     """Whether this rank builds the model without weights, to receive them from rank 0 when FSDP shards it."""
-    return bool(section and section.get("fsdp")) and dist.get_global_rank() != 0
+    return bool(section and section["fsdp"]) and dist.get_global_rank() != 0
 
 
 def mend_gloo_averaging() -> bool:

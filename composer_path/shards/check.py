@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -14,25 +13,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, LENGTHS_NAME, MANIFEST_NAME
-from composer_path.conversion.partition import DONE_NAME, IMAGE_HASHES_NAME
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
-from composer_path.images.file import ImageError, check_image
+from composer_path.images.file import check_image
 from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
+from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
-from composer_path.shards.view import (
-    DamagedShard,
-    ShardView,
-    ShardViewError,
-    decompressed,
-    in_processes,
-    name_of,
-    read_shard,
-    stored_info,
-    to_sample,
-)
+from composer_path.records.rules import ImageError
+from composer_path.shards.index import CARD_NAME, DONE_NAME, IMAGE_HASHES_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths
+from composer_path.shards.mds import DamagedShard, MdsFile, ShardError, name_of, open_mds, stored_info
+from composer_path.shards.view import ShardView, to_sample
 from composer_path.storage.places import Bucket
 from composer_path.stream.stored_file import file_hash, pick_hash
 
@@ -157,7 +148,7 @@ def check_shards(
         _encoder(count_labels.tokenizer, count_labels.template)  # a wrong path shows before anything is read
     result = CheckResult(problems=_set_problems(view))
     tasks = [(view, number, count_labels) for number in range(len(view.shards))]
-    for number, part in enumerate(in_processes(_check_shard, tasks, workers), start=1):
+    for number, part in enumerate(in_processes(_check_shard, tasks, workers, fork=True), start=1):
         result.add(part)
         if progress is not None:
             progress(number)
@@ -187,7 +178,7 @@ def _set_problems(view: ShardView) -> list[Problem]:
         for other in sorted(beside.keys() - shards):
             if other in files and view.place.digest(other) != beside[other]:
                 problems.append(Problem(other, "hash", f"another file than {name} says"))
-    known |= {INDEX_NAME, CARD_NAME, MANIFEST_NAME} | {name for name in files if LENGTHS_NAME.fullmatch(name)}
+    known |= {INDEX_NAME, CARD_NAME, MANIFEST_NAME} | {name for name in files if is_lengths(name)}
     for name in sorted(files - known):
         problems.append(Problem(_shown_name(name), "not-in-index", "a file that belongs to no shard of this set"))
     return problems
@@ -221,12 +212,11 @@ def _check_shard(task: tuple[ShardView, int, LabelCount | None]) -> CheckResult:
             if problem is not None:
                 result.problems.append(Problem(name, *problem))
             with open(path, "rb") as file:
-                raw = decompressed(file, shard) if shard.get("zip_data") else file
-                _check_samples(view, number, raw, count_labels, result)
+                _check_samples(view, number, open_mds(file, shard), count_labels, result)
     except DamagedShard as error:
         if not result.problems:  # else it is known already that this isn't the file
             result.problems.append(Problem(name, "damaged", str(error).removeprefix(f"{name}: ")))
-    except ShardViewError as error:
+    except ShardError as error:
         found = str(error).removeprefix(f"{view.place}: ").removeprefix(f"{name}: ")
         result.problems.append(Problem(name, "unreadable", found))
     return result
@@ -247,14 +237,14 @@ def _file_problem(path: Path, shard: dict[str, Any], result: CheckResult) -> tup
 
 
 def _check_samples(
-    view: ShardView, number: int, file: io.IOBase, count_labels: LabelCount | None, result: CheckResult
+    view: ShardView, number: int, file: MdsFile, count_labels: LabelCount | None, result: CheckResult
 ) -> None:
-    shard = view.shards[number]
-    name, start = name_of(shard), view.starts[number]
+    name, start = name_of(view.shards[number]), view.starts[number]
     resized = view.card.get("resized")
     wanted = Square.of(**resized) if isinstance(resized, dict) else None
     features = _feature_set(view)
-    for position, columns in enumerate(read_shard(file, shard, range(shard["samples"])), start=start):
+    for position in range(start, view.starts[number + 1]):
+        columns = file.read(position - start)
         result.samples += 1
         try:
             sample = to_sample(position, name, columns)

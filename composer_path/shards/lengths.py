@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from composer_path.records.prompts import PromptTemplate
+from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import Tokenizer, text_encoder
 from composer_path.storage.places import Bucket, Folder, open_place
 
@@ -49,7 +50,7 @@ class LengthsKey:
     tokenizer: str
     template: str
     num_image_tokens: int
-    max_seq_len: int
+    max_seq_len: int | None
     image_position: str
     format: int = FORMAT
 
@@ -92,36 +93,26 @@ class SampleLengths:
         return len(self.tokens)
 
 
-def lengths_key(
-    index: bytes,
-    tokenizer: Tokenizer,
-    template: PromptTemplate,
-    num_image_tokens: Any,
-    max_seq_len: int,
-    image_position: str,
-) -> LengthsKey:
+def lengths_key(index: bytes, tokenizer: Tokenizer, text: TextPreparation) -> LengthsKey:
     """The key of a set's lengths.
 
     Args:
         index: The content of its index.json.
         tokenizer: Of the language model.
-        template: Prompt template of its samples.
-        num_image_tokens: Placeholders of an image; must be a number.
-        max_seq_len: Where samples are cut, tokens.
-        image_position: `front` or `inline`.
+        text: How its samples are tokenized.
 
     Raises:
         LengthsError: Images take different numbers of tokens.
     """
-    if not isinstance(num_image_tokens, int):
+    if not isinstance(text.num_image_tokens, int):
         raise LengthsError("balance: needs the same number of tokens for every image; leave balance out")
     return LengthsKey(
         index=_hash(index),
         tokenizer=tokenizer_hash(tokenizer),
-        template=template_hash(template),
-        num_image_tokens=num_image_tokens,
-        max_seq_len=max_seq_len,
-        image_position=image_position,
+        template=template_hash(text.template),
+        num_image_tokens=text.num_image_tokens,
+        max_seq_len=text.max_seq_len,
+        image_position=text.image_position,
     )
 
 

@@ -11,20 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.conversion.destination import CARD_NAME, INDEX_NAME, MANIFEST_NAME, publish
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
-from composer_path.shards.columns import COLUMNS
+from composer_path.parallel import in_processes
+from composer_path.shards.index import empty_place, new_set
+from composer_path.shards.mds import HASHES, ShardError, name_of
 from composer_path.shards.summary import ShardSummary
-from composer_path.shards.view import (
-    ShardView,
-    ShardViewError,
-    StoredSample,
-    in_processes,
-    name_of,
-    to_sample,
-)
-from composer_path.shards.writer import HASHES, ShardWriter
-from composer_path.storage.places import open_place
+from composer_path.shards.view import ShardView, StoredSample, to_sample
 
 # A condition may ask for these, for `meta.KEY`, and for the numbers of images and turns.
 KEYS = ("id", "source", "organ", "stain", "magnification", "mpp", "patient", "slide")
@@ -33,7 +25,7 @@ _IDENTIFYING = ("id", "patient", "slide", "meta")
 
 # Keys of a data card that hold for a part of the set, too. Not `fingerprint`: no conversion makes this set.
 _KEPT = ("format", "format_version", "composer_path", "source", "options", "columns", "resized", "features")
-_PART, _SIZE_LIMIT = "part-00000", 2**26
+_SIZE_LIMIT = 2**26
 _CONDITION = re.compile(r"([A-Za-z_][\w.-]*)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
 _ORDERS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
@@ -121,43 +113,31 @@ def select_samples(
         What the new set holds.
 
     Raises:
-        ShardViewError: the set can't be read, too few samples fit, or something lies at ``out``.
+        ShardError: the set can't be read, too few samples fit, or something lies at ``out``.
         StorageError: the new set can't be written.
     """
-    place = open_place(out)
-    if place.files():
-        raise ShardViewError(f"{place}: must be empty, found files; choose another place")
+    place = empty_place(out)
     positions: Iterable[int] = range(len(view))
     if conditions:
         tasks = [(view, number, tuple(conditions)) for number in range(len(view.shards))]
-        positions = [position for part in in_processes(_fitting, tasks, workers) for position in part]
+        positions = [position for part in in_processes(_fitting, tasks, workers, fork=True) for position in part]
     positions = list(positions)
     if num_samples is not None:
         if not 0 < num_samples <= len(positions):
-            raise ShardViewError(f"{view.place}: there are {len(positions)} samples to draw from, not {num_samples}")
+            raise ShardError(f"{view.place}: there are {len(positions)} samples to draw from, not {num_samples}")
         positions = sorted(random.Random(seed).sample(positions, num_samples))
     if not positions:
-        raise ShardViewError(f"{view.place}: no sample fits; nothing was written")
+        raise ShardError(f"{view.place}: no sample fits; nothing was written")
 
     first = view.shards[0]
     hashes = [name for name in first["hashes"] if name in HASHES] or ["xxh64"]
-    writer = ShardWriter(place, _PART, COLUMNS, first["size_limit"] or _SIZE_LIMIT, hashes)
     summary = ShardSummary()
-    try:
-        place.write(MANIFEST_NAME, [b"{}\n"])  # says to who looks in that this set isn't finished
+    with new_set(place, first["size_limit"] or _SIZE_LIMIT, hashes) as new:
         for sample, columns in _read(view, positions):
-            writer.write(columns)
+            new.writer.write(columns)
             summary.count(sample)
-        writer.finish()
-        card = _card(view, summary, writer.shards, conditions, num_samples, seed)
-        done = {"partition": 0, "files": writer.files, "shards": writer.shards}
-        publish(place, [done], card, {} if view.features is None else {FEATURES_KEY: view.features})
-    except BaseException:
-        ours = (INDEX_NAME, CARD_NAME, MANIFEST_NAME, f"{_PART}/")
-        place.delete([name for name in place.files() if name.startswith(ours)])
-        raise
-    finally:
-        writer.close()
+        card = _card(view, summary, new.finish(), conditions, num_samples, seed)
+        new.publish(card, {} if view.features is None else {FEATURES_KEY: view.features})
     return summary
 
 
@@ -179,7 +159,7 @@ def _read(view: ShardView, positions: Sequence[int]) -> Iterator[tuple[StoredSam
 def _card(
     view: ShardView,
     summary: ShardSummary,
-    shards: Sequence[dict[str, Any]],
+    written: dict[str, int],
     conditions: Sequence[Condition],
     num_samples: int | None,
     seed: int,
@@ -193,9 +173,7 @@ def _card(
         "chosen_from": chosen,
         **{name: getattr(summary, name) for name in ("records", "images", "text_only", "turns", "image_bytes")},
         "sources": {source: {"records": count} for source, count in sorted(summary.sources.items())},
-        "shards": len(shards),
-        "bytes": sum(shard["raw_data"]["bytes"] for shard in shards),
-        "partitions": 1,
+        **written,
     }
 
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from composer_path.images.features import is_features
-from composer_path.images.file import ImageError, open_image
+from composer_path.images.file import open_image
 from composer_path.images.square import is_square, square_of
-from composer_path.shards.view import ShardView, StoredSample, in_processes
+from composer_path.parallel import in_processes
+from composer_path.records.rules import ImageError
+from composer_path.shards.view import ShardView, StoredSample
 
 
 @dataclass
@@ -85,11 +87,11 @@ def summarize(view: ShardView, workers: int = 1, progress: Callable[[int], None]
     """Count what a set holds; every shard is read once. `progress` is called with the number of shards after each.
 
     Raises:
-        ShardViewError: a shard can't be read.
+        ShardError: a shard can't be read.
     """
     total = ShardSummary()
     tasks = [(view, number) for number in range(len(view.shards))]
-    for number, part in enumerate(in_processes(_summarize_shard, tasks, workers), start=1):
+    for number, part in enumerate(in_processes(_summarize_shard, tasks, workers, fork=True), start=1):
         total.add(part)
         if progress is not None:
             progress(number)

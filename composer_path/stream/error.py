@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import numpy as np
 from streaming.base.shared import SharedArray
+
+from composer_path.storage.errors import masked, without_password
 
 _NOTE_BYTES = 4096
 
@@ -31,7 +32,7 @@ class StreamError(RuntimeError):
     def of(cls, shard: str, rule: str, where: str, found: str, fix: str) -> StreamError:
         """The error with its usual wording."""
         what = f"shard {shard} of " if shard and shard != "index.json" else f"{shard} of " if shard else ""
-        where = without_password(where)
+        where, found = without_password(where), masked(found)
         return cls(f"{what}{where}: {rule}: {found}; {fix}", shard=shard, rule=rule, where=where, fix=fix)
 
     def to_json(self) -> str:
@@ -83,8 +84,3 @@ class FailureNote:
         if not values[0]:
             return None
         return StreamError.from_json(values.tobytes().rstrip(b"\0").decode())
-
-
-def without_password(place: str) -> str:
-    """A URL without the user and password that it may hold."""
-    return re.sub(r"(?<=://)[^/@]*@", "", place)

@@ -1,32 +1,21 @@
 """Reads samples of MDS shards as Streaming does, value for value, at the cost of reading a file of a folder.
 
 Streaming opens the shard for each sample and copies its bytes three times. Here files stay open, and a large value is
-read straight into its place. What an MDS file holds is written at `composer_path.shards.view.read_shard`.
+read straight into its place.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 from streaming.base.format import Reader
 from streaming.base.format.mds.reader import MDSReader
 
-_DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "bytes": bytes,
-    "str": bytes.decode,
-    "json": lambda data: json.loads(data.decode()),
-}
+from composer_path.shards.mds import DECODERS, MdsFile
+
 _MAX_OPEN = 64  # files a process; many systems allow 1024
-_FIRST_READ = 4096  # bytes: a page, in which texts mostly end
-
-
-class DamagedSample(ValueError):
-    """A shard's bytes aren't a sample; says what was found, never text."""
 
 
 class SampleReader:
@@ -39,7 +28,7 @@ class SampleReader:
         return SampleReader, ()  # another process opens its own files
 
     def read(self, shard: Reader, number: int) -> dict[str, Any] | None:
-        """A sample's columns.
+        """Return a sample's columns.
 
         Args:
             shard: One of a dataset's shards.
@@ -49,8 +38,7 @@ class SampleReader:
             The columns; None if the file isn't there, or Streaming has to read it as its format is another one.
 
         Raises:
-            DamagedSample: The file's bytes aren't a sample.
-            ValueError: A column's text doesn't decode.
+            DamagedShard: The file's bytes aren't a sample.
         """
         key = id(shard)  # a dataset keeps its shards for as long as it lives
         opened = self._open.get(key)
@@ -61,14 +49,14 @@ class SampleReader:
             self._open.pop(key, None)
             if (opened := self._open_shard(shard)) is None:
                 return None
-        return opened.read(number)
+        return opened.mds.read(number)
 
     def _open_shard(self, shard: Reader) -> _OpenShard | None:
         # A file that was removed from the cache keeps its room on the disk for as long as it is open.
         for key, other in list(self._open.items()):
             if other is not None and not other.is_current():
                 self._open.pop(key, None)
-        if type(shard) is not MDSReader or any(shard.column_sizes) or not set(shard.column_encodings) <= set(_DECODERS):
+        if type(shard) is not MDSReader or any(shard.column_sizes) or not set(shard.column_encodings) <= set(DECODERS):
             self._open[id(shard)] = None
             return None
         try:
@@ -86,13 +74,12 @@ class _OpenShard:
     """A shard's open file."""
 
     def __init__(self, shard: MDSReader) -> None:
-        self.shard = shard
-        self.path = os.path.join(shard.dirname, shard.split, shard.raw_data.basename)
+        name = shard.raw_data.basename
+        self.path = os.path.join(shard.dirname, shard.split, name)
         self.file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.state = _state(os.fstat(self.file))
-        self.size = self.state[2]
-        self.columns = [*zip(shard.column_names, map(_DECODERS.__getitem__, shard.column_encodings), strict=True)]
-        self.sizes = struct.Struct(f"<{len(self.columns)}I")
+        columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
+        self.mds = MdsFile(partial(os.pread, self.file), self.state[2], name, shard.samples, columns)
 
     def __del__(self) -> None:
         """Closed when nobody reads from it any more."""
@@ -105,33 +92,6 @@ class _OpenShard:
             return _state(os.stat(self.path)) == self.state
         except OSError:
             return False
-
-    def read(self, number: int) -> dict[str, Any]:
-        """A sample's columns."""
-        places = os.pread(self.file, 8, 4 * (number + 1))
-        begin, end = struct.unpack("<II", places) if len(places) == 8 else (0, 0)
-        if not 0 <= number < self.shard.samples or not begin < end <= self.size:
-            raise self._damage(number, f"its place is {begin} to {end}, the file has {self.size} bytes")
-        head = os.pread(self.file, min(_FIRST_READ, end - begin), begin)
-        header = self.sizes.size
-        sizes = self.sizes.unpack_from(head) if len(head) >= header else ()
-        if header + sum(sizes) != end - begin or not sizes:
-            raise self._damage(number, f"columns of {sum(sizes)} bytes in a sample of {end - begin}")
-        starts = [header]
-        for size in sizes:
-            starts.append(starts[-1] + size)
-        columns = {}
-        for (name, decode), (start, stop) in zip(self.columns, pairwise(starts), strict=True):
-            inside = stop <= len(head)
-            value = head[start:stop] if inside else os.pread(self.file, stop - start, begin + start)
-            if len(value) != stop - start:
-                raise self._damage(number, f"{len(value)} bytes of a column of {stop - start}")
-            columns[name] = decode(value)
-        return columns
-
-    def _damage(self, number: int, found: str) -> DamagedSample:
-        name = self.shard.raw_data.basename
-        return DamagedSample(f"{name}: sample {number} of it doesn't fit its shard: {found}; convert the data again")
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:

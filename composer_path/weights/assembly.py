@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import (
     build_language_model,
     cast_parameters,
     empty_parameters,
     load_language_model_config,
 )
-from composer_path.models.path_mllm import MODULES, PathMLLM
+from composer_path.models.path_mllm import MODULES, ModuleName, PathMLLM
 from composer_path.models.projector import build_projector
 from composer_path.models.vision_encoder import build_vision_encoder
 
@@ -23,8 +24,8 @@ def assemble_model(
     vision_encoder: Mapping[str, Any],
     projector: Mapping[str, Any],
     language_model: Mapping[str, Any],
-    trainable: Sequence[str],
-    attention: str = "auto",
+    trainable: Sequence[ModuleName],
+    attention: AttentionBackend = "auto",
     seed: int = 17,
     frozen_dtype: torch.dtype = torch.float32,
     empty: bool = False,
@@ -39,7 +40,7 @@ def assemble_model(
         projector: Keywords of `build_projector`, whose widths are read from its neighbours.
         language_model: Keywords of `build_language_model`.
         trainable: Names of the modules that learn.
-        attention: See `composer_path.models.attention.BACKENDS`.
+        attention: See `composer_path.models.attention.resolve_attention`.
         seed: Of random weights.
         frozen_dtype: What frozen modules are held in; trained ones are fp32.
         empty: Parameters without storage, for a rank that receives them.

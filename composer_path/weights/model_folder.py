@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import build_language_model, empty_parameters
 from composer_path.models.path_mllm import MODEL_TYPE, PathMLLM
 from composer_path.models.projector import build_projector
@@ -33,7 +34,7 @@ def save_model(
     write_folder(folder, model.config(), tensors, max_shard_size)
 
 
-def load_model(folder: Path, attention: str = "auto", dtype: torch.dtype | None = None) -> PathMLLM:
+def load_model(folder: Path, attention: AttentionBackend = "auto", dtype: torch.dtype | None = None) -> PathMLLM:
     """Rebuild the model from its configuration and fill it. Arguments as those of `PathMLLM.from_pretrained`."""
     config, tensors = read_folder(folder, MODEL_TYPE)
     with empty_parameters():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import build_language_model, empty_parameters
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.models.projector import Projector, build_projector
@@ -43,7 +44,7 @@ def load_reference_model(
     image_size: int = 448,
     patch_size: int = 16,
     num_heads: int = 16,
-    attention: str = "auto",
+    attention: AttentionBackend = "auto",
     dtype: torch.dtype | None = None,
 ) -> PathMLLM:
     """A PathMLLM from a folder that the reference's training wrote.
@@ -56,7 +57,7 @@ def load_reference_model(
         image_size: Side of the images, in pixels.
         patch_size: Side of a patch, in pixels.
         num_heads: Attention heads of the ViT.
-        attention: Backend of the language model, see `composer_path.models.attention.BACKENDS`.
+        attention: Backend of the language model, see `composer_path.models.attention.resolve_attention`.
         dtype: Of the weights; as they are in the files by default.
 
     Raises:

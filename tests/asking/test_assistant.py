@@ -112,3 +112,30 @@ def test_asking_does_not_wait_for_composer_to_be_imported() -> None:
         "import sys, composer_path.asking.assistant; sys.exit('composer' in sys.modules or 'streaming' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    """A model that was trained on captions only."""
+    return Assistant.from_pretrained(tiny_model_folder(tmp_path_factory.getbasetemp() / "tiny_captioner", "plain"))
+
+
+def test_a_model_that_takes_no_question_refuses_one_by_name(captioner: Assistant) -> None:
+    assert not captioner.takes_question
+    with pytest.raises(ValueError, match="template 'plain', which takes no question"):
+        captioner.answer([("human", QUESTION)], [captioner.read_image(TILE)])
+
+
+def test_a_caption_is_what_the_training_prompt_leads_to(captioner: Assistant, assistant: Assistant) -> None:
+    images = [captioner.read_image(TILE)]
+    conversation = Conversation(turns=(Turn("human", "<image>"),), images=("",))
+    prompt = tokenize_prompt(conversation, captioner.tokenizer, "plain", NUM_IMAGE_TOKENS)
+    ends = {"eos_token_id": captioner.end_ids(), "pad_token_id": 0}
+    expected = captioner.model.generate(prompt, torch.stack(images), max_new_tokens=8, **ends)
+    said = captioner.caption(images, max_new_tokens=8)
+    assert said == captioner.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert said != captioner.caption([captioner.read_image(OTHER_TILE)], max_new_tokens=8)
+    with pytest.raises(ValueError, match="a caption needs an image"):
+        captioner.caption([])
+    with pytest.raises(ValueError, match="takes a question; give one"):
+        assistant.caption(images)

@@ -12,7 +12,6 @@ from tiny_slide import tiny_slide_levels, write_tiny_slide
 
 from composer_path.asking.assistant import Assistant
 from composer_path.conversion.convert import convert
-from composer_path.images.pixels import load_stored_image, pad_color_of
 from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.view import ShardView
 
@@ -30,14 +29,7 @@ def test_a_region_is_seen_as_in_training(assistant: Assistant, tmp_path: Path) -
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Tissue."}]
     (tmp_path / "data.json").write_text(json.dumps([{"image": region, "conversations": turns}]))
     convert(tmp_path / "data.json", tmp_path, tmp_path / "out")
-    encoder, processor = assistant.model.vision_encoder, assistant.processor
-    trained_on = load_stored_image(
-        ShardView(tmp_path / "out").sample(0).images[0],
-        encoder.image_size,
-        fit=processor["fit"],
-        decoder=processor["decoder"],
-        pad_color=pad_color_of(encoder.mean),
-    )
+    trained_on = assistant.images.load_stored(ShardView(tmp_path / "out").sample(0).images[0])
     assert torch.equal(assistant.read_image(path, SlideRegion.from_record(region)), trained_on)
 
 

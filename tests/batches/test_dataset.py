@@ -16,8 +16,9 @@ from streaming import MDSWriter
 
 from composer_path import IGNORE_INDEX, IMAGE_TOKEN_ID, Conversation, load_image, tokenize_conversation
 from composer_path.batches.dataset import ConversationDataset, is_hematoxylin_eosin
-from composer_path.conversion.convert import convert, pack_images
+from composer_path.conversion.convert import convert
 from composer_path.records.vocabulary import load_tokenizer
+from composer_path.shards.columns import pack_images
 
 # Of test_data/data.json: an H&E tile, one with another stain, two images, no image, several turns.
 CHOSEN = {
@@ -230,7 +231,7 @@ def test_damaged_image_bytes_are_a_problem_that_names_the_rule(
     image = (folder / "imgs" / records[0]["image"]).read_bytes()
     scan = image[-400:]  # original JPEG data is kept
     dataset = open_shards(local=damaged(scan, b"\xff\xd9" + bytes(398)), decoder=decoder)
-    assert_unusable(dataset[0], "^unreadable-image: found ")
+    assert_unusable(dataset[0], "^an image must decode, found ")
     assert [dataset[index]["problem"] for index in range(1, len(records))] == [None] * (len(records) - 1)
 
 

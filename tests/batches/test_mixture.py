@@ -17,9 +17,11 @@ from streaming import MDSWriter
 from tiny_shards import end_workers
 
 from composer_path import Conversation
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.loader import WholeEpochLoader, end_with_parent
+from composer_path.batches.loader import WholeEpochLoader
+from composer_path.batches.mixture import asking_template
+from composer_path.parallel import end_with_parent
 from composer_path.records.conversation import Turn
 from composer_path.records.tokenize import tokenize_conversation
 from composer_path.records.vocabulary import load_tokenizer
@@ -77,7 +79,7 @@ Epochs = list[list[list[int]]]
 def read(loader: WholeEpochLoader, num_epochs: int, state: dict[str, Any] | None = None) -> Epochs:
     if state is not None:
         loader.dataset.load_state_dict(state)
-    epochs = [[batch["sample_ids"].tolist() for batch in loader] for _ in range(num_epochs)]
+    epochs = [[batch.sample_ids.tolist() for batch in loader] for _ in range(num_epochs)]
     end_workers(loader)
     return epochs
 
@@ -196,9 +198,9 @@ def test_each_stream_has_its_own_template_system_message_name_and_weight(root: P
         assert torch.equal(sample["input_ids"], expected.input_ids)
         assert sample["source"] == name
     batch = PackedCollator()([caption, chat])
-    weights = [0.25] * int(batch["num_targets"][0]) + [1.0] * int(batch["num_targets"][1])
-    assert batch["target_weights"].tolist() == weights
-    assert batch["loss_weight"] == sum(weights)
+    weights = [0.25] * int(batch.num_targets[0]) + [1.0] * int(batch.num_targets[1])
+    assert batch.target_weights.tolist() == weights
+    assert batch.loss_weight == sum(weights)
 
 
 @pytest.mark.parametrize(
@@ -217,3 +219,43 @@ def test_a_mixture_that_makes_no_sense_is_refused(changes: dict, message: str, r
     streams = {name: {"local": str(root / name)} | keywords for name, keywords in changes.items()}
     with pytest.raises(ValueError, match=message):
         build(root, tokenizer, streams=streams)
+
+
+PLAIN, CHAT = {"local": "a", "template": "plain"}, {"local": "b", "template": "llava_llama_2"}
+BRIEF = {"local": "c", "template": "llava_llama_2", "system": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("template", "streams", "asked"),
+    [
+        (None, None, "plain"),
+        ("llava_llama_2", None, "llava_llama_2"),
+        (None, {"a": CHAT, "b": {**CHAT, "local": "d"}}, "llava_llama_2"),
+        ("llava_llama_2", {"a": {"local": "a"}, "b": {"local": "b", "template": None}}, "llava_llama_2"),
+        ("llava_llama_2", {"a": PLAIN, "b": CHAT}, "llava_llama_2"),
+        ({"name": "llava_llama_2", "system": "S"}, {"a": PLAIN, "b": BRIEF}, {"name": "llava_llama_2", "system": "S"}),
+        (None, {"a": BRIEF}, {"name": "llava_llama_2", "system": "Be brief."}),
+    ],
+)
+def test_a_model_is_asked_with_the_template_that_is_trained_or_named(template: Any, streams: Any, asked: Any) -> None:
+    assert asking_template(template, streams).to_json() == asked
+
+
+@pytest.mark.parametrize(
+    ("template", "streams", "message"),
+    [
+        (None, {"a": PLAIN, "b": CHAT}, r"template: is missing, and the streams have several \(plain, llava_llama_2\)"),
+        (None, {"a": CHAT, "b": BRIEF}, "template: is missing, and the streams have 'llava_llama_2' with several"),
+        ("plain", {"a": CHAT}, "template: found 'plain', but the streams are trained with llava_llama_2"),
+    ],
+)
+def test_several_templates_need_one_named_for_asking(template: Any, streams: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        asking_template(template, streams)
+
+
+def test_what_a_mixture_exports_is_asked_of_the_built_dataset(root: Path, tokenizer: Any) -> None:
+    named = build(root, tokenizer, template="llava_llama_2").dataset
+    assert named.text.template.to_json() == "llava_llama_2"
+    with pytest.raises(ValueError, match="name the one that the model is asked with"):
+        build(root, tokenizer).dataset.text  # noqa: B018

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 from composer_path import PathMLLM
 from composer_path.callbacks import SaveWeights
+from composer_path.images.pixels import ImagePreparation
+from composer_path.records.prompts import get_template
+from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.checkpoints import TrainedOnly
 from composer_path.weights.assembly import assemble_model
@@ -41,7 +44,8 @@ def saver_of(folder: Path, tokenizer: Any, trainable: list[str], **keywords: Any
         model=model,
         trained_only=trained_only,
         tokenizer=tokenizer,
-        processor={"template": "plain"},
+        text=TextPreparation(get_template("plain"), 4),
+        images=ImagePreparation(32),
     )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from PIL import Image, PngImagePlugin
 
-from composer_path.conversion.convert import ConvertSummary, convert, pack_images, unpack_images
+from composer_path.conversion.convert import convert
 from composer_path.conversion.identifiers import IDENTIFYING_KEYS, read_or_make_key
 from composer_path.conversion.rejections import ConvertError
-from composer_path.records.conversation import RULES, Conversation
-from composer_path.shards.columns import FORMAT_VERSION
+from composer_path.conversion.summary import ConvertSummary
+from composer_path.records.conversation import Conversation
+from composer_path.records.rules import RULES
+from composer_path.shards.columns import FORMAT_VERSION, pack_images, unpack_images
 
 REPO = Path(__file__).resolve().parents[2]
 BAD = REPO / "test_data" / "bad"
@@ -295,6 +297,7 @@ def test_nothing_to_write_is_an_error(source: Path, tmp_path: Path, records: lis
         ({"size_limit": "64 apples"}, "--size-limit"),
         ({"size_limit": "4gb"}, "--size-limit"),
         ({"size_limit": 0}, "--size-limit"),
+        ({"size_limit": "64"}, "--size-limit: must have a unit, found '64'; give one, as in 64mb"),
         ({"hashes": ["crc"]}, "hashes"),
         ({"check": "none"}, "--check"),
         ({"engine": "dask"}, "--engine"),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from composer_path.conversion.convert import ConvertSummary, convert
+from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.summary import ConvertSummary
 from composer_path.shards.view import ShardView
 
 COUNT = 9  # records, three in a partition

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from composer_path.images.file import ImageError, check_image, sanitize_image
+from composer_path.images.file import check_image, sanitize_image
+from composer_path.records.rules import ImageError
 
 END = b"\xff\xd9"
 KINDS = {

@@ -12,17 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_images import load_stored_image, resize_image
 
-from composer_path.images.pixels import (
-    PAD_COLOR,
-    ImageError,
-    ResizedMismatch,
-    check_image,
-    load_image,
-    load_stored_image,
-    resize_image,
-)
-from composer_path.images.square import Square, check_resized, is_square, square_of
+from composer_path.images.file import check_image
+from composer_path.images.pixels import PAD_COLOR, load_image
+from composer_path.images.square import ResizedMismatch, Square, check_resized, is_square, square_of
+from composer_path.records.rules import ImageError
 
 
 def pictures(golden: Path) -> dict[str, bytes]:
@@ -95,6 +90,7 @@ def test_the_padding_colour_counts_only_where_there_is_padding(golden: Path) -> 
     assert load_stored_image(square, 28, "crop", "pil", PAD_COLOR).shape == (3, 28, 28)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_a_data_card_is_compared_as_a_whole() -> None:
     card = {"image_size": 448, "fit": "pad", "pad_color": [123, 116, 103]}
     check_resized(Square.of(**card), Square.of(448, "pad", PAD_COLOR))

@@ -177,6 +177,7 @@ def test_each_backend_becomes_its_function(
     assert resolve_attention(backend, device) == expected
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("backend", "device", "installed", "message"),
     [

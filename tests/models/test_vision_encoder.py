@@ -208,6 +208,7 @@ def test_weights_are_loaded_where_a_file_is_given(tmp_path: Path) -> None:
     assert not torch.equal(random.trunk.pos_embed, source.trunk.pos_embed)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -12,10 +12,9 @@ import pytest
 import torch
 from tiny_run import Witness, convert_shards, load_tiny_config, run
 
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.microbatches import split_batch
-from composer_path.conversion.destination import publish
+from composer_path.config.reading import plain
 from composer_path.images.features import FeaturesError, features_in_index
 from composer_path.models.composer_model import ComposerPathMLLM
 from composer_path.models.language_model import cast_parameters
@@ -27,11 +26,11 @@ from composer_path.planning.encoded_features import (
     weights_hash,
 )
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.parts import build_model, plain
-from composer_path.shards.columns import COLUMNS, pack_images
+from composer_path.shards.columns import pack_images
+from composer_path.shards.index import new_set
 from composer_path.shards.view import ShardView
-from composer_path.shards.writer import ShardWriter
 from composer_path.storage.places import Folder
+from composer_path.train import build_model
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,15 +103,13 @@ def test_the_sets_tools_read_it(root: Path) -> None:
 
 
 def one_sample_set(folder: Path, image: bytes) -> Path:
-    place = Folder(folder)
-    writer = ShardWriter(place, "part-00000", COLUMNS, 2**20, ["xxh64"])
-    for data in (image, (REPO_ROOT / "test_data" / "imgs" / "cmu_x1120_y1960_160.jpg").read_bytes()):
-        turns = [["human", "<image>\nWhat is it?"], ["assistant", "A gland."]]
-        conversation = {"turns": turns, "system": None}
-        writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
-    writer.finish()
-    writer.close()
-    publish(place, [{"partition": 0, "files": writer.files, "shards": writer.shards}], {})
+    with new_set(Folder(folder), 2**20, ["xxh64"]) as new:
+        for data in (image, (REPO_ROOT / "test_data" / "imgs" / "cmu_x1120_y1960_160.jpg").read_bytes()):
+            turns = [["human", "<image>\nWhat is it?"], ["assistant", "A gland."]]
+            conversation = {"turns": turns, "system": None}
+            new.writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
+        new.finish()
+        new.publish({})
     return folder
 
 
@@ -134,7 +131,7 @@ def loss_and_gradients(model: ComposerPathMLLM, dataset: Any, indices: list[int]
     batch = PackedCollator(400)([dataset[index] for index in indices])
     loss = 0.0
     for part in split_batch(batch, 4):
-        of_part = model.loss(model(part), part) * (part["loss_weight"] / batch["loss_weight"])
+        of_part = model.loss(model(part), part) * (part.loss_weight / batch.loss_weight)
         of_part.backward()
         loss += float(of_part)
     return loss, {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
@@ -153,7 +150,7 @@ def sets(root: Path) -> tuple[ConversationDataset, ConversationDataset]:
 def test_loss_and_gradients_are_exactly_those_of_images_where_the_encoder_is_in_bf16(
     indices: list[int], root: Path, sets: tuple[ConversationDataset, ConversationDataset]
 ) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     cast_parameters(model.model.vision_encoder, torch.bfloat16)
     images, features = (loss_and_gradients(model, dataset, indices) for dataset in sets)
     assert images[0] == features[0]
@@ -166,7 +163,7 @@ ERROR_OF_GRADIENTS = 1e-3  # of all gradients' norm; measured: 1.2e-4
 
 
 def test_in_fp32_the_loss_differs_by_the_rounding_of_the_features(root: Path) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     images, features = (
         loss_and_gradients(model, read(root / folder / "train"), list(range(24))) for folder in ("shards", "encoded")
     )
@@ -179,7 +176,7 @@ def test_in_fp32_the_loss_differs_by_the_rounding_of_the_features(root: Path) ->
 def test_the_vision_encoder_is_never_entered_and_text_still_gives_the_projector_a_gradient(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ComposerPathMLLM(build_model(config_of(root)))
+    model = ComposerPathMLLM(build_model(settings_of(root)))
     monkeypatch.setattr(type(model.model.vision_encoder), "forward", None)
     dataset = read(root / "encoded" / "train")
     text_only = [index for index in range(24) if not len(dataset[index]["image_features"])][:2]
@@ -238,7 +235,7 @@ def test_an_encoder_is_known_in_any_dtype_and_any_other_weight_is_noticed(root: 
     with torch.no_grad():
         next(iter(encoder.parameters())).view(-1)[0] += 1
     assert weights_hash(encoder) != first
-    assert weights_hash(build_model(config_of(root)).vision_encoder) == first
+    assert weights_hash(build_model(settings_of(root)).vision_encoder) == first
 
 
 def test_features_whose_index_was_lost_are_no_images(root: Path, tmp_path: Path) -> None:

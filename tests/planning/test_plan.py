@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from composer_path.cli import main
-from composer_path.config.reading import load_config
-from composer_path.models.execution import CHECKPOINTING
+from composer_path.config.reading import load_config, plain
+from composer_path.models.execution import Checkpointing
 from composer_path.planning.plan import (
     PEAK_FLOPS,
     Machine,
@@ -23,7 +23,6 @@ from composer_path.planning.plan import (
     standing_bytes,
 )
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step
-from composer_path.run.parts import plain
 
 MEDIUM = (
     "{model_type: llama, hidden_size: 512, intermediate_size: 1376, num_hidden_layers: 4, num_attention_heads: 8, "
@@ -70,7 +69,7 @@ def test_the_largest_microbatch_just_fits(finetune: Plan, repo_root: Path) -> No
 
 
 def test_less_kept_means_larger_microbatches_and_only_full_computes_twice(finetune: Plan) -> None:
-    assert [fit.checkpointing for fit in finetune.fits] == list(CHECKPOINTING)
+    assert [fit.checkpointing for fit in finetune.fits] == list(get_args(Checkpointing))
     off, selective, full = finetune.fits
     assert off.most_tokens < selective.most_tokens < full.most_tokens
     assert off.recomputed == selective.recomputed == 0 and 0.2 < full.recomputed < 0.34

@@ -50,7 +50,7 @@ def written(segments, encoder) -> str:
 
 
 def test_plain_is_the_image_the_caption_and_a_newline(mistral):
-    segments = PlainTemplate().segments(conversation("Describe.\n<image>", "Plasma cells."), mistral)
+    segments = PlainTemplate().segments(conversation("Describe.\n<image>", "Plasma cells."), mistral, "front")
     assert written(segments, mistral) == "<s>IMG«Plasma cells.\n»"
 
 
@@ -61,12 +61,12 @@ def test_plain_puts_several_images_line_by_line(mistral):
 
 def test_plain_refuses_two_questions_without_printing_them(mistral):
     with pytest.raises(TemplateError, match="found 2 questions") as error:
-        PlainTemplate().segments(conversation("secret one", "a", "secret two", "b"), mistral)
+        PlainTemplate().segments(conversation("secret one", "a", "secret two", "b"), mistral, "front")
     assert "secret" not in str(error.value)
 
 
 def test_llava_llama_2_writes_the_references_format(mistral):
-    segments = LlavaLlama2Template().segments(conversation("Q1\n<image>", "A1", "Q2", "A2"), mistral)
+    segments = LlavaLlama2Template().segments(conversation("Q1\n<image>", "A1", "Q2", "A2"), mistral, "front")
     assert written(segments, mistral) == (
         f"<s>[INST] <<SYS>>\n{LLAVA_SYSTEM}\n<</SYS>>\n\nIMG\nQ1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]« A2 </s>»"
     )
@@ -77,7 +77,9 @@ def test_llava_llama_2_writes_the_references_format(mistral):
     [("R", "T", "<<SYS>>\nR\n<</SYS>>\n\n"), (None, "T", "<<SYS>>\nT\n<</SYS>>\n\n"), (None, "", ""), ("", "T", "")],
 )
 def test_a_records_system_message_goes_before_the_templates(mistral, of_record, of_template, expected):
-    segments = LlavaLlama2Template(system=of_template).segments(conversation("Q", "A", system=of_record), mistral)
+    segments = LlavaLlama2Template(system=of_template).segments(
+        conversation("Q", "A", system=of_record), mistral, "front"
+    )
     assert written(segments, mistral) == f"<s>[INST] {expected}Q [/INST]« A </s>»"
 
 
@@ -101,25 +103,25 @@ def test_images_stand_in_front_of_their_turn_or_inline(mistral, question, positi
 
 
 def test_a_tag_in_a_system_message_or_an_answer_is_text(mistral):
-    segments = LlavaLlama2Template().segments(conversation("Q", "<image>", system="<image>"), mistral)
+    segments = LlavaLlama2Template().segments(conversation("Q", "<image>", system="<image>"), mistral, "front")
     assert not any(isinstance(segment, ImageSlot) for segment in segments)
 
 
 def test_a_tokenizer_without_an_end_token_is_refused_where_one_is_needed(mistral, byte_level):
     mistral.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="eos_token") as error:
-        LlavaLlama2Template().segments(conversation("Q", "A"), mistral)
+        LlavaLlama2Template().segments(conversation("Q", "A"), mistral, "front")
     assert not isinstance(error.value, TemplateError)
 
 
 def test_a_tokenizer_without_a_begin_token_starts_with_the_text(mistral):
     mistral.tokenizer.bos_token = None
-    assert written(PlainTemplate().segments(conversation("Q", "A"), mistral), mistral) == "«A\n»"
+    assert written(PlainTemplate().segments(conversation("Q", "A"), mistral, "front"), mistral) == "«A\n»"
 
 
 def test_chatml_supervises_each_answer_and_its_end(byte_level, chat_templates):
     byte_level.tokenizer.chat_template = chat_templates["chatml"]
-    segments = ChatTemplate().segments(conversation("<image>\nQ1", "A1", "Q2", "A2", system="S"), byte_level)
+    segments = ChatTemplate().segments(conversation("<image>\nQ1", "A1", "Q2", "A2", system="S"), byte_level, "front")
     assert written(segments, byte_level) == (
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nIMG\nQ1<|im_end|>\n<|im_start|>assistant\n«A1<|im_end|>»\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n«A2<|im_end|>»\n"
@@ -128,35 +130,35 @@ def test_chatml_supervises_each_answer_and_its_end(byte_level, chat_templates):
 
 def test_a_space_before_an_answer_belongs_to_the_answer(mistral, chat_templates):
     mistral.tokenizer.chat_template = chat_templates["llama2"]
-    segments = ChatTemplate().segments(conversation("Q1", "A1", "Q2", "A2"), mistral)
+    segments = ChatTemplate().segments(conversation("Q1", "A1", "Q2", "A2"), mistral, "front")
     assert written(segments, mistral) == "<s>[INST] Q1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]« A2 </s>»"
-    asked = ChatTemplate().segments(conversation("Q1", "A1", "Q2"), mistral)
+    asked = ChatTemplate().segments(conversation("Q1", "A1", "Q2"), mistral, "front")
     assert written(asked, mistral) == "<s>[INST] Q1 [/INST]« A1 </s>»<s>[INST] Q2 [/INST]"
 
 
 def test_contents_are_trimmed_where_the_template_trims_them(byte_level, chat_templates):
     spaced = conversation("  Q\n", " A ", system=" S ")
     byte_level.tokenizer.chat_template = chat_templates["llama3"]
-    text = written(ChatTemplate().segments(spaced, byte_level), byte_level)
+    text = written(ChatTemplate().segments(spaced, byte_level, "front"), byte_level)
     assert "\n\nS<|eot_id|>" in text and "\n\nQ<|eot_id|>" in text and "\n\n«A<|eot_id|>»" in text
     byte_level.tokenizer.chat_template = chat_templates["chatml"]
-    text = written(ChatTemplate().segments(spaced, byte_level), byte_level)
+    text = written(ChatTemplate().segments(spaced, byte_level, "front"), byte_level)
     assert "user\n  Q\n<|im_end|>" in text and "assistant\n« A <|im_end|>»" in text
 
 
 @pytest.mark.parametrize("date", ["26 Jul 2024", "2024-07-26", datetime.date(2024, 7, 26)])
 def test_a_template_that_asks_for_the_date_gets_the_fixed_one(byte_level, chat_templates, date):
     byte_level.tokenizer.chat_template = chat_templates["llama3"]
-    text = written(ChatTemplate(date=date).segments(conversation("Q", "A"), byte_level), byte_level)
+    text = written(ChatTemplate(date=date).segments(conversation("Q", "A"), byte_level, "front"), byte_level)
     assert "Today Date: 26 Jul 2024\n" in text
     byte_level.tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + chat_templates["chatml"]
-    text = written(ChatTemplate(date=date).segments(conversation("Q", "A"), byte_level), byte_level)
+    text = written(ChatTemplate(date=date).segments(conversation("Q", "A"), byte_level, "front"), byte_level)
     assert text.startswith("2024-07-26<|im_start|>")
 
 
 def test_without_a_given_date_it_is_still_not_today(byte_level, chat_templates):
     byte_level.tokenizer.chat_template = "{{ strftime_now('%Y') }}" + chat_templates["chatml"]
-    text = written(ChatTemplate().segments(conversation("Q", "A"), byte_level), byte_level)
+    text = written(ChatTemplate().segments(conversation("Q", "A"), byte_level, "front"), byte_level)
     assert text.startswith("2024<|im_start|>")
 
 
@@ -164,7 +166,7 @@ def test_a_date_that_can_not_be_fixed_is_refused(byte_level, chat_templates):
     template = "{% set form = '%Y' %}{{ strftime_now(form) }}" + chat_templates["chatml"]
     byte_level.tokenizer.chat_template = template
     with pytest.raises(ValueError, match="asks for today's date"):
-        ChatTemplate().segments(conversation("Q", "A"), byte_level)
+        ChatTemplate().segments(conversation("Q", "A"), byte_level, "front")
 
 
 def test_a_date_that_is_none_is_refused_when_the_template_is_made():
@@ -175,7 +177,7 @@ def test_a_date_that_is_none_is_refused_when_the_template_is_made():
 def test_what_a_chat_template_refuses_is_told_without_the_conversation(mistral, chat_templates):
     mistral.tokenizer.chat_template = chat_templates["llama2"]
     with pytest.raises(TemplateError, match="no system messages") as error:
-        ChatTemplate().segments(conversation("secret", "A", system="secret"), mistral)
+        ChatTemplate().segments(conversation("secret", "A", system="secret"), mistral, "front")
     assert "secret" not in str(error.value)
 
 
@@ -186,7 +188,7 @@ def test_a_chat_template_that_loses_or_repeats_a_message_is_refused(byte_level):
     for template in (only_last, twice, turned):
         byte_level.tokenizer.chat_template = template
         with pytest.raises(TemplateError, match="once and in order"):
-            ChatTemplate().segments(conversation("Q", "A"), byte_level)
+            ChatTemplate().segments(conversation("Q", "A"), byte_level, "front")
 
 
 def test_a_chat_template_without_an_end_after_the_answer_is_refused(byte_level):
@@ -194,12 +196,12 @@ def test_a_chat_template_without_an_end_after_the_answer_is_refused(byte_level):
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     )
     with pytest.raises(ValueError, match="no special token after an answer"):
-        ChatTemplate().segments(conversation("Q", "A"), byte_level)
+        ChatTemplate().segments(conversation("Q", "A"), byte_level, "front")
 
 
 def test_a_tokenizer_without_a_chat_template_is_told_so(mistral):
     with pytest.raises(ValueError, match="has no chat_template") as error:
-        ChatTemplate().segments(conversation("Q", "A"), mistral)
+        ChatTemplate().segments(conversation("Q", "A"), mistral, "front")
     assert not isinstance(error.value, TemplateError)
 
 

@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_images import load_stored_image
 from tiny_dicom import write_tiny_dicom
 from tiny_slide import tiny_slide_levels, write_tiny_slide
 
 from composer_path.conversion.convert import convert
-from composer_path.images.file import ImageError, open_image, sanitize_image
-from composer_path.images.pixels import load_image, load_stored_image
+from composer_path.images.file import open_image, sanitize_image
+from composer_path.images.pixels import load_image
 from composer_path.records import slide_region
-from composer_path.records.conversation import RULES, Conversation, RecordError, problems_of
+from composer_path.records.conversation import Conversation
+from composer_path.records.rules import RULES, ImageError, RecordError, problems_of
 from composer_path.records.slide_region import OpenSlideMissing, SlideRegion, mpp_of, read_region, region_png
 from composer_path.shards.view import ShardView
 

@@ -15,11 +15,13 @@ from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_t
 from warm_process import popen
 
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import split_batch
+from composer_path.config.reading import plain
 from composer_path.models.language_model import cast_parameters
+from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run import sharding
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
 from composer_path.run.sharding import build_parallelism_config, compute_dtype, settle_precision
+from composer_path.train import build_loader, build_model
 from composer_path.weights.assembly import assemble_model
 
 TWO_STEPS = ["algorithms=null", "trainer.max_duration=2ba", "trainer.eval_interval=99ep"]
@@ -162,7 +164,7 @@ def test_under_fsdp_only_rank_0_starts_with_weights_and_every_rank_trains_them(
     for leg in ("fsdp2", "stage1_bf16"):
         assert [note["started_on"] for note in two_ranks[leg]] == [{"cpu"}, {"meta"}]
     assert [note["started_on"] for note in two_ranks["ddp"]] == [{"cpu"}, {"cpu"}]
-    start = build_model(load_tiny_config("pretrain", shards, tmp_path)).state_dict()
+    start = build_model(plain(load_tiny_config("pretrain", shards, tmp_path))).state_dict()
     for note in two_ranks["stage1_bf16"]:
         for name, value in note["weights"].items():
             if not name.startswith("projector."):
@@ -206,15 +208,16 @@ def test_bf16_under_fsdp_on_one_rank_is_a_bf16_model_with_fp32_masters(
     config = load_tiny_config("finetune", shards, tmp_path, [projector, *TWO_STEPS, *BF16, *SMALL])
     trainer, witness = run(config)
 
-    model = build_model(config)
+    settings = plain(config)
+    model = build_model(settings)
     masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     adapter = ComposerPathMLLM(cast_parameters(model, torch.bfloat16))
-    loader, batch_size = build_loader(plain(config)["train_loader"], model, build_tokenizer(config))
+    loader = build_loader(settings["train_loader"], model, load_tokenizer(**settings["tokenizer"]))
     batch = next(iter(loader.dataloader))
     gradients = {name: torch.zeros_like(p) for name, p in masters.items()}
-    parts = split_batch(batch, batch_size)
+    parts = split_batch(batch, loader.dataloader.batch_size)
     for part in parts:
-        (adapter.loss(adapter(part), part) * (part["loss_weight"] / batch["loss_weight"])).backward()
+        (adapter.loss(adapter(part), part) * (part.loss_weight / batch.loss_weight)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 gradients[name] += parameter.grad.float()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_images import resize_image
 from tiny_sets import (
     NUM_RECORDS,
     REPO,
@@ -17,7 +18,6 @@ from tiny_sets import (
     write_set,
 )
 
-from composer_path.images.pixels import resize_image
 from composer_path.records.conversation import Conversation
 from composer_path.shards.check import LabelCounter, check_shards
 from composer_path.shards.columns import pack_images

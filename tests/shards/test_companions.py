@@ -10,11 +10,12 @@ import pytest
 import torch
 from tiny_sets import REPO, all_samples, columns_of, edit_index, records, write_set
 
-from composer_path.conversion.destination import new_manifest, prepare, publish
+from composer_path.conversion.destination import Manifest, prepare
 from composer_path.conversion.rejections import ConvertError
 from composer_path.images.features import FeatureSet, features_in_index, pack_features
 from composer_path.shards.check import check_shards
 from composer_path.shards.columns import pack_images
+from composer_path.shards.index import publish
 from composer_path.shards.select import select_samples
 from composer_path.shards.summary import summarize
 from composer_path.shards.view import ShardView
@@ -37,8 +38,8 @@ def featured_set(folder: Path, images: list[list[bytes]], features: dict[str, An
     return ShardView(folder)
 
 
-def conversion(number: int = 0) -> dict[str, Any]:
-    return new_manifest(f"fingerprint{number}", 1, 1, {})
+def conversion() -> Manifest:
+    return Manifest(fingerprint="fingerprint", parts=1, num_partitions=1, card={})
 
 
 # ------------------------------------------------------------------------------------------------- lengths

@@ -17,8 +17,9 @@ from tiny_sets import (
 
 from composer_path.records.conversation import Conversation
 from composer_path.shards.check import check_shards
+from composer_path.shards.mds import ShardError
 from composer_path.shards.select import Condition, select_samples
-from composer_path.shards.view import ShardView, ShardViewError, StoredSample
+from composer_path.shards.view import ShardView, StoredSample
 from composer_path.storage.places import StorageError
 
 
@@ -110,13 +111,13 @@ def test_choosing_writes_to_a_bucket(bucket: str) -> None:
 
 def test_a_choice_that_cannot_be_made_writes_nothing(flat: Path, tmp_path: Path) -> None:
     view, out = ShardView(flat), tmp_path / "out"
-    with pytest.raises(ShardViewError, match="no sample fits"):
+    with pytest.raises(ShardError, match="no sample fits"):
         select_samples(view, str(out), [Condition.parse("source=nowhere")])
     for number in (0, NUM_RECORDS + 1):
-        with pytest.raises(ShardViewError, match=f"{NUM_RECORDS} samples to draw from, not {number}"):
+        with pytest.raises(ShardError, match=f"{NUM_RECORDS} samples to draw from, not {number}"):
             select_samples(view, str(out), num_samples=number)
     assert not out.exists()
-    with pytest.raises(ShardViewError, match="must be empty"):
+    with pytest.raises(ShardError, match="must be empty"):
         select_samples(view, str(flat), num_samples=3)
     assert len(all_samples(flat)) == NUM_RECORDS
 
@@ -140,7 +141,7 @@ def test_a_damaged_set_is_never_chosen_from(flat: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     shutil.copytree(flat, folder)
     damage(folder, "flipped header")
-    with pytest.raises(ShardViewError, match="doesn't fit"):
+    with pytest.raises(ShardError, match="doesn't fit"):
         select_samples(ShardView(folder), str(tmp_path / "out"), num_samples=NUM_RECORDS)
     assert not (tmp_path / "out").exists()
 

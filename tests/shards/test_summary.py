@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from stored_images import resize_image
 from tiny_sets import (
     NUM_RECORDS,
     REPO,
@@ -13,7 +14,6 @@ from tiny_sets import (
     write_set,
 )
 
-from composer_path.images.pixels import resize_image
 from composer_path.records.conversation import Conversation
 from composer_path.shards.columns import pack_images
 from composer_path.shards.summary import summarize

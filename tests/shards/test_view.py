@@ -17,8 +17,9 @@ from tiny_sets import (
 
 from composer_path.shards.check import check_shards
 from composer_path.shards.columns import pack_images
+from composer_path.shards.mds import ShardError
 from composer_path.shards.select import Condition, select_samples
-from composer_path.shards.view import ShardView, ShardViewError
+from composer_path.shards.view import ShardView
 
 
 def test_every_sample_is_found_by_position_and_by_id(any_set: str, samples: list[dict[str, Any]]) -> None:
@@ -31,9 +32,9 @@ def test_every_sample_is_found_by_position_and_by_id(any_set: str, samples: list
             assert sample.metadata == samples[position]["metadata"]
             assert pack_images(sample.images) == samples[position]["images"]
     for position in (-1, NUM_RECORDS):
-        with pytest.raises(ShardViewError, match=f"from 0 to {NUM_RECORDS - 1}, found {position}"):
+        with pytest.raises(ShardError, match=f"from 0 to {NUM_RECORDS - 1}, found {position}"):
             view.sample(position)
-    with pytest.raises(ShardViewError, match=r"no sample has this id$"):
+    with pytest.raises(ShardError, match=r"no sample has this id$"):
         view.find("nobody")
 
 
@@ -50,9 +51,9 @@ def test_every_sample_is_found_by_position_and_by_id(any_set: str, samples: list
 def test_what_is_no_set_of_ours_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "index.json").write_text(content)
-    with pytest.raises(ShardViewError, match=message):
+    with pytest.raises(ShardError, match=message):
         ShardView(tmp_path)
-    with pytest.raises(ShardViewError, match=r"must hold index\.json"):
+    with pytest.raises(ShardError, match=r"must hold index\.json"):
         ShardView(tmp_path / "nowhere")
 
 
@@ -61,7 +62,7 @@ def test_an_index_cannot_lead_out_of_its_set(flat: Path, tmp_path: Path) -> None
     for name in ("/etc/passwd", "../flat/shard.00000.mds", "a/../../b.mds"):
         index["shards"][0]["raw_data"]["basename"] = name
         (tmp_path / "index.json").write_text(json.dumps(index))
-        with pytest.raises(ShardViewError, match="must list MDS shards"):
+        with pytest.raises(ShardError, match="must list MDS shards"):
             ShardView(tmp_path)
 
 
@@ -89,9 +90,9 @@ def test_a_set_on_a_real_s3_server_is_viewed_checked_and_chosen_from(
         (bucket / "set" / "stray.mds").write_bytes(b"")
         rules = {problem.rule for problem in check_shards(ShardView("s3://bucket/set"), workers=2).problems}
         assert rules == {"hash", "not-in-index"}
-        with pytest.raises(ShardViewError, match="must be empty"):
+        with pytest.raises(ShardError, match="must be empty"):
             select_samples(view, "s3://bucket/chosen", num_samples=5)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
-        with pytest.raises(ShardViewError, match="SignatureDoesNotMatch") as caught:
+        with pytest.raises(ShardError, match="SignatureDoesNotMatch") as caught:
             ShardView("s3://bucket/set")
         assert "another-secret" not in str(caught.value)

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from composer_path.conversion import image_source
-from composer_path.conversion.convert import COLUMNS, ConvertSummary, convert, merge
+from composer_path.conversion.convert import convert, merge
 from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.summary import ConvertSummary
+from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.storage.places import Folder, StorageError
 
 REPO = Path(__file__).resolve().parents[2]
@@ -148,7 +150,7 @@ KILLS = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {repo!r})
-from composer_path.storage import places
+from composer_path.storage import atomic, places
 from composer_path.conversion.convert import convert
 
 class Counting:
@@ -167,7 +169,7 @@ def tick():
         if limit == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-places.os = Counting()
+atomic.os = places.os = Counting()
 def contents(folder):
     return {{p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}}
 def run(out, **options):
@@ -317,8 +319,9 @@ def test_a_truncated_image_is_found_by_both_checks(source: Path, tmp_path: Path,
 
 
 def test_resized_images_are_finished_squares(source: Path, tmp_path: Path) -> None:
-    from composer_path.conversion.convert import unpack_images
-    from composer_path.images.pixels import load_image, load_stored_image
+    from stored_images import load_stored_image
+
+    from composer_path.images.pixels import load_image
 
     resized = {"image_size": 16, "fit": "pad", "pad_color": [1, 2, 3]}
     run(source, records(1), tmp_path / "out", resized=resized)

@@ -17,10 +17,11 @@ from streaming.base.format.mds import encodings
 from streaming.base.format.mds.reader import MDSReader
 from tiny_shards import write_set
 
+from composer_path.shards.mds import DamagedShard
 from composer_path.stream import sample_reader
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
-from composer_path.stream.sample_reader import DamagedSample, SampleReader
+from composer_path.stream.sample_reader import SampleReader
 
 COLUMNS = {"id": "str", "conversation": "json", "images": "bytes", "metadata": "json"}
 NUM_SAMPLES = 12
@@ -45,7 +46,7 @@ def open_set(**keywords: Any) -> GuardedStreamingDataset:
 
 
 def test_the_reader_follows_streamings_format_as_it_is_now() -> None:
-    # As of mosaicml-streaming 0.13.0. When one differs, compare it with sample_reader.py, then write the new number.
+    # As of mosaicml-streaming 0.13.0. When one differs, compare it with mds.py, then write the new number.
     originals = {
         MDSReader.get_sample_data: "bf25f29c874296ed",
         MDSReader.decode_sample: "ae0a8fff0220da96",
@@ -141,7 +142,7 @@ def test_a_shard_that_is_damaged_after_its_check_ends_in_a_named_error(tmp_path:
         begin = int(np.frombuffer(data, np.uint32, 1, 4 * (last + 1))[0])
         data[begin : begin + 4] = np.uint32(5).tobytes()
     path.write_bytes(data)
-    with pytest.raises(DamagedSample, match=f"sample {last} of it doesn't fit its shard"):
+    with pytest.raises(DamagedShard, match=f"sample {last} of it doesn't fit its shard"):
         SampleReader().read(dataset.shards[0], last)
     with pytest.raises(StreamError) as caught:
         dataset[last]

@@ -1,8 +1,9 @@
-"""Has the executors of Apache Spark convert the partitions; an extra, ``pip install 'composer_path[spark]'``.
+"""Who converts the partitions: processes of this machine, or the executors of Apache Spark.
 
-The executors run the function that every other way of converting runs, so the shards are the same. They need this
-package, the same sight of ``--data``, ``--images`` and ``--out`` (a shared disk or a bucket) and, in their environment,
-the bucket's credentials. The secret key of the hashes travels to them through Spark.
+Spark is an extra, `pip install 'composer_path[spark]'`. Its executors run the function that every other way of
+converting runs, so the shards are the same. They need this package, the same sight of `--data`, `--images` and `--out`
+(a shared disk or a bucket) and, in their environment, the bucket's credentials. The secret key of the hashes travels to
+them through Spark.
 """
 
 from __future__ import annotations
@@ -13,23 +14,34 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from composer_path.conversion.input_scan import Partition
-from composer_path.conversion.partition import ConvertJob, PartitionResult, Report, convert_partition
+from composer_path.conversion.partition import ConvertJob, PartitionResult, convert_partition
 from composer_path.conversion.rejections import ConvertError
+from composer_path.parallel import Report, in_processes
+
+Task = tuple[ConvertJob, Partition]
 
 # Partitions for each of Spark's slots in one round: results are collected round by round, so that they need not all
 # fit in memory, and few enough rounds that slots don't wait long for the slowest.
 _ROUNDS_PER_SLOT = 4
 
 
-def run_with_spark(
-    tasks: Iterable[tuple[ConvertJob, Partition]], master: str | None, report: Report
-) -> Iterator[PartitionResult]:
+def run_locally(tasks: Iterable[Task], workers: int, report: Report) -> Iterator[PartitionResult]:
+    """Convert partitions in processes of this machine; yields the results in the order of the tasks.
+
+    Raises:
+        StorageError: A place failed.
+        ProcessKilled: A process was killed.
+    """
+    return in_processes(_convert, tasks, workers, report)
+
+
+def run_with_spark(tasks: Iterable[Task], master: str | None, report: Report) -> Iterator[PartitionResult]:
     """Convert partitions on Spark; yields the results in the order of the tasks.
 
     Args:
-        tasks: what to convert.
+        tasks: What to convert.
         master: Spark's address; None takes what spark-submit or Spark's own configuration says.
-        report: called with what each round has done.
+        report: Called with what each round has done.
 
     Raises:
         ConvertError: Spark isn't installed, or a task failed for good.
@@ -61,20 +73,19 @@ def run_with_spark(
                     f"--engine spark: all tasks must succeed, found {_first_line(error)}; convert again with --resume"
                 ) from None
             for result in results:
-                counts = result.done["counts"] if result.done is not None else {}
-                report(result.partition.num_records, counts.get("image_bytes", 0))
+                report(result.partition.num_records, 0 if result.done is None else result.done.counts["image_bytes"])
                 yield result
     finally:
         if not borrowed:
             session.stop()
 
 
-def _convert(task: tuple[ConvertJob, Partition]) -> PartitionResult:
-    return convert_partition(*task)
+def _convert(task: Task, report: Report = lambda records, num_bytes: None) -> PartitionResult:
+    return convert_partition(*task, report)
 
 
 def _first_line(error: Exception) -> str:
-    """The line of a Java stack that says what happened."""
+    """Return the line of a Java stack that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     ours = [line for line in lines if "composer_path" in line and "Error:" in line]
     return (ours or lines or [type(error).__name__])[0][:500]

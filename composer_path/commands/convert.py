@@ -1,0 +1,114 @@
+"""Check records and images, list every problem together, and write MDS shards.
+
+Exit code: 0 written, 1 nothing published because of the input or a place, 2 wrong arguments, 130 interrupted.
+`merge` publishes a set that was converted with --part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    from composer_path.conversion.convert import Progress
+    from composer_path.conversion.summary import ConvertSummary
+
+# What each option does; its name, choices and default are those of the conversion's own.
+OPTIONS = {
+    "on_error": "fail: write nothing if a record is bad; skip: write the good, list the bad",
+    "ids": "hash: ids, patients, slides and file names become keyed hashes; keep: plainly",
+    "check": "full: decode every image once; header: only read its structure, faster, misses damaged pixels",
+    "size_limit": "size of a shard; 8mb to 16mb for small sets",
+    "max_pixels": "refuse images with more pixels, unread",
+    "partition_size": "records converted together (default: 256 to 8192, by number and kind)",
+    "resume": "go on where the same command was interrupted",
+    "overwrite": "delete what an earlier conversion wrote to --out",
+    "part": "i/N: convert only the i-th of N parts; `merge` joins them",
+    "engine": "who converts the partitions",
+    "master": "address of Spark, such as spark://host:7077 (default: what spark-submit or its files say)",
+    "rejected": "file that lists what is wrong with each record, ids included (default: rejected.jsonl beside the data "
+    "with --on-error skip, none with fail)",
+    "key": "file of the hashes' secret key, made if it isn't there; the mapping from hashes to values is written "
+    "beside it (default: identifiers.key beside the data)",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is converted, where to, and how."""
+    from composer_path.conversion import options
+
+    add = parser.add_argument
+    records = "JSON list or JSONL of {id, image, conversations: [{from, value}]}; a file or an address (s3://...)"
+    add("--data", required=True, help=records)
+    add("--images", required=True, help="folder or address of the images that the records name")
+    add("--out", required=True, help="folder or address for the shards, empty or not there yet")
+    known = {field.name: field for field in fields(options.ConvertOptions)}
+    for name, purpose in OPTIONS.items():
+        flag, kind, default = f"--{name.replace('_', '-')}", str(known[name].type), known[name].default
+        if kind == "bool":
+            add(flag, action="store_true", help=purpose)
+            continue
+        choices = get_args(getattr(options, kind, None)) or None  # of a Literal with a name
+        number = int if kind in ("int", "int | None") else str
+        shown = purpose if default is None else f"{purpose} (default: %(default)s)"
+        add(flag, type=number, choices=choices, default=default, help=shown, metavar=None if choices else "X")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: as many as cores)")
+    squares = "store finished squares of this many pixels a side, so that training decodes nothing"
+    add("--resize", metavar="SIDE", type=int, help=squares)
+    add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
+    mean = "of --resize --fit pad, 0 to 255 each (default: the reference's mean colour, %(default)s)"
+    add("--pad-color", metavar="R,G,B", type=color, default="123,116,103", help=mean)
+
+
+def color(text: str) -> list[int]:
+    """Three numbers of a byte each."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) <= 255 for part in parts):
+        raise argparse.ArgumentTypeError("must be three numbers from 0 to 255, such as 123,116,103")
+    return [int(part) for part in parts]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Convert."""
+    from composer_path.conversion.options import ConvertOptions
+
+    keywords: dict[str, Any] = {name: getattr(options, name) for name in ("workers", *OPTIONS)}
+    if options.resize is not None:
+        pad_color = options.pad_color if options.fit == "pad" else None
+        keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}
+    ConvertOptions(**keywords)  # a wrong word is a mistake of the command, not of the input
+
+    from composer_path.conversion.convert import convert
+
+    places = (options.data, options.images, options.out)
+    return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out)
+
+
+def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:
+    """Convert or merge, print what came of it, and return the exit code."""
+    from composer_path.conversion.progress import ConvertProgress
+    from composer_path.conversion.rejections import ConvertError, explained
+    from composer_path.storage.places import StorageError, shown
+
+    progress = ConvertProgress(sys.stderr)
+    try:
+        summary = work(progress)
+    except (ConvertError, StorageError, ImportError) as error:
+        progress.close()
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:  # no space left, no right to write
+        progress.close()
+        print(f"{explained(error, shown(out))}; then the same command with --resume goes on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        progress.close()
+        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+    progress.close()
+    print(summary)
+    return 0

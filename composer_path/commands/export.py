@@ -1,0 +1,53 @@
+"""Write a model folder from a run or one of its checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from composer_path.asking.run_table import CONFIG, PLACES
+
+NEWEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """From where, and where to."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--config", type=Path, help="the run's config.yaml (default: the one of the run)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Export."""
+    checkpoint, config_path = find_checkpoint(options.run)
+    config_path = options.config or config_path
+    if not config_path.is_file():
+        raise ValueError(f"no run configuration at '{config_path}'; give it with --config")
+    from composer_path.config.reading import load_config
+
+    config = load_config(str(config_path), [])
+
+    from composer_path.run.export import export_checkpoint
+
+    export_checkpoint(checkpoint, config, options.out, options.dtype)
+    print(f"model folder: {options.out}")
+    return 0
+
+
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """The checkpoint that is meant, and where the configuration of its run lies.
+
+    Raises:
+        ValueError: A run's folder without a checkpoint.
+    """
+    if not (path / PLACES["checkpoints"]).is_dir() and not (path / CONFIG).is_file():
+        # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
+        return path, path.absolute().parent.parent / CONFIG
+    newest = path / PLACES["checkpoints"] / NEWEST
+    if not newest.exists():
+        raise ValueError(
+            f"run '{path}': found no checkpoint at '{newest}'; trainer.save_interval says when a run saves, or name a "
+            "checkpoint itself"
+        )
+    return newest, path / CONFIG

@@ -1,0 +1,45 @@
+"""Write down how many tokens each sample of a YAML's sets has, for train_loader.balance.
+
+A small file beside each set; images are not read, no text is stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+
+from composer_path.commands.verb import add_yaml, at_least_1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The YAML, whose tokenizer, template and encoder decide lengths, and where to write."""
+    add_yaml(parser)
+    parser.add_argument(
+        "--loader",
+        choices=("train_loader", "eval_loader"),
+        action="append",
+        help="which sets (default: those of the loaders that are balanced, else train_loader's)",
+    )
+    parser.add_argument("--out", metavar="DIR_OR_URI", help="in place of LOADER.lengths or beside each set")
+    parser.add_argument("--force", action="store_true", help="measure again what was measured before")
+    parser.add_argument(
+        "--workers", type=at_least_1, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print a line a set."""
+    from composer_path.config.reading import load_config
+    from composer_path.run.parts import plain
+
+    settings = plain(load_config(options.yaml, options.words))
+
+    from composer_path.conversion.progress import every_ten_seconds
+    from composer_path.planning.measured_lengths import measure
+
+    report = functools.partial(every_ten_seconds, done="shards measured")
+    loaders = tuple(options.loader) if options.loader else None
+    for line in measure(settings, loaders, options.out, options.workers, options.force, report):
+        print(line, flush=True)
+    return 0

@@ -1,0 +1,124 @@
+"""What several keys of a YAML say together: each disagreement is one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+LOADERS = ("train_loader", "eval_loader")
+Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
+
+
+def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """What doesn't go together.
+
+    Args:
+        values: The configuration as plain mappings, complete but for what couldn't be read.
+        given: The YAML as it stands, with its overrides.
+    """
+
+    def get(path: str) -> Any:
+        node: Any = values
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        return node if node is None or isinstance(node, bool | int | float | str | list | Mapping) else None
+
+    yield from _of_the_model(get)
+    yield from _of_what_is_trained(get)
+    yield from _of_the_trainer(get, given)
+    for name in LOADERS:
+        if isinstance(get(name), Mapping):
+            yield from _of_a_loader(get, name)
+
+
+def _of_the_model(get: Get) -> Iterator[str]:
+    model = get("model.language_model")
+    if isinstance(model, Mapping) and (model.get("path") is None) == (model.get("config") is None):
+        found = "neither" if model.get("path") is None else "both"
+        yield f"model.language_model: found {found} of path (weights) and config (random); give one of them"
+    size, patch = get("model.vision_encoder.image_size"), _patch_size(get)
+    if isinstance(size, int) and patch and size % patch:
+        near = max(1, size // patch) * patch
+        yield (
+            f"model.vision_encoder.image_size: found {size}, which is no multiple of the patch size {patch}; take "
+            f"{near} or {near + patch}"
+        )
+
+
+def _patch_size(get: Get) -> int | None:
+    """Side of a vision encoder's patches, pixels; None where neither keywords nor name tell."""
+    from composer_path.models.open_clip_trunk import open_clip_vision_config
+    from composer_path.models.vision_encoder import COCA_VIT_L
+
+    name, size = str(get("model.vision_encoder.name")), get("model.vision_encoder.kwargs.patch_size")
+    if size is None and name.startswith("open_clip/"):
+        try:
+            size = open_clip_vision_config(name.removeprefix("open_clip/"))[0].get("patch_size")
+        except ValueError:  # no such model, which is already reported
+            return None
+    by_name = re.search(r"patch(\d+)", COCA_VIT_L["name"] if name == "coca_vit-l" else name)
+    size = int(by_name[1]) if size is None and by_name else size
+    return size if isinstance(size, int) else None
+
+
+def _of_what_is_trained(get: Get) -> Iterator[str]:
+    trainable, rates = get("model.trainable"), get("optimizer.lr")
+    if trainable == []:
+        yield "model.trainable: found an empty list; name what this stage trains, as in [projector]"
+    if not isinstance(trainable, list) or not trainable:
+        return
+    if isinstance(rates, Mapping):
+        for name in rates:
+            if name not in trainable:
+                near = difflib.get_close_matches(name, trainable, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(trainable)}"
+                yield f"optimizer.lr.{name}: is not trained; {hint}"
+        for name in trainable:
+            if name not in rates:
+                yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+    if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
+        yield (
+            "execution.vision_chunk: saves nothing where vision_encoder is trained (its activations are kept anyway); "
+            "remove it"
+        )
+
+
+def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(get("trainer"), Mapping) and get("trainer.save_interval") is None and get("trainer.autoresume"):
+        yield (
+            "trainer.autoresume: has nothing to go on from while save_interval is null; give an interval or remove this"
+        )
+    trainer = given.get("trainer")
+    if "eval_loader" not in given and isinstance(trainer, Mapping):
+        for key in ("eval_interval", "eval_subset_num_batches"):
+            if trainer.get(key) is not None:
+                yield f"trainer.{key}: does nothing without the section eval_loader; add it or remove this"
+
+
+def _of_a_loader(get: Get, name: str) -> Iterator[str]:
+    dataset, ranks = get(f"{name}.dataset"), int(os.environ.get("WORLD_SIZE", "1"))
+    if isinstance(dataset, Mapping) and (dataset.get("local") is None) == (dataset.get("streams") is None):
+        # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
+        yield f"{name}.dataset.local: " + (
+            "is given beside streams; remove one of them"
+            if dataset.get("local") is not None
+            else "found null; it must be text: the folder of the shards, or of their cache (or give streams)"
+        )
+    most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len")
+    if isinstance(most, int) and isinstance(longest, int) and most < longest:
+        yield (
+            f"{name}.max_tokens_per_microbatch: found {most}, less than {name}.dataset.max_seq_len {longest}: one "
+            "sample may not fit; raise the one or lower the other"
+        )
+    batch, copies = get(f"{name}.global_batch_size"), get(f"{name}.dataset.replication")
+    if isinstance(batch, int) and batch % ranks:
+        near = max(1, batch // ranks) * ranks
+        yield (
+            f"{name}.global_batch_size: found {batch}, which {ranks} ranks don't divide; take {near}, or another "
+            "number of ranks"
+        )
+    if isinstance(copies, int) and copies > 0 and ranks % copies:
+        yield f"{name}.dataset.replication: found {copies}, which doesn't divide the {ranks} ranks; leave it out"

@@ -1,0 +1,275 @@
+"""What our YAML's sections are: which constructors get them, and what their signatures don't say."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any, Literal, get_args
+
+from composer_path.config import rules
+from composer_path.config.schema import Choice, Key, Node, Section, key_of, section_of
+from composer_path.run.names import named_classes
+
+
+@cache
+def config_schema() -> Section:
+    """The whole YAML. Imports the libraries whose signatures it reads (some seconds)."""
+    return Section(
+        {
+            "version": Key(Literal[1], required=True),
+            "seed": Key(int, required=True, at_least=0),
+            "save_root": Key(str, required=True),
+            "variables": Section({}, open=True, left_out="empty"),
+            "tokenizer": _tokenizer(),
+            "model": _model(),
+            "execution": _execution(),
+            "train_loader": _loader(required=True),
+            "eval_loader": _loader(required=False),
+            "optimizer": _optimizer(),
+            "scheduler": Choice(
+                "name",
+                {name: section_of(cls) for name, cls in named_classes("scheduler").items()},
+                required=True,
+            ),
+            "algorithms": _named_sections("algorithms"),
+            "callbacks": _named_sections("callbacks"),
+            "loggers": _named_sections("loggers"),
+            "trainer": _trainer(),
+        }
+    )
+
+
+def _tokenizer() -> Section:
+    from composer_path.records.vocabulary import load_tokenizer
+
+    return section_of(load_tokenizer, required=True)
+
+
+def _model() -> Section:
+    from composer_path.models.attentional_pooler import PoolerSettings
+    from composer_path.models.language_model import build_language_model
+    from composer_path.models.projector import MlpSettings, build_projector
+    from composer_path.models.vision_encoder import build_vision_encoder
+    from composer_path.weights.assembly import assemble_model
+
+    from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
+    decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
+    counts: dict[str, Any] = {key: {"at_least": 1} for key in ("dim", "num_queries", "num_heads")}
+    pooler = section_of(PoolerSettings, changes=counts)
+    mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0}})
+    sections: dict[str, Any] = {
+        "vision_encoder": section_of(
+            build_vision_encoder,
+            required=True,
+            changes={"name": {"check": rules.check_vision_name}, "image_size": {"at_least": 1}},
+        ),
+        "projector": section_of(
+            build_projector,
+            required=True,
+            refused=from_parts,
+            changes={"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp},
+        ),
+        "language_model": section_of(
+            build_language_model,
+            required=True,
+            refused={**decided, "attention": "use model.attention"},
+            changes={"config": {"check": rules.check_language_model}},
+        ),
+    }
+    return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=sections, required=True)
+
+
+def _execution() -> Section:
+    from composer_path.models.execution import choose_execution
+
+    numbers = ("vision_chunk", "loss_chunk", "row_multiple")
+    return section_of(
+        choose_execution, leave_out=("model",), changes={key: {"at_least": 1} for key in numbers}, left_out="empty"
+    )
+
+
+def _loader(required: bool) -> Section:
+    from streaming import StreamingDataset
+    from streaming.base.batching import batching_methods
+    from streaming.base.hashing import get_hashes
+    from streaming.base.partition import algos as partition_algos
+    from streaming.base.shuffle import algos as shuffle_algos
+
+    from composer_path.batches.dataset import ConversationDataset
+    from composer_path.batches.loader import build_dataloader
+    from composer_path.batches.mixture import build_stream, check_streams
+    from composer_path.stream.guarded import GuardedStreamingDataset
+
+    built = {
+        key: "leave it out; it is read from the model"
+        for key in ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
+    }
+    places: dict[str, Any] = {"local": {"check": rules.check_place}, "remote": {"check": rules.check_address}}
+    template = {"annotation": str | dict | None, "check": rules.check_template}
+    stream = section_of(
+        build_stream,
+        leave_out=("name", "text"),
+        changes={**places, "template": template},
+    )
+    dataset = section_of(
+        ConversationDataset,
+        GuardedStreamingDataset,
+        StreamingDataset,
+        refused={
+            **built,
+            "batch_size": "use global_batch_size",
+            "download_retry": "use fault_timeout, the seconds in which a file must have arrived",
+            "stream_name": "use streams",
+            "stream_config": "use streams",
+        },
+        required=True,
+        changes={
+            **places,
+            "template": template,
+            "max_seq_len": {"at_least": 1},
+            "max_pixels": {"at_least": 1},
+            "streams": Section({}, members=stream, check=check_streams),
+            "fault_timeout": {"check": rules.check_above_zero},
+            "download_timeout": {"check": rules.check_above_zero},
+            # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
+            "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
+            "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
+            "batching_method": {"annotation": Literal[tuple(batching_methods)]},
+            "sampling_method": {"annotation": Literal["balanced", "fixed"]},
+            "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
+            "cache_limit": {"check": rules.check_bytes},
+            "epoch_size": {"check": rules.check_epoch_size},
+            "shuffle_seed": {"at_least": 0},
+            **{
+                key: {"at_least": 1}
+                for key in (
+                    ("num_canonical_nodes", "predownload", "sampling_granularity", "shuffle_block_size", "replication")
+                )
+            },
+        },
+    )
+    return section_of(
+        build_dataloader,
+        required=required,
+        refused={**built, "batch_size": "use global_batch_size"},
+        changes={
+            "dataset": replace(dataset, open=False),
+            **{key: {"at_least": 1} for key in ("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor")},
+            **{key: {"at_least": 0} for key in ("num_workers", "timeout")},
+        },
+    )
+
+
+def _optimizer() -> Choice:
+    from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+
+    changes: dict[str, Any] = {key: {"at_least": 0} for key in ("lr", "weight_decay", "eps")}
+    changes["betas"] = {"check": rules.check_beta}
+    sections: dict[Any, Section] = {}
+    for name in get_args(OptimizerName):
+        try:
+            takes_keywords = [optimizer_class(name)]
+        except ValueError:  # its package isn't installed: said when it is built
+            takes_keywords = []
+        sections[name] = section_of(
+            build_optimizer, *takes_keywords, leave_out=("model", "name", "params"), changes=changes
+        )
+    return Choice("name", sections, required=True)
+
+
+def _named_sections(name: str) -> Section:
+    """`snake_name: {keywords}`; the keyword-only arguments of an `is_run_object` come from the run, not from the YAML."""
+    refused = {
+        "checkpoint_saver": "use trainer.save_interval and its neighbours",
+        "console": "use trainer.log_to_console",
+        "progress_bar": "use trainer.progress_bar",
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "gradient_clipping": {
+            "clipping_type": {"annotation": Literal["norm", "value", "adaptive"]},
+            "clipping_threshold": {"check": rules.check_above_zero},
+        }
+    }
+    sections: dict[str, Node] = {}
+    for key, cls in named_classes(name).items():
+        parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
+        supplied = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        if key not in refused:
+            sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), left_out="absent")
+    refused = {key: hint for key, hint in refused.items() if key in named_classes(name)}
+    return Section(sections, refused=refused, left_out="empty")
+
+
+def _trainer() -> Section:
+    from composer import Trainer
+    from composer.core import Precision
+
+    elsewhere = {
+        "model": "use the section model",
+        "train_dataloader": "use the section train_loader",
+        "train_dataloader_label": "leave it out; it is always 'train'",
+        "eval_dataloader": "use the section eval_loader",
+        "optimizers": "use the section optimizer",
+        "schedulers": "use the section scheduler",
+        "algorithms": "use the section algorithms",
+        "callbacks": "use the section callbacks",
+        "loggers": "use the section loggers",
+        "seed": "use the top-level seed",
+        "save_folder": "use save_root; checkpoints lie in save_root/run_name/checkpoints",
+        "device_train_microbatch_size": "use train_loader.max_tokens_per_microbatch",
+        "accumulate_train_batch_on_tokens": "leave it out; use train_loader.loss_average",
+        "step_schedulers_every_batch": "leave it out; the schedulers step every batch",
+    }
+    objects = ("algorithm_passes", "console_stream", "load_object_store", "profiler")
+    return section_of(
+        Trainer,
+        required=True,
+        refused={
+            **elsewhere,
+            **{key: "leave it out; it takes an object, which a YAML can't hold" for key in objects},
+        },
+        changes={
+            "run_name": {"annotation": str, "required": True, "check": rules.check_run_name},
+            "max_duration": {"required": True, "check": rules.check_max_duration},
+            "eval_interval": {"check": rules.check_eval_interval},
+            "console_log_interval": {"check": rules.check_console_interval},
+            "save_interval": {"annotation": str | int | None},  # null saves nothing
+            "progress_bar": {"annotation": bool | None, "default": None},  # null: where a terminal can draw it
+            # Composer's own default on a GPU is fp16.
+            "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "required": True},
+            "device": {"annotation": Literal["cpu", "gpu"] | None},
+            "dist_timeout": {"check": rules.check_above_zero},
+            "scale_schedule_ratio": {"check": rules.check_above_zero},
+            "parallelism_config": Section({"fsdp": _fsdp()}),
+        },
+    )
+
+
+def _fsdp() -> Choice:
+    """Composer sets any word as an attribute of its FSDP1 configuration, so its fields are the list of keys."""
+    from composer.utils.parallelism import FSDP2Config, FSDPConfig
+
+    from composer_path.run.sharding import FSDP1_DEFAULTS
+
+    mixed = Literal["param_dtype", "reduce_dtype", "buffer_dtype"]
+    words: dict[str, Any] = {
+        "mixed_precision": Literal["DEFAULT", "PURE", "FULL"] | dict[mixed, Literal["fp32", "bf16"]],
+        "state_dict_type": Literal["full", "sharded"],
+        "sharding_strategy": Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"],
+        "backward_prefetch": Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"],
+    }
+    objects = ("device_mesh", "ignored_modules", "load_planner", "save_planner", "process_group")
+    ours = {
+        key: "use execution.activation_checkpointing, which works with and without sharding"
+        for key in ("activation_checkpointing", "activation_checkpointing_reentrant", "activation_cpu_offload")
+    }
+    sections = {}
+    for version, cls, defaults in ((1, FSDPConfig, FSDP1_DEFAULTS), (2, FSDP2Config, {})):
+        keys: dict[str, Node] = {
+            item.name: key_of(item.name, words.get(item.name, item.type), defaults.get(item.name, item.default))
+            for item in fields(cls)
+            if not item.name.startswith("_") and item.name not in objects and item.name not in ours
+        }
+        sections[version] = Section(keys, refused=ours)
+    return Choice("version", sections, default=2)

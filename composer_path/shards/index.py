@@ -1,0 +1,157 @@
+"""A set's files by name, and how it is published: `index.json`, without which no reader finds anything, comes last."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from composer_path.shards.columns import COLUMNS
+from composer_path.shards.mds import Entry, ShardError
+from composer_path.shards.writer import ShardWriter
+from composer_path.storage.places import Bucket, Folder, StorageError, open_place
+
+INDEX_NAME = "index.json"
+CARD_NAME = "dataset.json"
+MANIFEST_NAME = "conversion.json"  # says, while a set is written, that it isn't finished, and which conversion it is
+DONE_NAME = "done.json"  # a partition's marker
+IMAGE_HASHES_NAME = "image_hashes.bin"  # uint64 xxh64 of each stored image, by which repeated ones are counted
+
+# What is written for a set, now or in an earlier version; anything else is never deleted.
+_OURS = re.compile(
+    rf"({INDEX_NAME}|{CARD_NAME}|{MANIFEST_NAME}|shard\.\d+\.mds"
+    rf"|part-\d+/(shard\.\d+\.mds|{DONE_NAME}|{IMAGE_HASHES_NAME}))"
+    r"|(part-\d+/)?\.[\w.]+\.unfinished"
+)
+# Measured lengths, which lie beside an index; without use for another set, but never in its way.
+_LENGTHS = re.compile(r"lengths-[0-9a-f]{16}\.npz")
+
+
+@dataclass(kw_only=True)
+class Part:
+    """Shards of a set that lie in a folder of their own.
+
+    Attributes:
+        partition: Its number from 0.
+        files: Name in its folder, bytes and xxh64 of each file, its marker excepted.
+        shards: Its entries of the index.
+    """
+
+    partition: int
+    files: list[dict[str, Any]]
+    shards: list[Entry]
+
+    @property
+    def name(self) -> str:
+        """Its folder's name in the set."""
+        return part_name(self.partition)
+
+
+def part_name(partition: int) -> str:
+    """Return the name of a partition's folder."""
+    return f"part-{partition:05}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether it is the name of a file that is written for a set."""
+    return _OURS.fullmatch(name) is not None
+
+
+def is_lengths(name: str) -> bool:
+    """Whether it is the name of a file of measured lengths."""
+    return _LENGTHS.fullmatch(name) is not None
+
+
+def publish(
+    place: Folder | Bucket, parts: Iterable[Part], card: dict[str, Any], index_keys: Mapping[str, Any] | None = None
+) -> None:
+    """Write data card and index of parts whose files have been verified, the index last.
+
+    Args:
+        place: Where the set lies.
+        parts: In order.
+        card: The data card.
+        index_keys: What else stands in the index.
+
+    Raises:
+        StorageError: A file isn't there or has another size; there is no index then.
+    """
+    expected: dict[str, int | None] = {MANIFEST_NAME: None, CARD_NAME: None, INDEX_NAME: None}
+    shards: list[Entry] = []
+    for part in parts:
+        expected |= {f"{part.name}/{file['name']}": file["bytes"] for file in part.files}
+        expected[f"{part.name}/{DONE_NAME}"] = None
+        shards += part.shards
+    files = place.files()
+    for name, size in expected.items():
+        if size is not None and files.get(name) != size:
+            found = "nothing" if name not in files else f"{files[name]} bytes"
+            raise StorageError(f"{place}: {name} must be there with {size} bytes, found {found}; go on with --resume")
+    place.delete([name for name in files if name not in expected and is_ours(name)])  # of a killed process
+    place.sync(name for name, size in expected.items() if size is not None)
+    write_json(place, CARD_NAME, card, durable=True)
+    index = {**(index_keys or {}), "shards": shards, "version": 2}
+    place.write(INDEX_NAME, [json.dumps(index, sort_keys=True).encode()], durable=True)
+    place.delete([MANIFEST_NAME])
+
+
+def write_json(place: Folder | Bucket, name: str, value: Mapping[str, Any], durable: bool = False) -> None:
+    """Write a JSON object for people to read."""
+    place.write(name, [(json.dumps(value, indent=2) + "\n").encode()], durable)
+
+
+class NewSet:
+    """A set on its way, of one part.
+
+    Attributes:
+        writer: Takes its samples.
+    """
+
+    def __init__(self, place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> None:
+        self._place = place
+        self.writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes)
+
+    def finish(self) -> dict[str, int]:
+        """Write the last shard, wait until all are verified, and return what a data card says of them."""
+        self.writer.finish()
+        num_bytes = sum(shard["raw_data"]["bytes"] for shard in self.writer.shards)
+        return {"shards": len(self.writer.shards), "bytes": num_bytes, "partitions": 1}
+
+    def publish(self, card: dict[str, Any], index_keys: Mapping[str, Any] | None = None) -> None:
+        """Write data card and index."""
+        publish(self._place, [Part(partition=0, files=self.writer.files, shards=self.writer.shards)], card, index_keys)
+
+
+def empty_place(url: str) -> Folder | Bucket:
+    """Return the place of a new set.
+
+    Raises:
+        ShardError: Something lies there.
+    """
+    place = open_place(url)
+    if place.files():
+        raise ShardError(f"{place}: must be empty, found files; choose another place")
+    return place
+
+
+@contextmanager
+def new_set(place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> Iterator[NewSet]:
+    """Write a set into an empty place; nothing is left there after a failure.
+
+    Args:
+        place: See `empty_place`.
+        size_limit: Size of a shard in bytes.
+        hashes: Checksums kept in the index.
+    """
+    new = NewSet(place, size_limit, hashes)
+    try:
+        place.write(MANIFEST_NAME, [b"{}\n"])
+        yield new
+    except BaseException:
+        place.delete([name for name in place.files() if is_ours(name)])
+        raise
+    finally:
+        new.writer.close()

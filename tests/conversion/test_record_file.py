@@ -1,0 +1,53 @@
+"""Files of records: lists and lines, and bytes that are neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from composer_path.conversion.record_file import decode_json, read_records
+from composer_path.records.rules import RecordError
+
+
+@pytest.mark.parametrize(
+    ("data", "rule", "found"),
+    [
+        (b'{"a":\n "\xe4"}', "not-utf8", "byte 0xe4 at line 2, byte 8 of 11"),
+        (b"\xff\xfe[\x00]\x00", "not-utf8", "byte 0xff at line 1, byte 0 of 6"),
+        (b'[\n{"a": 1,}]', "invalid-json", "line 2"),
+        (b"[NaN]", "invalid-json", "NaN or Infinity"),
+        (b"[" * 100_000, "invalid-json", "too many brackets"),
+        (b"[" + b"1" * 5000 + b"]", "invalid-json", "a number"),
+    ],
+)
+def test_bytes_that_are_no_json_are_refused_with_their_line(data: bytes, rule: str, found: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        decode_json(data)
+    assert caught.value.rule == rule
+    assert found in caught.value.found
+
+
+def test_a_list_and_lines_give_the_same_records(tmp_path: Path) -> None:
+    as_list, as_lines = tmp_path / "a.json", tmp_path / "b.json"
+    as_list.write_bytes(b'\xef\xbb\xbf [{"id": 1},\n {"id": 2}]')
+    as_lines.write_bytes(b'\xef\xbb\xbf{"id": 1}\r\n\r\n{"id": 2}')
+    assert [item.value for item in read_records(as_list)] == [{"id": 1}, {"id": 2}]
+    assert [item.value for item in read_records(as_lines)] == [{"id": 1}, {"id": 2}]
+    assert [item.where for item in read_records(as_list)] == ["record 0", "record 1"]
+    assert [item.where for item in read_records(as_lines)] == ["record 0 (line 1)", "record 1 (line 3)"]
+
+
+def test_a_bad_line_costs_only_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"id": 1}\n{"id": \xff}\n{"id": \n{"id": 4}\n')
+    values = [item.value for item in read_records(path)]
+    assert [getattr(value, "rule", "good") for value in values] == ["good", "not-utf8", "invalid-json", "good"]
+
+
+def test_an_object_over_several_lines_is_one_problem(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{\n "data": [\n  {"id": 1}\n ]\n}\n')
+    (item,) = read_records(path)
+    assert item.value.rule == "invalid-json"
+    assert "one object over several lines" in str(item.value)
