@@ -24,6 +24,7 @@ from tiny_run import (
     run,
     weights_of,
 )
+from warm_process import popen
 
 from composer_path import PathMLLM
 from composer_path.config.reading import plain
@@ -301,7 +302,7 @@ def product(shards: Path, repo_root: Path, tmp_path_factory: pytest.TempPathFact
         return [str(repo_root / "yamls" / f"{stage}.yaml"), *overrides]
 
     first = arguments("pretrain", "captions", "heldout_captions", **{"model.projector.weights": "null"})
-    process = subprocess.Popen(
+    process = popen(
         [str(Path(sys.executable).parent / "composer"), "-n", "1", str(repo_root / "train.py"), *first],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

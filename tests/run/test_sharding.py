@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_tiny_config, road, run, weights_of
+from warm_process import popen
 
 from composer_path import ComposerPathMLLM, PathMLLM
 from composer_path.batches.batch import split_batch
@@ -92,9 +93,7 @@ def two_ranks(
     plan.write_text(json.dumps(places | {"legs": legs, "first_shared_memory": 100_000 + os.getpid() % 800_000}))
     launcher, script = Path(sys.executable).parent / "composer", REPO_ROOT / "tests" / "two_ranks.py"
     command = [str(launcher), "-n", "2", str(script), str(plan)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=400)
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from fault_rows import BAD, ROWS, make_sets, outcome, place_of
 from s3_server import KEY, SECRET, Proxy, Spoil, serve_s3
 from session_processes import wait_until_gone
+from warm_process import popen
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_DEFAULT_REGION": "us-east-1"}
 LONG = ("endless", "nothing but", "black hole", "too slow", "cache of another run")
@@ -70,7 +70,7 @@ def test_both_of_two_ranks_learn_of_each_row(num_workers: int, remotes: Path, tm
     words = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(script), str(tmp_path / "plan.json")]
     log = tmp_path / "log"
     with open(log, "w") as file:
-        run = subprocess.Popen(words, stdout=file, stderr=file, start_new_session=True, env=os.environ.copy())
+        run = popen(words, stdout=file, stderr=file, start_new_session=True, env=os.environ.copy())
         try:
             assert run.wait(timeout=400) == 0, log.read_text()[-3000:]
             wait_until_gone(run.pid, 20)

@@ -16,6 +16,7 @@ import pytest
 from session_processes import processes_of, wait_until_gone
 from streaming.base.dataset import _ShardState
 from tiny_shards import NUM_SAMPLES, build_loader, damage, end_workers, read_epoch, shard_names, write_set
+from warm_process import popen
 
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
@@ -222,7 +223,7 @@ print("done", flush=True)
 def start_run(num_workers: int, pause: float = 0.0, **place: str) -> subprocess.Popen:
     code = RUN.format(tests=str(Path(__file__).parents[1]), num_workers=num_workers, place=place, pause=pause)
     words = [sys.executable, "-c", code]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_a_run_with_a_bad_shard_ends_with_an_error_code_and_leaves_no_process(remote: Path, cache: Path) -> None:
@@ -270,9 +271,7 @@ def test_both_of_two_ranks_end(kind: str, num_workers: int, remote: Path, cache:
     code = RUN.format(tests=str(Path(__file__).parents[1]), num_workers=num_workers, place=place, pause=0)
     (tmp_path / "run.py").write_text(code)
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(tmp_path / "run.py")]
-    run = subprocess.Popen(
-        launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    run = popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     output, _ = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "done" not in output

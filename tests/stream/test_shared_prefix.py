@@ -15,6 +15,7 @@ from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path
 from streaming.base.world import World
 from tiny_shards import NUM_SAMPLES, build_loader, read_epoch, write_set
+from warm_process import popen
 
 from composer_path.stream.shared_prefix import register_prefix
 
@@ -52,7 +53,7 @@ def start(pick: str = "register_prefix", turns: int = 100, **environment: str) -
     pipe = subprocess.PIPE
     # A training run in this very process leaves its rank in the environment.
     inherited = {key: value for key, value in os.environ.items() if key not in RANKS}
-    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**inherited, **environment})
+    return popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={**inherited, **environment})
 
 
 def finish(runs: list[subprocess.Popen]) -> list[list[tuple[float, int]]]:
