@@ -29,16 +29,9 @@ _HASH_HEX_DIGITS = 32
 # Spelling is compared in lower case with '-' and ' ' as '_'.
 IDENTIFYING_KEYS = {
     "id": "id",
-    "patient": "patient",
-    "patient_id": "patient",
-    "case": "patient",
-    "case_id": "patient",
-    "slide": "slide",
-    "slide_id": "slide",
-    "image": "image",
-    "file": "image",
-    "filename": "image",
-    "file_name": "image",
+    **dict.fromkeys(("patient", "patient_id", "case", "case_id"), "patient"),
+    **dict.fromkeys(("slide", "slide_id"), "slide"),
+    **dict.fromkeys(("image", "file", "filename", "file_name"), "image"),
 }
 
 
@@ -133,12 +126,10 @@ def read_or_make_key(key_file: Path) -> bytes:
     """
     try:
         # O_EXCL: of two conversions that start together one makes the key and the other reads it.
-        descriptor = os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32) + "\n")
     except FileExistsError:
         pass
-    else:
-        with open(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32) + "\n")
     key, tries = b"", 20
     while not key and tries:  # the other one may not have written it yet
         try:

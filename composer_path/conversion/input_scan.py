@@ -69,18 +69,16 @@ class InputScan:
 
     Attributes:
         num_records: Good and bad.
-        num_with_images: Records that name an image.
         num_bytes: Size of the file.
         sha256: Of the file.
         partition_size: Records of a partition.
-        num_duplicates: Records with the id of an earlier one.
         problem: What is wrong with the file as a whole, if anything is.
     """
 
     def __init__(
         self, data: str | Path, partition_size: int | None = None, report: Callable[[int], None] = lambda count: None
     ) -> None:
-        self.num_records = self.num_with_images = self.num_bytes = self.num_duplicates = 0
+        self.num_records = self.num_bytes = self._num_with_images = 0
         self.problem: RecordError | None = None
         grain = partition_size or _MIN_PARTITION_SIZE
         hash = _CountingHash()
@@ -93,7 +91,7 @@ class InputScan:
             if record.position % grain == 0:
                 marks.append((record.start, record.line))
             self.num_records += 1
-            self.num_with_images += isinstance(record.value, dict) and record.value.get("image") is not None
+            self._num_with_images += isinstance(record.value, dict) and record.value.get("image") is not None
             _note_id(ids, record)
             end = record.end
             report(self.num_records)
@@ -102,7 +100,6 @@ class InputScan:
         self._end = end
         self._marks = marks[:: self.partition_size // grain]
         self._duplicates = _find_duplicates(ids)
-        self.num_duplicates = len(self._duplicates)
         ids.close()
 
     @property
@@ -124,7 +121,7 @@ class InputScan:
             yield Partition(index, start, end, first, line, last - first, duplicates)
 
     def _good_partition_size(self) -> int:
-        if not self.num_with_images:
+        if not self._num_with_images:
             return MAX_PARTITION_SIZE
         wanted = -(-self.num_records // _NUM_PARTITIONS)
         wanted = -(-wanted // _MIN_PARTITION_SIZE) * _MIN_PARTITION_SIZE

@@ -173,7 +173,7 @@ class _Conversion:
         self._images, self._stamps = ImageSource(job.images, job.options), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
         self._writer = ShardWriter(place, partition.name, COLUMNS, job.options.size_bytes, job.options.hashes)
-        self._counts = dict.fromkeys(COUNTS, 0)
+        self._counts = Counter(dict.fromkeys(COUNTS, 0))
         self._sources: dict[str, Counter[str]] = {}
         self._unknown_keys: Counter[str] = Counter()
         self._problems: list[Problem] = []
@@ -242,17 +242,10 @@ class _Conversion:
         self._report(1, num_bytes)
 
     def _count(self, conversation: Conversation, num_bytes: int) -> None:
-        added = {
-            "records": 1,
-            "images": conversation.num_images,
-            "text_only": int(conversation.num_images == 0),
-            "turns": len(conversation.turns),
-            "without_tag": int(conversation.image_without_tag),
-            "dropped_turns": conversation.dropped_turns,
-            "image_bytes": num_bytes,
-        }
-        for name, number in added.items():
-            self._counts[name] += number
+        num_images, num_turns = conversation.num_images, len(conversation.turns)
+        odd = (int(conversation.image_without_tag), conversation.dropped_turns)
+        added = dict(zip(COUNTS, (1, num_images, int(not num_images), num_turns, *odd, num_bytes), strict=True))
+        self._counts.update(added)
         source = conversation.metadata.get("source", "")
         source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
         self._sources.setdefault(source, Counter()).update(added)
@@ -262,7 +255,7 @@ class _Conversion:
             fingerprint=self._job.fingerprint,
             partition=self._partition.index,
             stamp=self._stamps.hexdigest(),
-            counts=self._counts,
+            counts=dict(self._counts),
             sources={name: dict(counts) for name, counts in sorted(self._sources.items())},
             unknown_keys=dict(self._unknown_keys),
             problems=[

@@ -30,7 +30,7 @@ from composer_path.records.rules import ImageError
 from composer_path.run.names import named_classes
 from composer_path.run.preparation import images_of
 from composer_path.shards.columns import pack_images, unpack_images
-from composer_path.shards.index import INDEX_NAME, empty_place, new_set
+from composer_path.shards.index import INDEX_NAME, empty_place, new_set, publish_new
 from composer_path.shards.mds import ShardError
 from composer_path.shards.view import ShardView
 
@@ -174,17 +174,17 @@ def encode_set(
     if features_in_index(view.place.read(INDEX_NAME)) is not None:
         raise ShardError(f"{view.place}: holds features already; encode the set of images that they were made of")
     place, summary = empty_place(out), EncodedSummary()
-    with new_set(place, _SIZE_LIMIT, ["xxh64"]) as new:
+    with new_set(place, _SIZE_LIMIT, ["xxh64"]) as writer:
         for columns, stored in _encoded(view, encoder, batch_size, workers):
-            new.writer.write(columns | {"images": pack_images(stored)})
+            writer.write(columns | {"images": pack_images(stored)})
             summary.samples += 1
             if progress is not None:
                 progress(summary.samples)
             summary.images += len(stored)
             summary.undecodable += sum(not is_features(image) for image in stored)
             summary.bytes += sum(map(len, stored))
-        written, features = new.finish(), encoder.feature_set.to_json()
-        new.publish(_card(view, summary, written, features), {INDEX_KEY: features})
+        features = encoder.feature_set.to_json()
+        publish_new(place, writer, _card(view, summary, features), {INDEX_KEY: features})
     return summary
 
 
@@ -239,9 +239,7 @@ def _finish(
         yield sample.columns, [image if pixels is None else next(features) for image, pixels in decoded]
 
 
-def _card(
-    view: ShardView, summary: EncodedSummary, written: dict[str, int], features: dict[str, Any]
-) -> dict[str, Any]:
+def _card(view: ShardView, summary: EncodedSummary, features: dict[str, Any]) -> dict[str, Any]:
     """The new set's data card: what still holds of the old one's, and how the features were made."""
     return {
         **{key: view.card[key] for key in _KEPT if key in view.card},
@@ -249,7 +247,6 @@ def _card(
         "images": summary.images,
         "undecodable": summary.undecodable,
         INDEX_KEY: features,
-        **written,
     }
 
 

@@ -270,10 +270,8 @@ def _on_disk(view: ShardView, name: str) -> Iterator[Path]:
         with view.open_file(name):  # so that its errors are worded there
             yield place.path / name
         return
-    folder = Path(tempfile.mkdtemp(prefix="view_shards_"))
-    try:
-        with view.open_file(name) as source, open(folder / "shard", "wb") as target:
+    with tempfile.TemporaryDirectory(prefix="view_shards_") as folder:
+        path = Path(folder, "shard")
+        with view.open_file(name) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target, 4 * 2**20)
-        yield folder / "shard"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,28 +103,6 @@ def write_json(place: Folder | Bucket, name: str, value: Mapping[str, Any], dura
     place.write(name, [(json.dumps(value, indent=2) + "\n").encode()], durable)
 
 
-class NewSet:
-    """A set on its way, of one part.
-
-    Attributes:
-        writer: Takes its samples.
-    """
-
-    def __init__(self, place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> None:
-        self._place = place
-        self.writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes)
-
-    def finish(self) -> dict[str, int]:
-        """Write the last shard, wait until all are verified, and return what a data card says of them."""
-        self.writer.finish()
-        num_bytes = sum(shard["raw_data"]["bytes"] for shard in self.writer.shards)
-        return {"shards": len(self.writer.shards), "bytes": num_bytes, "partitions": 1}
-
-    def publish(self, card: dict[str, Any], index_keys: Mapping[str, Any] | None = None) -> None:
-        """Write data card and index."""
-        publish(self._place, [Part(partition=0, files=self.writer.files, shards=self.writer.shards)], card, index_keys)
-
-
 def empty_place(url: str) -> Folder | Bucket:
     """Return the place of a new set.
 
@@ -138,20 +116,36 @@ def empty_place(url: str) -> Folder | Bucket:
 
 
 @contextmanager
-def new_set(place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> Iterator[NewSet]:
-    """Write a set into an empty place; nothing is left there after a failure.
+def new_set(place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> Iterator[ShardWriter]:
+    """Write a set into an empty place, up to `publish_new`; nothing is left there after a failure.
 
     Args:
         place: See `empty_place`.
         size_limit: Size of a shard in bytes.
         hashes: Checksums kept in the index.
     """
-    new = NewSet(place, size_limit, hashes)
+    writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes)
     try:
-        place.write(MANIFEST_NAME, [b"{}\n"])
-        yield new
+        with closing(writer):  # a shard on its way arrives before all are deleted
+            place.write(MANIFEST_NAME, [b"{}\n"])
+            yield writer
     except BaseException:
         place.delete([name for name in place.files() if is_ours(name)])
         raise
-    finally:
-        new.writer.close()
+
+
+def publish_new(
+    place: Folder | Bucket, writer: ShardWriter, card: dict[str, Any], index_keys: Mapping[str, Any] | None = None
+) -> None:
+    """Write the last shard of a new set, wait until all are verified, then write data card and index.
+
+    Args:
+        place: Where the set lies.
+        writer: What `new_set` gave.
+        card: The data card, without counts of files.
+        index_keys: What else stands in the index.
+    """
+    writer.finish()
+    num_bytes = sum(shard["raw_data"]["bytes"] for shard in writer.shards)
+    card = {**card, "shards": len(writer.shards), "bytes": num_bytes, "partitions": 1}
+    publish(place, [Part(partition=0, files=writer.files, shards=writer.shards)], card, index_keys)

@@ -22,18 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-# Streaming knows more; these are those that anybody should choose, by their names in an index.
-HASHES: dict[str, Callable[[], Any]] = {
-    "md5": lambda: hashlib.md5(usedforsecurity=False),
-    "sha1": lambda: hashlib.sha1(usedforsecurity=False),
-    "sha256": hashlib.sha256,
-    "sha512": hashlib.sha512,
-    "xxh128": xxhash.xxh128,
-    "xxh32": xxhash.xxh32,
-    "xxh3_128": xxhash.xxh3_128,
-    "xxh3_64": xxhash.xxh3_64,
-    "xxh64": xxhash.xxh64,
-}
+# Checksums by their names in an index. Streaming knows more; these are those that anybody should choose.
+HASHES = ("md5", "sha1", "sha256", "sha512", "xxh128", "xxh32", "xxh3_128", "xxh3_64", "xxh64")
 _ENCODERS: dict[str, Callable[[Any], bytes]] = {
     "bytes": lambda value: value,
     "json": lambda value: json.dumps(value).encode(),
@@ -66,7 +56,7 @@ class MdsFormat:
     Attributes:
         columns: Encoding of each column: bytes, json or str.
         size_limit: Size of a file in bytes.
-        hashes: Checksums kept in the index, keys of `HASHES`.
+        hashes: Checksums kept in the index, of `HASHES`.
     """
 
     columns: Mapping[str, str]
@@ -242,8 +232,8 @@ def name_of(entry: Entry) -> str:
 
 
 def hash_of(name: str, parts: Iterable[bytes]) -> str:
-    """Return a checksum, a key of `HASHES`, of what the parts make together."""
-    hash = HASHES[name]()
+    """Return a checksum, one of `HASHES`, of what the parts make together."""
+    hash: Any = getattr(xxhash, name)() if name.startswith("xxh") else hashlib.new(name, usedforsecurity=False)
     for part in parts:
         hash.update(part)
     return hash.hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.parallel import in_processes
-from composer_path.shards.index import empty_place, new_set
+from composer_path.shards.index import empty_place, new_set, publish_new
 from composer_path.shards.mds import HASHES, ShardError, name_of
 from composer_path.shards.summary import ShardSummary
 from composer_path.shards.view import ShardView, StoredSample, to_sample
@@ -132,12 +132,12 @@ def select_samples(
     first = view.shards[0]
     hashes = [name for name in first["hashes"] if name in HASHES] or ["xxh64"]
     summary = ShardSummary()
-    with new_set(place, first["size_limit"] or _SIZE_LIMIT, hashes) as new:
+    with new_set(place, first["size_limit"] or _SIZE_LIMIT, hashes) as writer:
         for sample, columns in _read(view, positions):
-            new.writer.write(columns)
+            writer.write(columns)
             summary.count(sample)
-        card = _card(view, summary, new.finish(), conditions, num_samples, seed)
-        new.publish(card, {} if view.features is None else {FEATURES_KEY: view.features})
+        card = _card(view, summary, conditions, num_samples, seed)
+        publish_new(place, writer, card, {} if view.features is None else {FEATURES_KEY: view.features})
     return summary
 
 
@@ -159,7 +159,6 @@ def _read(view: ShardView, positions: Sequence[int]) -> Iterator[tuple[StoredSam
 def _card(
     view: ShardView,
     summary: ShardSummary,
-    written: dict[str, int],
     conditions: Sequence[Condition],
     num_samples: int | None,
     seed: int,
@@ -173,7 +172,6 @@ def _card(
         "chosen_from": chosen,
         **{name: getattr(summary, name) for name in ("records", "images", "text_only", "turns", "image_bytes")},
         "sources": {source: {"records": count} for source, count in sorted(summary.sources.items())},
-        **written,
     }
 
 

@@ -161,19 +161,13 @@ class ShardView:
         Raises:
             ShardError: It isn't there, or can't be read.
         """
-        try:
+        with self._explained(name):
             if isinstance(self.place, Bucket):
                 with self.place.open(name) as file:
                     yield file
             else:
                 with open(self.place.path / name, "rb") as file:
                     yield file
-        except FileNotFoundError:
-            raise ShardError(f"{self.place}: {name}: there is no such file") from None
-        except StorageError as error:
-            raise ShardError(str(error)) from None
-        except OSError as error:
-            raise ShardError(f"{self.place}: {name}: {error.strerror or type(error).__name__}") from None
 
     @contextmanager
     def _open_shard(self, number: int, page: int) -> Iterator[MdsFile]:
@@ -183,16 +177,25 @@ class ShardView:
 
     def _read_json(self, name: str) -> Any:
         """A JSON file's content, or None if there is no such file."""
+        with self._explained(name):
+            try:
+                return json.loads(self.place.read(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except ValueError:
+                raise ShardError(f"{self.place}: {name} must be JSON, found a damaged file") from None
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Name the file in what a place raises."""
         try:
-            return json.loads(self.place.read(name))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            yield
+        except FileNotFoundError:
+            raise ShardError(f"{self.place}: {name}: there is no such file") from None
         except StorageError as error:
             raise ShardError(str(error)) from None
         except OSError as error:
             raise ShardError(f"{self.place}: {name}: {error.strerror or type(error).__name__}") from None
-        except ValueError:
-            raise ShardError(f"{self.place}: {name} must be JSON, found a damaged file") from None
 
 
 def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSample:

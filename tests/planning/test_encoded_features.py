@@ -28,7 +28,7 @@ from composer_path.planning.encoded_features import (
 )
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.columns import pack_images
-from composer_path.shards.index import new_set
+from composer_path.shards.index import new_set, publish_new
 from composer_path.shards.view import ShardView
 from composer_path.storage.places import Folder
 from composer_path.train import build_model
@@ -93,13 +93,12 @@ def test_the_sets_tools_read_it(root: Path) -> None:
 
 
 def one_sample_set(folder: Path, image: bytes) -> Path:
-    with new_set(Folder(folder), 2**20, ["xxh64"]) as new:
+    with new_set(Folder(folder), 2**20, ["xxh64"]) as writer:
         for data in (image, (REPO_ROOT / "test_data" / "imgs" / "cmu_x1120_y1960_160.jpg").read_bytes()):
             turns = [["human", "<image>\nWhat is it?"], ["assistant", "A gland."]]
             conversation = {"turns": turns, "system": None}
-            new.writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
-        new.finish()
-        new.publish({})
+            writer.write({"id": "a", "conversation": conversation, "images": pack_images([data]), "metadata": {}})
+        publish_new(Folder(folder), writer, {})
     return folder
 
 

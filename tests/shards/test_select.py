@@ -131,7 +131,7 @@ def test_an_exception_while_choosing_leaves_nothing(
         raise StorageError("the disk is full")
 
     out = tmp_path / "out"
-    monkeypatch.setattr(select, "_card", fail)  # after the shards, before the index
+    monkeypatch.setattr(select, "_card", fail)  # after the samples, before the index
     with pytest.raises(StorageError, match="full"):
         select_samples(ShardView(flat), str(out), num_samples=20)
     assert not out.exists()
