@@ -10,7 +10,7 @@ IHC_TILE := test_data/imgs/ihc_x0264_y0352_160.jpg
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-next bench bench-gpu check clean
+.PHONY: demo test test-slow test-next bench bench-gpu check format release clean
 
 # Rebuilt only when what it installs changes.
 $(READY): pyproject.toml constraints.txt
@@ -21,13 +21,13 @@ $(READY): pyproject.toml constraints.txt
 # Every line is a command you could type (with .venv/bin on your PATH).
 demo: $(READY)
 	rm -rf $(DEMO)
-	python data_prep/convert.py --data test_data/captions.json --images test_data/imgs --out $(DEMO)/shards/captions
-	python data_prep/convert.py --data test_data/data.json --images test_data/imgs --out $(DEMO)/shards/train
-	python data_prep/convert.py --data test_data/heldout_captions.json --images test_data/imgs --out $(DEMO)/shards/heldout_captions
-	python data_prep/convert.py --data test_data/heldout.json --images test_data/imgs --out $(DEMO)/shards/heldout
+	composer-path convert --data test_data/captions.json --images test_data/imgs --out $(DEMO)/shards/captions
+	composer-path convert --data test_data/data.json --images test_data/imgs --out $(DEMO)/shards/train
+	composer-path convert --data test_data/heldout_captions.json --images test_data/imgs --out $(DEMO)/shards/heldout_captions
+	composer-path convert --data test_data/heldout.json --images test_data/imgs --out $(DEMO)/shards/heldout
 	composer train.py yamls/demo/pretrain.yaml
 	composer train.py yamls/demo/finetune.yaml
-	composer-path export $(DEMO)/finetune/checkpoints/latest-rank0.pt $(DEMO)/exported
+	composer-path export $(DEMO)/finetune $(DEMO)/exported
 	composer-path ask $(DEMO)/exported --image $(HE_TILE) "Is this tile mostly tissue or mostly background?"
 	composer-path ask $(DEMO)/exported --image $(HE_TILE) "Which stain was used here, H&E or IHC?"
 	composer-path ask $(DEMO)/exported --image $(IHC_TILE) "Which stain was used here, H&E or IHC?"
@@ -76,5 +76,22 @@ check: $(READY)
 	mypy
 	yamllint --strict .
 
+format: $(READY)
+	ruff check --fix .
+	ruff format .
+
+# An sdist, and from it a wheel that is tried in an environment of its own: --version and init take no other package.
+RELEASE := .venv-release
+release:
+	rm -rf build dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip install --quiet --constraint constraints.txt build
+	$(RELEASE)/bin/python -m build --outdir dist
+	$(RELEASE)/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd $(RELEASE) && bin/python -c 'import composer_path as c; assert "$(RELEASE)" in c.__file__, c.__file__'
+	cd $(RELEASE) && bin/composer-path --version && bin/composer-path init --demo start
+	diff -r yamls $(RELEASE)/start/yamls
+	for part in $$(ls $(RELEASE)/start/test_data); do diff -r test_data/$$part $(RELEASE)/start/test_data/$$part || exit 1; done
+
 clean:
-	rm -rf runs $(NEXT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf runs $(NEXT) $(RELEASE) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

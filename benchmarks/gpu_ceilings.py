@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from composer_path.models.vision_encoder import build_vision_encoder
+from composer_path import build_vision_encoder
 
 
 def measure_ceilings(tiny: bool) -> dict[str, float]:

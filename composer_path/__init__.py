@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from composer_path.conversion.convert import convert
     from composer_path.images.pixels import load_image, normalize_image
     from composer_path.models.composer_model import ComposerPathMLLM
-    from composer_path.models.language_model import build_language_model
-    from composer_path.models.path_mllm import PathMLLM
-    from composer_path.models.projector import build_projector
-    from composer_path.models.vision_encoder import build_vision_encoder
     from composer_path.records.conversation import Conversation
     from composer_path.records.rules import ImageError, RecordError
     from composer_path.records.tokenize import (
@@ -27,8 +23,12 @@ if TYPE_CHECKING:
         tokenize_conversation,
         tokenize_prompt,
     )
+    from composer_path.weights.language_folder import build_language_model
+    from composer_path.weights.model_folder import PathMLLM
+    from composer_path.weights.projector_file import build_projector
     from composer_path.weights.reference import load_reference_model, save_reference_model
     from composer_path.weights.tensor_file import read_tensor_file
+    from composer_path.weights.vision_file import build_vision_encoder
 
 __version__ = "0.1.0"
 
@@ -39,10 +39,6 @@ _NAMES_OF = {
     "conversion.convert": ("convert",),
     "images.pixels": ("load_image", "normalize_image"),
     "models.composer_model": ("ComposerPathMLLM",),
-    "models.language_model": ("build_language_model",),
-    "models.path_mllm": ("PathMLLM",),
-    "models.projector": ("build_projector",),
-    "models.vision_encoder": ("build_vision_encoder",),
     "records.conversation": ("Conversation",),
     "records.rules": ("ImageError", "RecordError"),
     "records.tokenize": (
@@ -52,8 +48,12 @@ _NAMES_OF = {
         "tokenize_conversation",
         "tokenize_prompt",
     ),
+    "weights.language_folder": ("build_language_model",),
+    "weights.model_folder": ("PathMLLM",),
+    "weights.projector_file": ("build_projector",),
     "weights.reference": ("load_reference_model", "save_reference_model"),
     "weights.tensor_file": ("read_tensor_file",),
+    "weights.vision_file": ("build_vision_encoder",),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 

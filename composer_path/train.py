@@ -111,10 +111,10 @@ def train(
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
 
-    train_loader = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])
+    train_loader: Any = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])
     evaluators = []
     if settings["eval_loader"] is not None:
-        held_out = build_loader(settings["eval_loader"], model, tokenizer)
+        held_out: Any = build_loader(settings["eval_loader"], model, tokenizer)
         most = held_out.dataloader.batch_size
         evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=most)]
     report = RunReport(run_folder, count_parameters(model))
@@ -178,7 +178,7 @@ def build_loader(
 
     encoder = model.vision_encoder
     check_attention_supported(model.language_model.config, section["dataset"]["max_seq_len"])
-    loader = build_dataloader(
+    loader: Any = build_dataloader(
         **section,
         tokenizer=tokenizer,
         num_image_tokens=model.num_image_tokens(),

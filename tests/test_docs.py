@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from composer_path.commands.verb import parse
+
 REPO_ROOT = Path(__file__).resolve().parent.parent
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CHANGELOG.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
+VERBS = {"convert": "convert", "view_shards": "shards", "encode": "encode", "measure_lengths": "lengths"}
 BLOCK = re.compile(r"^( *)```bash\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -34,24 +36,18 @@ def test_a_documented_command_is_one_that_exists(page: str, command: str, monkey
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):", (REPO_ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
-    elif words[0] in ("composer", "python") and "train.py" in words:
+    elif words[0] in ("composer", "python") and {"train.py", "composer_path.train"} & set(words):
         from composer_path.config.reading import load_config
 
-        arguments = [word for word in words[words.index("train.py") + 1 :] if word != "--check"]
-        load_config(arguments[0], arguments[1:])
+        start = next(number for number, word in enumerate(words) if word in ("train.py", "composer_path.train"))
+        options = parse("train", words[start + 1 :])
+        load_config(options.yaml, options.words)
     elif words[0] == "python" and words[1].startswith("data_prep/"):
-        spec = importlib.util.spec_from_file_location("command", REPO_ROOT / words[1])
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if words[2] == "merge":
-            module.parse_merge_arguments(words[3:])
-        else:
-            module.parse_arguments(words[2:])
+        assert (REPO_ROOT / words[1]).is_file()
+        verb = VERBS[Path(words[1]).stem]
+        parse(*(words[2], words[3:]) if words[2] == "merge" else (verb, words[2:]))
     elif words[0] == "composer-path":
-        from composer_path.cli import parse
-
-        parse(words[1:])
+        parse(words[1], words[2:])
     else:
         assert words[0] in ("tensorboard", "export"), f"{page}: unknown command '{words[0]}'; teach this test"
 

@@ -102,22 +102,16 @@ class StainJitter(Algorithm):
     changes_images = True  # so it can't run on stored features
 
     def __init__(self, strength: float = 0.2, shift: float = 0.01, probability: float = 0.8, seed: int = 17) -> None:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"stain_jitter: strength must lie between 0 and 1, found {strength}")
-        if not 0 <= shift <= 1:
-            raise ValueError(f"stain_jitter: shift must lie between 0 and 1, found {shift}")
-        if not 0 <= probability <= 1:
-            raise ValueError(f"stain_jitter: probability must lie between 0 and 1, found {probability}")
+        for name, value in (("strength", strength), ("shift", shift), ("probability", probability)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"stain_jitter: {name} must lie between 0 and 1, found {value}")
         self.strength = strength
         self.shift = shift
         self.probability = probability
         self.seed = seed
 
     def __repr__(self) -> str:
-        return (
-            f"StainJitter(strength={self.strength}, shift={self.shift}, probability={self.probability}, "
-            f"seed={self.seed})"
-        )
+        return f"StainJitter({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
 
     def match(self, event: Event, state: State) -> bool:
         """Run before each microbatch's forward pass; evaluation has events of its own."""

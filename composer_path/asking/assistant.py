@@ -14,13 +14,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
 from composer_path.images.pixels import ImagePreparation
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
 from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.weights.model_folder import load_model
+from composer_path.weights.model_folder import PathMLLM
 
 Picture = UInt8[Tensor, "3 height width"]
 
@@ -55,7 +54,9 @@ class Assistant:
         folder = Path(folder)
         if not (folder / PROCESSOR_CONFIG).is_file():  # told before weights are read
             raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote")
-        model = load_model(folder, dtype=dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(
+            device or ("cuda" if torch.cuda.is_available() else "cpu")
+        )
         return cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
 
     @property

@@ -21,6 +21,8 @@ _GROUPS_AT_ONCE = 4096
 _SWAPS_PER_RANK = 2  # after the dealing; twice as many even out nothing more that could be measured
 
 Work = Int64[np.ndarray, "nodes ranks workers batches batch_size"]
+Steps = Int64[np.ndarray, "steps nodes ranks batch_size"]
+Groups = Int64[np.ndarray, "groups ranks batch_size"]
 Tokens = Integer[np.ndarray, " samples"]
 
 
@@ -104,32 +106,22 @@ def imbalance(work: Work, tokens: Tokens) -> float:
     1 is perfect; every rank waits for the fullest one. An epoch without a sample counts as 1.
     """
     steps = _across_nodes(_by_step(work))
-    loads = _lengths_of(steps, tokens).sum(axis=2)
+    loads = np.where(steps >= 0, tokens[steps], 0).sum(axis=2, dtype=np.int64)
     mean = loads.mean(axis=1).sum()
     return float(loads.max(axis=1).sum() / mean) if mean else 1.0
 
 
-def _by_step(work: Work) -> Int64[np.ndarray, "steps nodes ranks batch_size"]:
+def _by_step(work: Work) -> Steps:
     nodes, ranks, workers, batches, size = work.shape
     return np.ascontiguousarray(work.transpose(3, 2, 0, 1, 4)).reshape(batches * workers, nodes, ranks, size)
 
 
-def _across_nodes(
-    steps: Int64[np.ndarray, "steps nodes ranks batch_size"],
-) -> Int64[np.ndarray, "steps all_ranks batch_size"]:
+def _across_nodes(steps: Steps) -> Int64[np.ndarray, "steps all_ranks batch_size"]:
     count, nodes, ranks, size = steps.shape
     return steps.reshape(count, nodes * ranks, size)
 
 
-def _lengths_of(
-    ids: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
-) -> Int64[np.ndarray, "groups ranks batch_size"]:
-    return np.where(ids >= 0, tokens[ids], 0).astype(np.int64)
-
-
-def _balance(
-    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
-) -> Int64[np.ndarray, "groups ranks batch_size"]:
+def _balance(groups: Groups, tokens: Tokens) -> Groups:
     """Whole groups together; the epoch's last one, whose batches may be smaller, by itself."""
     balanced = groups.copy()
     filled: Bool[np.ndarray, "groups ranks batch_size"] = groups >= 0
@@ -143,9 +135,7 @@ def _balance(
     return balanced
 
 
-def _deal(
-    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens
-) -> Int64[np.ndarray, "groups ranks batch_size"]:
+def _deal(groups: Groups, tokens: Tokens) -> Groups:
     """The longest sample first, each to the rank with the fewest tokens that still has room; then some are swapped."""
     count, ranks, size = groups.shape
     flat = groups.reshape(count, ranks * size)
@@ -165,9 +155,7 @@ def _deal(
     return dealt
 
 
-def _swap(
-    groups: Int64[np.ndarray, "groups ranks batch_size"], tokens: Tokens, loads: Int64[np.ndarray, "groups ranks"]
-) -> bool:
+def _swap(groups: Groups, tokens: Tokens, loads: Int64[np.ndarray, "groups ranks"]) -> bool:
     """In each group, swap the pair of samples that best evens out the fullest and the emptiest rank.
 
     Returns:

@@ -113,17 +113,16 @@ class Batch:
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed)
 
-    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        """Between processes: one piece of memory, if the batch lies in one."""
-        return _arrived, (type(self), *pack(vars(self)))
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What is sent to another process: one piece of memory, if the batch lies in one."""
+        return pack(vars(self))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        vars(self).update(unpack(*state))
 
     def __deepcopy__(self, memo: Any) -> Batch:
         """Itself, as it never changes: Composer asks for a copy of every microbatch on the device."""
         return self
-
-
-def _arrived(kind: type[Batch], *packed: Any) -> Batch:
-    return kind(**unpack(*packed))
 
 
 def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:

@@ -60,16 +60,14 @@ def pack(fields: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, tuple[Any,
         # An empty tensor has no address.
         if value.untyped_storage().data_ptr() == address and value.is_contiguous() and value.numel()
     }
-    memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return memory, places, {name: value for name, value in fields.items() if name not in places}
+    others = {name: value for name, value in fields.items() if name not in places}
+    return torch.empty(0, dtype=torch.uint8).set_(storage), places, others
 
 
-def unpack(memory: Tensor | None, places: Mapping[str, tuple[Any, ...]], others: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(memory: Tensor | None, places: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The fields again."""
-    if memory is None:
-        return dict(others)
-    storage = memory.untyped_storage()
-    return {**others, **{name: _view(storage, *place) for name, place in places.items()}}
+    inside = {} if memory is None else {name: _view(memory.untyped_storage(), *at) for name, at in places.items()}
+    return {**others, **inside}
 
 
 def _room(tensor: Tensor) -> int:

@@ -10,10 +10,10 @@ from composer.utils import create_interval_scheduler, dist
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.images.pixels import ImagePreparation
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.tokenize import TextPreparation
 from composer_path.run.checkpoints import TrainedOnly, gather_weights
 from composer_path.run.export import write_model, write_projector
+from composer_path.weights.model_folder import PathMLLM
 
 
 class SaveWeights(Callback):

@@ -10,8 +10,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from composer_path.models.composer_model import ComposerPathMLLM
-
 
 class SourceReport(Callback):
     """Logs, for each stream of a mixture or each `source` that records name, at intervals.
@@ -41,7 +39,8 @@ class SourceReport(Callback):
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Add a microbatch's losses."""
-        losses = _adapter(state).last_token_losses
+        adapter: Any = getattr(state.model, "module", state.model)  # a `ComposerPathMLLM`, from within DDP
+        losses = adapter.last_token_losses
         if losses is None or not len(losses):
             return
         if self.sums is None or len(self.sums) < len(self.slots):
@@ -91,9 +90,3 @@ class SourceReport(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them up again."""
         self.seen = dict(state["seen"])
-
-
-def _adapter(state: State) -> ComposerPathMLLM:
-    """The model as Composer was given it, from within DDP."""
-    model: Any = state.model
-    return getattr(model, "module", model)

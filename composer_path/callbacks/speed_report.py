@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from typing import Any
 
 import torch
 from composer.callbacks import SpeedMonitor
@@ -13,7 +14,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_path.batches.batch import Batch
-from composer_path.models.composer_model import ComposerPathMLLM
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ class SpeedReport(SpeedMonitor):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Report the window that ends with this step."""
         super().batch_end(state, logger)
-        model = state.model if isinstance(state.model, ComposerPathMLLM) else state.model.module
-        assert isinstance(model, ComposerPathMLLM)
+        model: Any = getattr(state.model, "module", state.model)  # a `ComposerPathMLLM`, from within DDP
         batch: Batch = state.batch
         needed, computed = model.flops_per_batch(batch), model.hardware_flops_per_batch(batch)
         self.window.append((needed, computed, len(batch.is_he), len(batch.targets)))

@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Encode, and print what was written."""
-    from composer_path.config.reading import load_config
-    from composer_path.run.parts import plain
+    from composer_path.config.reading import load_config, plain
 
     settings = plain(load_config(options.yaml, options.words))
 

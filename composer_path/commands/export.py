@@ -23,7 +23,8 @@ def run(options: argparse.Namespace) -> int:
     checkpoint, config_path = find_checkpoint(options.run)
     config_path = options.config or config_path
     if not config_path.is_file():
-        raise ValueError(f"no run configuration at '{config_path}'; give it with --config")
+        fix = "give a run's folder or a checkpoint in it, or name its configuration with --config"
+        raise ValueError(f"no run configuration at '{config_path}'; {fix}")
     from composer_path.config.reading import load_config
 
     config = load_config(str(config_path), [])

@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and print a line a set."""
-    from composer_path.config.reading import load_config
-    from composer_path.run.parts import plain
+    from composer_path.config.reading import load_config, plain
 
     settings = plain(load_config(options.yaml, options.words))
 

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument("--template", help="also check that every record has labels under this prompt template")
     verifying.add_argument("--tokenizer", metavar="PATH", help="for --template: the language model's tokenizer")
     verifying.add_argument("--max-seq-len", type=int, help="for --template: cut as training does (default: no cut)")
-    verifying.add_argument("--image-tokens", type=int, default=0, help="for --template: of an image (default: 0)")
+    verifying.add_argument("--image-tokens", type=int, default=1, help="for --template: of an image (default: 1)")
     verifying.add_argument("--image-position", choices=("front", "inline"), default="front", help="for --template")
     verifying.set_defaults(action=verify)
 
@@ -124,8 +124,15 @@ def verify(view: ShardView, options: argparse.Namespace) -> int:
 
     count_labels = None
     if options.template is not None:
-        cut, position = (options.max_seq_len, options.image_tokens), options.image_position
-        count_labels = LabelCounter(options.tokenizer, options.template, *cut, position)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would not survive a fork
+        from composer_path.records.prompts import get_template
+        from composer_path.records.tokenize import TextPreparation
+        from composer_path.records.vocabulary import load_tokenizer, text_encoder
+
+        named = json.loads(options.template) if options.template.lstrip().startswith("{") else options.template
+        settings = options.image_tokens, options.max_seq_len, options.image_position
+        text = TextPreparation(get_template(named), *settings)
+        count_labels = LabelCounter(text_encoder(load_tokenizer(options.tokenizer)), text)
     result = check_shards(view, options.workers, count_labels, every_ten_seconds(len(view.shards), "shards read"))
     print(result)
     return 1 if result.problems else 0

@@ -48,10 +48,12 @@ def _tokenizer() -> Section:
 
 def _model() -> Section:
     from composer_path.models.attentional_pooler import PoolerSettings
-    from composer_path.models.language_model import build_language_model
-    from composer_path.models.projector import MlpSettings, build_projector
-    from composer_path.models.vision_encoder import build_vision_encoder
+    from composer_path.models.projector import MlpSettings, untrained_projector
+    from composer_path.models.vision_encoder import untrained_vision_encoder
     from composer_path.weights.assembly import assemble_model
+    from composer_path.weights.language_folder import build_language_model
+    from composer_path.weights.projector_file import build_projector
+    from composer_path.weights.vision_file import build_vision_encoder
 
     from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
     decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
@@ -61,11 +63,13 @@ def _model() -> Section:
     sections: dict[str, Any] = {
         "vision_encoder": section_of(
             build_vision_encoder,
+            untrained_vision_encoder,
             required=True,
             changes={"name": {"check": rules.check_vision_name}, "image_size": {"at_least": 1}},
         ),
         "projector": section_of(
             build_projector,
+            untrained_projector,
             required=True,
             refused=from_parts,
             changes={"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp},

@@ -46,7 +46,7 @@ class KeyedHashes:
     """Hashes identifying values and remembers which value each hash stands for.
 
     Args:
-        key: the secret, from ``read_or_make_key``. Who has it can test whether a name they guess is in the
+        key: The secret, from `read_or_make_key`. Who has it can test whether a name they guess is in the
             shards: keep it as safe as the names themselves.
 
     Attributes:
@@ -58,7 +58,7 @@ class KeyedHashes:
         self.values: dict[tuple[str, str], str] = {}
 
     def hash(self, kind: str, value: str) -> str:
-        """Return the hash of ``value``, 32 hexadecimal digits: HMAC-SHA256 of kind and value, cut.
+        """Return the hash of `value`, 32 hexadecimal digits: HMAC-SHA256 of kind and value, cut.
 
         The kind ('id', 'patient', 'slide', 'image') is part of it: a slide named like a patient has another.
         """
@@ -70,7 +70,7 @@ class KeyedHashes:
         return digest
 
     def hash_meta(self, meta: Any) -> Any:
-        """Return a copy of a ``meta`` object with the values under ``IDENTIFYING_KEYS`` hashed.
+        """Return a copy of a `meta` object with the values under `IDENTIFYING_KEYS` hashed.
 
         A list is hashed item by item, an object as a whole, because its keys may be names.
         """
@@ -88,7 +88,7 @@ class KeyedHashes:
 
 
 class MappingFile:
-    """The file that leads from hashes back to values: one line of ``{kind, value, hash}`` for each.
+    """The file that leads from hashes back to values: one line of `{kind, value, hash}` for each.
 
     Entries go through temporary files, so that millions need no memory; those of earlier conversions stay.
     """
@@ -98,7 +98,7 @@ class MappingFile:
         self._rows = SpilledRows()
 
     def add(self, values: dict[tuple[str, str], str]) -> None:
-        """Add what a ``KeyedHashes`` has hashed."""
+        """Add what a `KeyedHashes` has hashed."""
         for (kind, value), digest in values.items():
             self._add({"kind": kind, "value": value, "hash": digest})
 
@@ -129,7 +129,7 @@ def read_or_make_key(key_file: Path) -> bytes:
     """Read the secret key; made, readable by its owner only, where the file does not exist.
 
     Raises:
-        ConvertError: the file holds no key.
+        ConvertError: The file holds no key.
     """
     try:
         # O_EXCL: of two conversions that start together one makes the key and the other reads it.

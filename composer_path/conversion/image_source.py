@@ -34,9 +34,9 @@ class StoredImage:
     """What is stored of an image.
 
     Attributes:
-        data: an image file free of metadata, or a finished square.
-        hash: xxh64 of ``data``, by which equal images are counted.
-        mpp: micrometres per pixel as a slide's file says it, else None.
+        data: An image file free of metadata, or a finished square.
+        hash: Xxh64 of `data`, by which equal images are counted.
+        mpp: Micrometres per pixel as a slide's file says it, else None.
     """
 
     data: bytes
@@ -64,8 +64,8 @@ class ImageSource:
         """Read an image and make of it what is stored.
 
         Raises:
-            RecordError: it isn't there or can't be used.
-            StorageError: the bucket doesn't answer, which is no fault of the record.
+            RecordError: It isn't there or can't be used.
+            StorageError: The bucket doesn't answer, which is no fault of the record.
         """
         name = str(image)
         with self._lock:
@@ -158,7 +158,7 @@ def _missing() -> RecordError:
 
 
 def _name_in_bucket(name: str) -> str:
-    """Apply ``resolve_image``'s rules where there are no links to follow."""
+    """Apply `resolve_image`'s rules where there are no links to follow."""
     fix = "name the file relative to the image folder and keep it inside"
     if name.startswith("/") or "://" in name:
         raise RecordError("path-outside-folder", "an absolute path", fix)

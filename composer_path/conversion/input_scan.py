@@ -36,13 +36,13 @@ class Partition:
     """Consecutive records of the input that one process converts.
 
     Attributes:
-        index: its number from 0.
-        start: first byte of the first record in the input.
-        end: byte after the last record.
-        first_position: the first record's.
-        first_line: the first record's line in a JSONL file, None for a list.
-        num_records: good and bad.
-        duplicates: position -> place of the earlier record with the same id.
+        index: Its number from 0.
+        start: First byte of the first record in the input.
+        end: Byte after the last record.
+        first_position: The first record's.
+        first_line: The first record's line in a JSONL file, None for a list.
+        num_records: Good and bad.
+        duplicates: Position -> place of the earlier record with the same id.
     """
 
     index: int
@@ -63,18 +63,18 @@ class InputScan:
     """What the first reading found.
 
     Args:
-        data: a file, or an address in a bucket.
-        partition_size: records of a partition; None chooses by number and kind of records.
-        report: called with the number of records read.
+        data: A file, or an address in a bucket.
+        partition_size: Records of a partition; None chooses by number and kind of records.
+        report: Called with the number of records read.
 
     Attributes:
-        num_records: good and bad.
-        num_with_images: records that name an image.
-        num_bytes: size of the file.
-        sha256: of the file.
-        partition_size: records of a partition.
-        num_duplicates: records with the id of an earlier one.
-        problem: what is wrong with the file as a whole, if anything is.
+        num_records: Good and bad.
+        num_with_images: Records that name an image.
+        num_bytes: Size of the file.
+        sha256: Of the file.
+        partition_size: Records of a partition.
+        num_duplicates: Records with the id of an earlier one.
+        problem: What is wrong with the file as a whole, if anything is.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Converts one partition: the same function for one process, many processes, many machines and Spark.
 
-Records are checked, their images read, and the good ones written to ``part-00000/``. When all its files have been
-verified, ``done.json`` is written there: counts, problems and the files with sizes and hashes; no text, no id.
+Records are checked, their images read, and the good ones written to `part-00000/`. When all its files have been
+verified, `done.json` is written there: counts, problems and the files with sizes and hashes; no text, no id.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ _DUPLICATE_FIX = "give it its own id, or leave the key out"
 def make_sample(
     record: RawRecord, conversation: Conversation, stored: list[StoredImage], hashed: KeyedHashes | None
 ) -> dict[str, Any]:
-    """Build one sample of the shards; its images in parts, as ``ShardWriter`` takes them."""
+    """Build one sample of the shards; its images in parts, as `ShardWriter` takes them."""
     # A record without an id is named by its place, so that errors at training time can still point to it.
     record_id = conversation.id if conversation.id is not None else f"record-{record.position}"
     metadata: dict[str, Any] = {**conversation.metadata}

@@ -12,10 +12,10 @@ _NOUNS = {"reading": "records read", "converting": "records converted", "verifyi
 
 
 class ConvertProgress:
-    """Called by ``convert`` now and then; short conversions stay silent off a terminal.
+    """Called by `convert` now and then; short conversions stay silent off a terminal.
 
     Args:
-        stream: file to show it in, stderr usually.
+        stream: File to show it in, stderr usually.
     """
 
     def __init__(self, stream: Any) -> None:

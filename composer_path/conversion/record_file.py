@@ -20,11 +20,11 @@ class RawRecord:
     """One element of the input file, not checked yet.
 
     Attributes:
-        position: its number from 0, blank lines not counted; None for a problem of the whole file.
-        line: its line from 1 in a JSONL file, else None.
-        value: the decoded JSON, or the problem that kept it from being decoded.
-        start: its first byte in the file.
-        end: the byte after its last one (after the line's end in a JSONL file).
+        position: Its number from 0, blank lines not counted; None for a problem of the whole file.
+        line: Its line from 1 in a JSONL file, else None.
+        value: The decoded JSON, or the problem that kept it from being decoded.
+        start: Its first byte in the file.
+        end: The byte after its last one (after the line's end in a JSONL file).
     """
 
     position: int | None
@@ -53,8 +53,8 @@ def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
     decoded are yielded as problems, so that all of them are found in one pass.
 
     Args:
-        path: a file, or an address in a bucket.
-        hash: a hashlib object that is fed the whole file on the way.
+        path: A file, or an address in a bucket.
+        hash: A hashlib object that is fed the whole file on the way.
     """
     hash = hash or hashlib.md5(usedforsecurity=False)
     with open_file(path) as file:
@@ -81,11 +81,11 @@ def read_range(path: str | Path, start: int, end: int, position: int, line: int 
     """Yield the records between two bytes of a file, as a first reading of it has found them.
 
     Args:
-        path: a file, or an address in a bucket.
-        start: first byte of the first record.
-        end: byte after the last record.
-        position: the first record's.
-        line: the first record's line in a JSONL file, None for a list.
+        path: A file, or an address in a bucket.
+        start: First byte of the first record.
+        end: Byte after the last record.
+        position: The first record's.
+        line: The first record's line in a JSONL file, None for a list.
     """
     with open_file(path) as file:
         file.seek(start)
@@ -101,8 +101,8 @@ def decode_json(data: bytes, first_line: int = 1) -> Any:
     """Decode UTF-8 JSON, with errors that give the line and never the text.
 
     Args:
-        data: a whole JSON file, or one line of a JSONL file.
-        first_line: number of the first line of ``data`` in its file, from 1.
+        data: A whole JSON file, or one line of a JSONL file.
+        first_line: Number of the first line of `data` in its file, from 1.
 
     Raises:
         RecordError: 'not-utf8' or 'invalid-json'.

@@ -22,7 +22,7 @@ class ConvertError(ValueError):
     """The input can't be converted; the message lists the problems, without any text, name or id.
 
     Attributes:
-        rejections: the problems, when records were at fault.
+        rejections: The problems, when records were at fault.
     """
 
     def __init__(self, message: str, rejections: Rejections | None = None) -> None:
@@ -34,8 +34,8 @@ def explained(error: Exception, place: str) -> str:
     """Word an error for people; the system's own say only "No space left on device".
 
     Args:
-        error: what ended a command.
-        place: where it wrote to, named if the error names no file.
+        error: What ended a command.
+        place: Where it wrote to, named if the error names no file.
     """
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
@@ -47,12 +47,12 @@ class Rejections:
     """The problems of one input file, in the file's order.
 
     Args:
-        name: of the input file, for messages.
-        file: where to list every problem, with ids, readable by its owner only; appears with ``save``.
+        name: Of the input file, for messages.
+        file: Where to list every problem, with ids, readable by its owner only; appears with `save`.
 
     Attributes:
         problems: (place, id or None, error) of the first thousand; a record may have several.
-        num_problems: of all.
+        num_problems: Of all.
     """
 
     def __init__(self, name: str, file: Path | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a conversion wrote, as a table for people and as the data card ``dataset.json``."""
+"""What a conversion wrote, as a table for people and as the data card `dataset.json`."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _NUM_SOURCES = 1000
 
 @dataclass
 class ConvertSummary:
-    """What a conversion wrote; ``str`` gives it as a table. Holds no text, name or id.
+    """What a conversion wrote; `str` gives it as a table. Holds no text, name or id.
 
     Attributes:
-        records: records written.
-        images: images written; one that several records show counts each time.
-        text_only: records without an image.
-        turns: turns written, human and assistant.
-        without_tag: records with one image and no tag; the image stands before the first question.
-        dropped_turns: leading assistant turns that were dropped.
-        image_bytes: bytes of the images as stored.
-        repeated_images: images that equal an earlier one byte for byte.
-        rejected: records left out.
-        rejected_by_rule: rule -> records that break it.
-        unknown_keys: key of records that nothing reads -> records that have it.
-        sources: source -> the first seven counts for its records; "" for records without one.
-        shards: shard files.
-        bytes: size of the shard files.
-        resumed: partitions that an earlier run had converted.
+        records: Records written.
+        images: Images written; one that several records show counts each time.
+        text_only: Records without an image.
+        turns: Turns written, human and assistant.
+        without_tag: Records with one image and no tag; the image stands before the first question.
+        dropped_turns: Leading assistant turns that were dropped.
+        image_bytes: Bytes of the images as stored.
+        repeated_images: Images that equal an earlier one byte for byte.
+        rejected: Records left out.
+        rejected_by_rule: Rule -> records that break it.
+        unknown_keys: Key of records that nothing reads -> records that have it.
+        sources: Source -> the first seven counts for its records; "" for records without one.
+        shards: Shard files.
+        bytes: Size of the shard files.
+        resumed: Partitions that an earlier run had converted.
         part: "1/4" if this was one part of several and there is no index yet.
-        rejected_file: where the rejected records are listed, if any were.
-        mapping_file: where hashes lead back to values, unless identifiers were kept.
+        rejected_file: Where the rejected records are listed, if any were.
+        mapping_file: Where hashes lead back to values, unless identifiers were kept.
     """
 
     records: int = 0

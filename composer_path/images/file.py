@@ -172,7 +172,7 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = Tru
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) to 8; unreadable or senseless EXIF counts as upright."""
+    """The EXIF orientation, 1 (upright) to 8; unreadable or senseless EXIF counts as upright."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # damaged EXIF is common in the wild and says nothing about the pixels

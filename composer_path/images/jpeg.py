@@ -155,7 +155,7 @@ class Jpeg:
                     self._lowest_bits[name][first : last + 1] = bits & 15
 
     def _end_of_scan(self, position: int) -> int:
-        """Return where the first marker that ends a scan's coded data begins, fill bytes before it included."""
+        """Where the first marker that ends a scan's coded data begins, fill bytes before it included."""
         data = self._data
         for start in range(position, len(data), _SCAN_CHUNK):
             codes = np.frombuffer(data, np.uint8, min(_SCAN_CHUNK + 1, len(data) - start), start)
@@ -177,7 +177,7 @@ class Jpeg:
 
 
 def _color_segment(marker: int, payload: bytes) -> bytes:
-    """Return what a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
+    """What a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
 
     Both say in which colours the data are (YCbCr, RGB, CMYK or YCCK); all else in them is made constant.
     """

@@ -27,13 +27,13 @@ AttentionBackend = Literal["auto", "flash_attn", "torch_flash", "sdpa"]
 PADDED = "sdpa"  # transformers' own
 
 
-def resolve_attention(backend: AttentionBackend, device_type: str) -> str:
+def resolve_attention(backend: AttentionBackend, device_type: str | None = None) -> str:
     """Name of the registered attention function for a backend.
 
     Args:
         backend: `auto` takes flash-attn's varlen kernel where it is installed on CUDA, else torch's
             own flash kernel on CUDA, else one causal attention per sample.
-        device_type: "cuda", "cpu", ...
+        device_type: "cuda", "cpu", ...; by default what this machine has.
 
     Raises:
         ValueError: Unknown backend, or one that can't run here.
@@ -41,6 +41,8 @@ def resolve_attention(backend: AttentionBackend, device_type: str) -> str:
     if backend not in get_args(AttentionBackend):
         known = ", ".join(get_args(AttentionBackend))
         raise ValueError(f"attention: unknown backend '{backend}'; choose one of {known}")
+    if device_type is None:
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
     has_flash_attn = importlib.util.find_spec("flash_attn") is not None
     if backend == "auto":
         backend = "sdpa" if device_type != "cuda" else "flash_attn" if has_flash_attn else "torch_flash"
@@ -61,7 +63,7 @@ def pack_attention(language_model: PreTrainedModel) -> None:
     """
     chosen = str(language_model.config._attn_implementation)
     if not chosen.startswith("packed_"):
-        chosen = resolve_attention("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        chosen = resolve_attention("auto")
     language_model.packed_attention = chosen  # type: ignore[assignment]
 
     def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

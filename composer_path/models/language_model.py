@@ -1,4 +1,4 @@
-"""The language model: any causal language model of transformers, from a folder or random from a configuration."""
+"""The language model: any causal language model of transformers whose attention can be ours."""
 
 from __future__ import annotations
 
@@ -19,52 +19,31 @@ from transformers import (
 )
 
 from composer_path.models.attention import AttentionBackend, check_attention_supported, resolve_attention
-from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, read_rope_parameters
+from composer_path.models.rope_keys import read_rope_parameters
 
 
-def build_language_model(
-    path: str | None = None,
-    config: dict[str, Any] | str | None = None,
+def untrained_language_model(
+    config: dict[str, Any] | str,
     *,
     attention: AttentionBackend = "auto",
     dtype: torch.dtype = torch.float32,
     empty: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model whose attention is padding-free.
+    """A causal language model with random weights, whose attention is padding-free.
 
     Args:
-        path: A Hugging Face folder with configuration and weights.
-        config: Instead of `path`: configuration keys (`model_type: llama`, `hidden_size: ...`) or the path of a
-            `config.json`; the weights are random.
+        config: Configuration keys (`model_type: llama`, `hidden_size: ...`), or the path of a `config.json`.
         attention: See `composer_path.models.attention.resolve_attention`.
         dtype: Of the weights; buffers (RoPE's frequencies) always stay fp32.
         empty: Parameters on the meta device: for ranks that receive the weights from rank 0, or when a state dict
             is loaded afterwards.
 
     Raises:
-        ValueError: Neither or both of `path` and `config`, a path that isn't there, or an unsupported architecture.
+        ValueError: A path that isn't there, or an unsupported architecture.
     """
-    if (path is None) == (config is None):
-        raise ValueError(
-            "model.language_model: give either 'path' (a folder with weights) or 'config' (random weights)"
-        )
-    if path is not None and not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"model.language_model.path: no config.json in '{path}'; it must be a Hugging Face model folder"
-        )
-    hf_config = load_language_model_config(path if path is not None else config)
-    implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
-    if path is not None and not empty:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            config=hf_config,
-            attn_implementation=implementation,
-            local_files_only=True,
-            trust_remote_code=False,
-            **{"dtype" if TRANSFORMERS_MAJOR >= 5 else "torch_dtype": dtype},
-        )
+    hf_config = load_language_model_config(config)
     with empty_parameters(enabled=empty):
-        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=implementation)
+        model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=resolve_attention(attention))
     return cast_parameters(model, dtype)
 
 

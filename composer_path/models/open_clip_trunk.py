@@ -24,7 +24,6 @@ class OpenClipTrunk(nn.Module):
     """
 
     num_prefix_tokens = 1
-    has_class_token = True
 
     def __init__(self, tower: VisionTransformer) -> None:
         super().__init__()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,17 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from composer_path.images.pixels import normalize_image
-from composer_path.models.attention import AttentionBackend, fill_row, pack_attention
-from composer_path.models.language_model import cast_parameters, decoder_blocks
+from composer_path.models.attention import fill_row, pack_attention
+from composer_path.models.language_model import decoder_blocks
 from composer_path.models.projector import Projector
 from composer_path.models.vision_encoder import VisionEncoder
 
 ModuleName = Literal["vision_encoder", "projector", "language_model"]
 MODULES: tuple[ModuleName, ...] = get_args(ModuleName)
-MODEL_TYPE = "composer_path"
-Pixels = (
-    UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
-)  # floats are normalised already
+Images = Float[Tensor, "images 3 height width"]  # normalised already
+Pixels = UInt8[Tensor, "images 3 height width"] | Images
 Features = Float[Tensor, "images vision_tokens vision_dim"]
 
 
@@ -135,12 +131,11 @@ class PathMLLM(nn.Module):
             size = self.vision_encoder.image_size
             dummy = self.embed_images(pixel_values.new_zeros((1, 3, size, size)))
             return dummy[:0] + 0.0 * dummy.sum()
-        images = pixel_values
-        if images.dtype == torch.uint8:
-            images = normalize_image(images, mean=self.vision_encoder.mean, std=self.vision_encoder.std)
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_image(pixel_values, mean=self.vision_encoder.mean, std=self.vision_encoder.std)
         trained = any(parameter.requires_grad for parameter in self.vision_encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features = self.vision_encoder(images)
+            features = self.vision_encoder(pixel_values)
         return self.project(features)
 
     def project(self, features: Features) -> Float[Tensor, "images image_tokens hidden"]:
@@ -178,10 +173,7 @@ class PathMLLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Int64[Tensor, " tokens"],
-        pixel_values: Pixels | None = None,
-        **generation: Any,
+        self, input_ids: Int64[Tensor, " tokens"], pixel_values: Pixels | None = None, **generation: Any
     ) -> Int64[Tensor, " new_tokens"]:
         """Continue one prompt (greedy by default); returns the new tokens only.
 
@@ -191,19 +183,17 @@ class PathMLLM(nn.Module):
             **generation: Keywords of transformers' `generate`, such as `max_new_tokens`, `streamer`, `eos_token_id`.
         """
         device = next(self.language_model.parameters()).device
-        size = self.vision_encoder.image_size
-        if pixel_values is None:
-            pixel_values = torch.empty((0, 3, size, size), dtype=torch.uint8)
-        input_ids = input_ids.to(device)
+        images = torch.empty((0, 3, 1, 1), dtype=torch.uint8) if pixel_values is None else pixel_values
         image_index = (input_ids < 0).nonzero()[:, 0]
-        embeds = self.embed_tokens(input_ids, self.embed_images(pixel_values.to(device)), image_index)[None]
+        image_embeds = self.embed_images(images.to(device))
+        embeds = self.embed_tokens(input_ids.to(device), image_embeds, image_index.to(device))[None]
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=device)
         keywords = {"do_sample": False, "use_cache": True} | generation
         generate: Any = self.language_model.generate
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
-    def trainable(self, modules: Sequence[ModuleName], frozen_dtype: torch.dtype | None = None) -> PathMLLM:
-        """Train the named modules only; the others lose their gradients and are held in `frozen_dtype`.
+    def trainable(self, modules: Sequence[ModuleName]) -> PathMLLM:
+        """Train the named modules only; the others lose their gradients.
 
         Raises:
             ValueError: A name that is none of vision_encoder, projector, language_model.
@@ -212,10 +202,7 @@ class PathMLLM(nn.Module):
         if unknown:
             raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")
         for name in MODULES:
-            module = getattr(self, name)
-            module.requires_grad_(name in modules)
-            if name not in modules and frozen_dtype is not None:
-                cast_parameters(module, frozen_dtype)
+            getattr(self, name).requires_grad_(name in modules)
         return self
 
     def kind_of(self, module: nn.Module) -> str | None:
@@ -238,54 +225,6 @@ class PathMLLM(nn.Module):
 
     def param_init_fn(self, module: nn.Module) -> None:
         """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""
-
-    def config(self) -> dict[str, Any]:
-        """Keywords that rebuild the architecture, as written to `config.json`."""
-        return {
-            "model_type": MODEL_TYPE,
-            "version": 1,
-            "vision_encoder": self.vision_encoder.config,
-            "projector": self.projector.config,
-            "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
-        }
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        max_shard_size: str = "5GB",
-    ) -> None:
-        """Write a folder of safetensors shards and `config.json` that `from_pretrained` reads.
-
-        Args:
-            folder: Made if it isn't there; `config.json` is written last, so a folder that has one is complete.
-            state_dict: The gathered weights where this module is sharded; its own by default.
-            dtype: Of the written weights; as they are by default.
-            max_shard_size: Of one safetensors file.
-        """
-        from composer_path.weights.model_folder import save_model
-
-        save_model(self, Path(folder), state_dict, dtype, max_shard_size)
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, attention: AttentionBackend = "auto", dtype: torch.dtype | None = None
-    ) -> PathMLLM:
-        """Load a folder written by `save_pretrained`.
-
-        Args:
-            folder: With `config.json` and safetensors.
-            attention: Backend for forward passes, see `composer_path.models.attention.resolve_attention`.
-            dtype: Of the weights; as written by default.
-
-        Raises:
-            ValueError: Not such a folder, or left-over or missing weights, all listed.
-        """
-        from composer_path.weights.model_folder import load_model
-
-        return load_model(Path(folder), attention, dtype)
 
 
 def token_losses(

@@ -39,7 +39,7 @@ class Projector(nn.Module):
         mlp: Its MLP.
 
     Attributes:
-        config: Keywords that rebuild the projector, without its weights, through `build_projector`.
+        config: Keywords that rebuild the projector, without its weights.
 
     Raises:
         ValueError: `num_heads` doesn't divide the pooler's `dim`, or depth 0 where the width has to change.
@@ -104,16 +104,15 @@ class Projector(nn.Module):
         return num_tokens if self.num_queries is None else self.num_queries
 
 
-def build_projector(
+def untrained_projector(
     *,
     in_dim: int,
     out_dim: int,
     type: str | None = None,
     pooler: dict[str, Any] | None = None,
     mlp: dict[str, Any] | None = None,
-    weights: str | None = None,
 ) -> Projector:
-    """A projector from the YAML's keys, with random weights or those of a file.
+    """A projector from the YAML's keys, with random weights.
 
     Args:
         in_dim: Width of the vision encoder's tokens.
@@ -123,10 +122,9 @@ def build_projector(
         pooler: `{kind: reference | open_clip, dim: 768, num_queries: 128, num_heads: 8}`; what isn't given has the
             value shown. Without `type`, leaving `pooler` out means no pooler.
         mlp: `{depth: N}`: 0 identity, 1 one linear layer, 2 (the default) linear, GELU, linear.
-        weights: `projector.safetensors`, the reference's `mm_projector.bin`, or CoCa start weights (pooler and `ln`).
 
     Raises:
-        ValueError: Unknown names, keys that contradict `type`, sizes that don't fit, or weights that don't fit.
+        ValueError: Unknown names, keys that contradict `type`, or sizes that don't fit.
     """
     settings = _settings(MlpSettings, "projector.mlp", mlp or {})
     if type is None and pooler is None and mlp is None:
@@ -144,13 +142,7 @@ def build_projector(
         if has_pooler and pooler is None:
             pooler = {}
     chosen = None if pooler is None else _settings(PoolerSettings, "projector.pooler", pooler)
-    projector = Projector(in_dim, out_dim, pooler=chosen, mlp=settings)
-    if weights is not None:
-        # Here, not at the top: the weights package reads whole models and so imports this one.
-        from composer_path.weights.projector_file import load_projector_weights
-
-        load_projector_weights(weights, projector)
-    return projector
+    return Projector(in_dim, out_dim, pooler=chosen, mlp=settings)
 
 
 def _parse_type(name: str) -> tuple[bool, int]:

@@ -40,7 +40,7 @@ class VisionEncoder(nn.Module):
         tokens: Which tokens are kept: "all" (as the reference), "patches", or "cls_patches" (without registers).
         mean: Of the images by channel, for pixels between 0 and 1.
         std: Likewise.
-        config: Keywords that rebuild it, without its weights, through `build_vision_encoder`; JSON-serialisable.
+        config: Keywords that rebuild it, without its weights, through `untrained_vision_encoder`; JSON-serialisable.
 
     Attributes:
         dim: Width of the tokens.
@@ -124,25 +124,22 @@ class VisionEncoder(nn.Module):
         return nn.ModuleList(self.trunk.blocks)
 
 
-def build_vision_encoder(
+def untrained_vision_encoder(
     name: str,
     *,
     image_size: int | None = None,
     tokens: Tokens = "all",
-    weights: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     kwargs: dict[str, Any] | None = None,
 ) -> VisionEncoder:
-    """A vision encoder by name, with random weights or those of a file.
+    """A vision encoder by name, with random weights.
 
     Args:
         name: `coca_vit-l` (the reference's), `timm/<name of a timm ViT>`, or `open_clip/<name of an open_clip model>`
             (its visual tower; tokens before pooling, see `OpenClipTrunk`).
-        image_size: Side in pixels; by default the architecture's own (448 for `coca_vit-l`). Where it differs from the
-            weights' size, their position embeddings are resampled (bicubic, antialiased).
+        image_size: Side in pixels; by default the architecture's own (448 for `coca_vit-l`).
         tokens: "all", "patches" or "cls_patches".
-        weights: A file, see `composer_path.weights.vision_file`.
         mean: Of the images; by default ImageNet's for `coca_vit-l`, else what timm or open_clip state for the name.
             Pathology encoders in a timm architecture (UNI, Virchow, H-optimus) have their own: give theirs.
         std: Likewise.
@@ -150,7 +147,7 @@ def build_vision_encoder(
             `act_layer: SiLU`, ...; classes by their name) or of open_clip's `vision_cfg` (`layers`, `width`, ...).
 
     Raises:
-        ValueError: Unknown names or keywords, a size that the patch size doesn't divide, or weights that don't fit.
+        ValueError: Unknown names or keywords, or a size that the patch size doesn't divide.
     """
     kwargs = {key: _layer_name(value) for key, value in (kwargs or {}).items()}
     refused = sorted(RESERVED & set(kwargs))
@@ -188,7 +185,7 @@ def build_vision_encoder(
         raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
     mean_of_channels = _three_floats("mean", default_mean if mean is None else mean)
     std_of_channels = _three_floats("std", default_std if std is None else std)
-    encoder = VisionEncoder(
+    return VisionEncoder(
         trunk,
         image_size=size,
         patch_size=patch_size,
@@ -204,11 +201,6 @@ def build_vision_encoder(
             "kwargs": kwargs,
         },
     )
-    if weights is not None:
-        from composer_path.weights.vision_file import load_vision_weights
-
-        load_vision_weights(weights, encoder)
-    return encoder
 
 
 def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:

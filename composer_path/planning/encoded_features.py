@@ -118,8 +118,8 @@ def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None
         ValueError: The YAML trains the encoder, so its features would change.
     """
     from composer_path.models.language_model import cast_parameters
-    from composer_path.models.vision_encoder import build_vision_encoder
     from composer_path.run.sharding import compute_dtype, settle_precision
+    from composer_path.weights.vision_file import build_vision_encoder
 
     if "vision_encoder" in settings["model"]["trainable"]:
         raise ValueError("model.trainable: vision_encoder learns in this run, so its features can't be stored")

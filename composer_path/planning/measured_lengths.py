@@ -104,17 +104,17 @@ def image_tokens_of(model: Mapping[str, Any]) -> int:
         model: The YAML's section.
     """
     from composer_path.models.language_model import empty_parameters, load_language_model_config
-    from composer_path.models.projector import build_projector
-    from composer_path.models.vision_encoder import build_vision_encoder
+    from composer_path.models.projector import untrained_projector
+    from composer_path.models.vision_encoder import untrained_vision_encoder
 
     language_model = model["language_model"]
     config = load_language_model_config(language_model["path"] or language_model["config"])
     with empty_parameters(enabled=True):
-        vision = build_vision_encoder(
+        vision = untrained_vision_encoder(
             **{key: value for key, value in model["vision_encoder"].items() if key != "weights"}
         )
         sections = {key: value for key, value in model["projector"].items() if key != "weights"}
-        projector = build_projector(**sections, in_dim=vision.dim, out_dim=config.hidden_size)
+        projector = untrained_projector(**sections, in_dim=vision.dim, out_dim=config.hidden_size)
     return projector.num_image_tokens(vision.num_tokens(vision.image_size, vision.image_size))
 
 

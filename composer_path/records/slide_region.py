@@ -1,7 +1,7 @@
 """A rectangle of a whole-slide image, read with OpenSlide: only the scan, never the label or the overview picture.
 
-A record names one as ``{"file": "a.svs", "x": 5000, "y": 7200, "width": 448, "height": 448, "level": 0}``. OpenSlide
-comes with ``pip install 'composer_path[wsi]'`` and reads SVS, TIFF, DICOM and more. What lies outside of the scan is
+A record names one as `{"file": "a.svs", "x": 5000, "y": 7200, "width": 448, "height": 448, "level": 0}`. OpenSlide
+comes with `pip install 'composer_path[wsi]'` and reads SVS, TIFF, DICOM and more. What lies outside of the scan is
 white: OpenSlide leaves it transparent, and the glass around a section is white.
 """
 
@@ -36,16 +36,16 @@ class OpenSlideMissing(ImportError):
 
 @dataclass(frozen=True)
 class SlideRegion:
-    """A rectangle of a slide, as a record gives it; ``str`` names it in one word.
+    """A rectangle of a slide, as a record gives it; `str` names it in one word.
 
     Attributes:
-        file: the slide, a path relative to the image folder. Of a slide of several files (DICOM, MRXS) any or the
+        file: The slide, a path relative to the image folder. Of a slide of several files (DICOM, MRXS) any or the
             main one; the others lie beside it.
-        x: left edge in pixels of level 0; may be negative.
-        y: top edge in pixels of level 0; may be negative.
-        width: in pixels of ``level``.
-        height: in pixels of ``level``.
-        level: of the slide's pyramid, 0 is the largest.
+        x: Left edge in pixels of level 0; may be negative.
+        y: Top edge in pixels of level 0; may be negative.
+        width: In pixels of `level`.
+        height: In pixels of `level`.
+        level: Of the slide's pyramid, 0 is the largest.
     """
 
     file: str
@@ -65,27 +65,19 @@ class SlideRegion:
         return f"{self.file}#x={self.x},y={self.y},width={self.width},height={self.height},level={self.level}"
 
 
-def read_region(
-    path: str | Path, x: int, y: int, width: int, height: int, level: int = 0, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """Read a rectangle of a slide: OpenSlide's pixels on white.
+def read_region(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read a rectangle of the slide at `path`: OpenSlide's pixels on white, as RGB.
 
     Args:
-        path: the slide's file.
-        x: left edge in pixels of level 0.
-        y: top edge in pixels of level 0.
-        width: in pixels of ``level``.
-        height: in pixels of ``level``.
-        level: of the slide's pyramid, 0 is the largest.
-        max_pixels: larger regions are refused before anything is read.
-
-    Returns:
-        An RGB image of ``width`` x ``height`` pixels.
+        path: The slide's file.
+        region: Of it.
+        max_pixels: Larger regions are refused before anything is read.
 
     Raises:
         ImageError: `unreadable-image`, `unknown-level`, `region-outside` or `too-many-pixels`.
-        OpenSlideMissing: the package isn't there.
+        OpenSlideMissing: The package isn't there.
     """
+    x, y, width, height, level = region.x, region.y, region.width, region.height, region.level
     size = f"a region of {width} x {height} pixels"
     if width < 1 or height < 1:
         raise ImageError("region-outside", size, "give it a width and a height")
@@ -100,23 +92,22 @@ def read_region(
             found = f"{size} at x={x}, y={y}, level {level} of a slide of {slide_width} x {slide_height} pixels"
             raise ImageError("region-outside", found, "give x and y in pixels of level 0")
         scan = slide.read_region((x, y), level, (width, height))
-        region = Image.new("RGB", scan.size, "white")
-        region.paste(scan, mask=scan.getchannel("A"))
-        return region
+        pixels = Image.new("RGB", scan.size, "white")
+        pixels.paste(scan, mask=scan.getchannel("A"))
+        return pixels
 
     return _with_slide(path, read)
 
 
 def region_png(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Read a region of the slide at ``path`` as a PNG file of its pixels alone, free of metadata.
+    """Read a region of the slide at `path` as a PNG file of its pixels alone, free of metadata.
 
     Raises:
-        ImageError: as ``read_region``.
-        OpenSlideMissing: the package isn't there.
+        ImageError: As `read_region`.
+        OpenSlideMissing: The package isn't there.
     """
-    pixels = read_region(path, region.x, region.y, region.width, region.height, region.level, max_pixels)
     file = io.BytesIO()
-    pixels.save(file, "PNG")
+    read_region(path, region, max_pixels).save(file, "PNG")
     return file.getvalue()
 
 
@@ -125,7 +116,7 @@ def mpp_of(path: str | Path, level: int = 0) -> float | None:
 
     Raises:
         ImageError: `unreadable-image` or `unknown-level`.
-        OpenSlideMissing: the package isn't there.
+        OpenSlideMissing: The package isn't there.
     """
 
     def read(slide: OpenSlide) -> float | None:
@@ -140,7 +131,7 @@ def mpp_of(path: str | Path, level: int = 0) -> float | None:
 
 
 def _downsample(slide: OpenSlide, level: int) -> float:
-    """How many pixels of level 0 a pixel of ``level`` is wide."""
+    """How many pixels of level 0 a pixel of `level` is wide."""
     if not 0 <= level < slide.level_count:
         found = f"level {level} of a slide that has {slide.level_count} (counted from 0)"
         raise ImageError("unknown-level", found, "choose one that is there")
@@ -148,7 +139,7 @@ def _downsample(slide: OpenSlide, level: int) -> float:
 
 
 def _with_slide(path: str | Path, read: Callable[[OpenSlide], Result]) -> Result:
-    """Call ``read`` with the open slide; OpenSlide's errors, which may quote the file, become ours."""
+    """Call `read` with the open slide; OpenSlide's errors, which may quote the file, become ours."""
     try:
         from openslide import OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
     except ImportError as error:

@@ -134,8 +134,8 @@ class TextPreparation:
             labels += ids if supervised else [IGNORE_INDEX] * len(ids)
             if truncated:
                 break
-        as_tensors = (torch.tensor(values, dtype=torch.int64) for values in (input_ids, labels))
-        return TokenizedConversation(*as_tensors, num_images, truncated)
+        ids_and_labels = torch.tensor([input_ids, labels], dtype=torch.int64)
+        return TokenizedConversation(ids_and_labels[0], ids_and_labels[1], num_images, truncated)
 
 
 def tokenize_conversation(

@@ -27,12 +27,12 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
     """Load a tokenizer from the local disk, without network and without running code from the folder.
 
     Args:
-        path: a Hugging Face tokenizer folder, a folder that holds only `tokenizer.model`, or a `.model` file itself
+        path: A Hugging Face tokenizer folder, a folder that holds only `tokenizer.model`, or a `.model` file itself
             (the last two are read as a LLaMA tokenizer whose BOS, EOS and unknown token are the file's own).
-        **kwargs: passed to transformers (`use_fast`, `legacy`, `padding_side`, …).
+        **kwargs: Passed to transformers (`use_fast`, `legacy`, `padding_side`, …).
 
     Raises:
-        ValueError: nothing is there, or what is there is no tokenizer.
+        ValueError: Nothing is there, or what is there is no tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -119,11 +119,11 @@ class TextEncoder:
     except runs of whitespace, which some vocabularies store as added tokens.
 
     Args:
-        tokenizer: a slow or fast tokenizer of transformers.
+        tokenizer: A slow or fast tokenizer of transformers.
 
     Attributes:
-        special_tokens: the special tokens' text and ids.
-        prefix_after_special: whether the tokenizer itself starts a new text (with its leading space) after a special
+        special_tokens: The special tokens' text and ids.
+        prefix_after_special: Whether the tokenizer itself starts a new text (with its leading space) after a special
             token, as LLaMA-2's does.
     """
 
@@ -148,8 +148,8 @@ class TextEncoder:
         """Turn text into ids.
 
         Args:
-            text: any text; `</s>` or `<|im_end|>` in it are spelled out in ordinary tokens.
-            prefix: the text starts a new piece, so it gets the leading space that vocabularies such as LLaMA's put
+            text: Any text; `</s>` or `<|im_end|>` in it are spelled out in ordinary tokens.
+            prefix: The text starts a new piece, so it gets the leading space that vocabularies such as LLaMA's put
                 there; False continues the text before it.
         """
         if not text:

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.processor_config import write_processor_config
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.checkpoint_safety import METADATA, is_harmless, read_pickle
@@ -23,7 +22,7 @@ from composer_path.run.preparation import asking_text, images_of
 from composer_path.run.sharding import held_as, settle_precision
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.folder import write_json
-from composer_path.weights.model_folder import save_model
+from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,7 +64,7 @@ def write_model(
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, folder)
     write_processor_config(folder, text, images)
-    save_model(model, folder, state_dict=tensors)
+    model.save_pretrained(folder, state_dict=tensors)
 
 
 def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:

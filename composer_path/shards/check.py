@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
@@ -27,6 +25,12 @@ from composer_path.shards.view import ShardView, to_sample
 from composer_path.storage.places import Bucket
 from composer_path.stream.stored_file import file_hash, pick_hash
 
+if TYPE_CHECKING:
+    from composer_path.records.tokenize import TextPreparation
+    from composer_path.records.vocabulary import TextEncoder
+else:
+    TextPreparation = TextEncoder = Any  # importing torch takes seconds, and labels are counted on request only
+
 LabelCount = Callable[[Conversation], int]
 Progress = Callable[[int], None]
 
@@ -36,10 +40,10 @@ class Problem:
     """One thing that is wrong.
 
     Attributes:
-        file: name in the set.
-        rule: a short slug.
-        found: what was found; never text, a name or an id.
-        position: the sample's, if one is meant.
+        file: Name in the set.
+        rule: A short slug.
+        found: What was found; never text, a name or an id.
+        position: The sample's, if one is meant.
     """
 
     file: str
@@ -58,11 +62,11 @@ class CheckResult:
     """What a check looked at and found.
 
     Attributes:
-        shards: shards read.
-        samples: samples decoded.
-        images: images decoded.
-        without_hash: shards for which the index has no checksum.
-        problems: in the set's order.
+        shards: Shards read.
+        samples: Samples decoded.
+        images: Images decoded.
+        without_hash: Shards for which the index has no checksum.
+        problems: In the set's order.
     """
 
     shards: int = 0
@@ -89,42 +93,16 @@ class LabelCounter:
     """Counts the tokens of a conversation that are learned, as training would.
 
     Args:
-        tokenizer: its folder or file.
-        template: name of a prompt template, or its keywords as a JSON object.
-        max_seq_len: samples are cut at this many tokens, images included; None for no limit.
-        num_image_tokens: placeholders of an image.
-        image_position: `front` or `inline`.
+        encoder: Of the language model's tokenizer.
+        text: How training tokenizes.
     """
 
-    tokenizer: str
-    template: str
-    max_seq_len: int | None = None
-    num_image_tokens: int = 0
-    image_position: str = "front"
+    encoder: TextEncoder
+    text: TextPreparation
 
     def __call__(self, conversation: Conversation) -> int:
-        """Return the number of labels.
-
-        Raises:
-            TemplateError: the template can't express this conversation.
-        """
-        from composer_path.records.tokenize import tokenize_conversation
-
-        encoder, template = _encoder(self.tokenizer, self.template)
-        length, position = self.max_seq_len, self.image_position
-        tokens = tokenize_conversation(conversation, encoder, template, self.num_image_tokens, length, position)
-        return tokens.num_answer_tokens
-
-
-@lru_cache(maxsize=1)
-def _encoder(tokenizer: str, template: str) -> tuple[Any, Any]:
-    """Load a tokenizer and a template, once a process; without threads of its own, which a fork would not survive."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from composer_path.records.prompts import get_template
-    from composer_path.records.vocabulary import load_tokenizer, text_encoder
-
-    keywords = json.loads(template) if template.lstrip().startswith("{") else template
-    return text_encoder(load_tokenizer(tokenizer)), get_template(keywords)
+        """The number of labels."""
+        return self.text.tokenize(conversation, self.encoder).num_answer_tokens
 
 
 def check_shards(
@@ -133,19 +111,14 @@ def check_shards(
     """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
 
     Args:
-        view: the set.
-        workers: processes.
-        count_labels: tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
-        progress: called with the number of shards after each.
+        view: The set.
+        workers: Processes.
+        count_labels: Tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
+        progress: Called with the number of shards after each.
 
     Returns:
         All that is wrong; nothing is raised for a damaged set.
-
-    Raises:
-        ValueError: there is no such tokenizer or template.
     """
-    if isinstance(count_labels, LabelCounter):
-        _encoder(count_labels.tokenizer, count_labels.template)  # a wrong path shows before anything is read
     result = CheckResult(problems=_set_problems(view))
     tasks = [(view, number, count_labels) for number in range(len(view.shards))]
     for number, part in enumerate(in_processes(_check_shard, tasks, workers, fork=True), start=1):

@@ -22,21 +22,21 @@ def pack_images(images: Sequence[bytes]) -> bytes:
 
 
 def packed_parts(images: Sequence[bytes]) -> list[bytes]:
-    """Return what ``pack_images`` joins, for writers that need no copy of it."""
+    """Return what `pack_images` joins, for writers that need no copy of it."""
     return [struct.pack(f"<{len(images) + 1}I", len(images), *map(len, images)), *images]
 
 
 def unpack_images(data: bytes) -> list[bytes]:
-    """Split what ``pack_images`` joined.
+    """Split what `pack_images` joined.
 
     Raises:
-        ValueError: the sizes don't add up, so the value is damaged or of another format.
+        ValueError: The sizes don't add up, so the value is damaged or of another format.
     """
     return [bytes(image) for image in image_views(data)]
 
 
 def image_views(data: bytes) -> list[memoryview]:
-    """As ``unpack_images``, without a copy: a finished square or features are large, and are copied once anyway."""
+    """As `unpack_images`, without a copy: a finished square or features are large, and are copied once anyway."""
     count = struct.unpack_from("<I", data)[0] if len(data) >= 4 else 0
     start = 4 + 4 * count
     sizes = struct.unpack_from(f"<{count}I", data, 4) if start <= len(data) else ()

@@ -37,9 +37,9 @@ _ORDERS: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """``key=value``, ``key!=value``, or an order of numbers such as ``mpp<0.6``.
+    """`key=value`, `key!=value`, or an order of numbers such as `mpp<0.6`.
 
-    ``=`` and ``!=`` take several values with ``|`` between them. A sample without the key fits only ``!=``.
+    `=` and `!=` take several values with `|` between them. A sample without the key fits only `!=`.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Condition:
         """Read a condition.
 
         Raises:
-            ValueError: it isn't one; the message never repeats a value.
+            ValueError: It isn't one; the message never repeats a value.
         """
         match = _CONDITION.fullmatch(text.strip())
         if match is None:
@@ -102,19 +102,19 @@ def select_samples(
     Samples are copied bit for bit and keep their order. The new set has an index only when all of it is verified.
 
     Args:
-        view: the set to choose from.
-        out: folder or address for the new one; nothing may lie there.
-        conditions: all must fit.
-        num_samples: how many to draw; None for all that fit.
-        seed: of the draw; the same seed draws the same samples of the same set.
-        workers: processes that look for those that fit.
+        view: The set to choose from.
+        out: Folder or address for the new one; nothing may lie there.
+        conditions: All must fit.
+        num_samples: How many to draw; None for all that fit.
+        seed: Of the draw; the same seed draws the same samples of the same set.
+        workers: Processes that look for those that fit.
 
     Returns:
         What the new set holds.
 
     Raises:
-        ShardError: the set can't be read, too few samples fit, or something lies at ``out``.
-        StorageError: the new set can't be written.
+        ShardError: The set can't be read, too few samples fit, or something lies at `out`.
+        StorageError: The new set can't be written.
     """
     place = empty_place(out)
     positions: Iterable[int] = range(len(view))

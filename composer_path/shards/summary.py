@@ -16,20 +16,20 @@ from composer_path.shards.view import ShardView, StoredSample
 
 @dataclass
 class ShardSummary:
-    """What a set holds, counted; ``str`` gives it as a table. Holds no text, name or id.
+    """What a set holds, counted; `str` gives it as a table. Holds no text, name or id.
 
     Attributes:
-        records: samples.
-        images: images in them.
-        text_only: samples without an image.
-        turns: turns, human and assistant.
-        sources: source -> samples; "" for those without one.
-        stains: stain -> samples, where one is given.
-        question_chars: characters of a human turn -> turns.
-        answer_chars: characters of an assistant turn -> turns.
+        records: Samples.
+        images: Images in them.
+        text_only: Samples without an image.
+        turns: Turns, human and assistant.
+        sources: Source -> samples; "" for those without one.
+        stains: Stain -> samples, where one is given.
+        question_chars: Characters of a human turn -> turns.
+        answer_chars: Characters of an assistant turn -> turns.
         image_sizes: (width, height) -> images.
-        image_kinds: file format, "resized" or "features" -> images; "unreadable" for none of them.
-        image_bytes: bytes of all images.
+        image_kinds: File format, "resized" or "features" -> images; "unreadable" for none of them.
+        image_bytes: Bytes of all images.
     """
 
     records: int = 0
@@ -87,7 +87,7 @@ def summarize(view: ShardView, workers: int = 1, progress: Callable[[int], None]
     """Count what a set holds; every shard is read once. `progress` is called with the number of shards after each.
 
     Raises:
-        ShardError: a shard can't be read.
+        ShardError: A shard can't be read.
     """
     total = ShardSummary()
     tasks = [(view, number) for number in range(len(view.shards))]

@@ -53,17 +53,17 @@ class ShardView:
     """A set of shards.
 
     Args:
-        url: folder or address (``s3://bucket/folder``) of ``index.json``.
+        url: Folder or address (`s3://bucket/folder`) of `index.json`.
 
     Attributes:
-        place: where it lies.
-        shards: the index's entries, in order.
-        card: what ``dataset.json`` holds; empty if there is none.
-        features: what the index says of stored features; None for a set of images.
-        starts: position of each shard's first sample; one more at the end, the number of samples.
+        place: Where it lies.
+        shards: The index's entries, in order.
+        card: What `dataset.json` holds; empty if there is none.
+        features: What the index says of stored features; None for a set of images.
+        starts: Position of each shard's first sample; one more at the end, the number of samples.
 
     Raises:
-        ShardError: there is no index, or it isn't one of shards that convert.py wrote.
+        ShardError: There is no index, or it isn't one of shards that convert.py wrote.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -96,12 +96,12 @@ class ShardView:
         """Yield position and decoded columns of a shard's samples, in order.
 
         Args:
-            number: the shard's, from 0.
-            wanted: positions in the set, all of this shard; None for all of them.
+            number: The shard's, from 0.
+            wanted: Positions in the set, all of this shard; None for all of them.
 
         Raises:
-            ShardError: the shard can't be read.
-            DamagedShard: it isn't what the index says.
+            ShardError: The shard can't be read.
+            DamagedShard: It isn't what the index says.
         """
         start = self.starts[number]
         positions = range(start, self.starts[number + 1]) if wanted is None else wanted
@@ -121,7 +121,7 @@ class ShardView:
                 yield columns["conversation"], int.from_bytes(columns["images"], "little")
 
     def samples(self, number: int) -> Iterator[StoredSample]:
-        """Yield a shard's samples, in order; raises as ``records``."""
+        """Yield a shard's samples, in order; raises as `records`."""
         name = name_of(self.shards[number])
         return (to_sample(position, name, columns) for position, columns in self.records(number))
 
@@ -129,7 +129,7 @@ class ShardView:
         """Read the sample at a position, from 0; of a bucket's shard only this part is fetched.
 
         Raises:
-            ShardError: there is none, or it can't be read.
+            ShardError: There is none, or it can't be read.
         """
         if not 0 <= position < len(self):
             raise ShardError(f"{self.place}: positions go from 0 to {len(self) - 1}, found {position}")
@@ -145,7 +145,7 @@ class ShardView:
         """Read the first sample with this id as it is stored; all shards may have to be read.
 
         Raises:
-            ShardError: no sample has it.
+            ShardError: No sample has it.
         """
         for number, shard in enumerate(self.shards):
             for position, columns in self.records(number):
@@ -159,7 +159,7 @@ class ShardView:
         """Open a file of the set for reading.
 
         Raises:
-            ShardError: it isn't there, or can't be read.
+            ShardError: It isn't there, or can't be read.
         """
         try:
             if isinstance(self.place, Bucket):
@@ -199,7 +199,7 @@ def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSa
     """Make a sample of a shard's decoded columns.
 
     Raises:
-        DamagedShard: they aren't what convert.py writes.
+        DamagedShard: They aren't what convert.py writes.
     """
     try:
         images = unpack_images(columns["images"])

@@ -16,7 +16,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
 
     Args:
         path: Its folder is made where it isn't there.
-        write: Called with the open file.
+        write: Called with the open file; a library that writes to a path takes `file.name`.
         durable: Return only when a power cut can no longer take it.
         mode: Rights of the file, less the user's mask: `0o600` for what only its owner may read.
     """
@@ -24,7 +24,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
     # The process id keeps two processes that write the same file apart.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        with open(unfinished, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             write(file)
             if durable:
                 file.flush()

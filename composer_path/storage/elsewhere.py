@@ -34,15 +34,18 @@ class FsspecStore(Store):
     """A folder of such a store."""
 
     def __init__(self, url: str) -> None:
+        import fsspec
+
         super().__init__(url)
-        self._scheme = url.partition("://")[0]
-        self._root = self._system._strip_protocol(url)
+        self._url = url
+        self._root = fsspec.get_filesystem_class(url.partition("://")[0])._strip_protocol(url)
 
     @property
     def _system(self) -> Any:
+        """The client, which fsspec makes once a process; some connect at once."""
         import fsspec
 
-        return fsspec.filesystem(self._scheme)  # fsspec makes it once a process
+        return fsspec.url_to_fs(self._url)[0]
 
     def key(self, name: str) -> str:
         """Name of a file in fsspec's words."""

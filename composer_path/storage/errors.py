@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 # Variables of the environment with one of these in their name hold what must not be shown.
@@ -20,6 +21,7 @@ class StorageError(OSError):
     """A place can't be reached, read or written; not the fault of any record."""
 
 
+@dataclass(eq=False)
 class Fault(Exception):
     """Why an attempt failed.
 
@@ -31,9 +33,11 @@ class Fault(Exception):
         status: Of a server's answer, if it was one.
     """
 
-    def __init__(self, rule: str, found: str, fix: str, transient: bool = False, status: int = 0) -> None:
-        super().__init__(rule, found, fix, transient, status)
-        self.rule, self.found, self.fix, self.transient, self.status = rule, found, fix, transient, status
+    rule: str
+    found: str
+    fix: str
+    transient: bool = False
+    status: int = 0
 
 
 class Stopped(Exception):

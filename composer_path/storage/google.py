@@ -52,18 +52,18 @@ class GoogleStore(Store):
         wanted = {"uploadType": "media", "name": self.key(name)}
         headers = {"Content-Type": "application/octet-stream"}
         with self._asked("POST", "/upload/storage/v1", params=wanted, data=data, headers=headers):
-            pass
+            return
 
     def delete(self, name: str) -> None:
         """Delete an object."""
         with self._asked("DELETE", "/storage/v1", name):
-            pass
+            return
 
     @contextmanager
     def ask(self, name: str, start: int, end: int | None, stall: float) -> Iterator[Answer]:
         """Ask for an object, or for its bytes from `start` up to `end`."""
         headers = {"Accept-Encoding": "gzip", **wanted_range(start, end)}  # as it is stored
-        request: dict[str, Any] = {"params": {"alt": "media"}, "headers": headers}
+        request: dict[str, Any] = {"params": {"alt": "media"}, "headers": headers, "stream": True}
         with self._asked("GET", "/download/storage/v1", name, stall, **request) as answer:
             length = answer.headers.get("Content-Length")
             content_range = answer.headers.get("Content-Range")
@@ -82,7 +82,7 @@ class GoogleStore(Store):
         try:
             session, endpoint = client_of("google", _connect)
             of = "" if name is None else f"/{quote(self.key(name), safe='')}"
-            with session.request(method, f"{endpoint}{api}/b/{self.bucket}/o{of}", stream=True, **request) as answer:
+            with session.request(method, f"{endpoint}{api}/b/{self.bucket}/o{of}", **request) as answer:
                 if not answer.ok:
                     raise status_fault(answer.status_code)
                 yield answer

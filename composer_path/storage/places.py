@@ -59,8 +59,6 @@ class Folder:
         path: The folder; made with the first file that is written.
     """
 
-    is_remote = False
-
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
@@ -117,12 +115,7 @@ class Folder:
             sync_folder(folder)
 
     def fetch(self, name: str, to: Path, limits: Limits) -> None:
-        """One attempt to copy a file, whose errors tell this folder's from the other's.
-
-        Raises:
-            Fault: It failed.
-            Stopped: It was called off.
-        """
+        """Copy a file in one attempt, see `storage.transfer.fetch`; this folder's faults are told from the other's."""
         fetch(lambda _: nullcontext(Answer(None, None, self._pieces(name))), to, limits, goes_on=False)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
@@ -141,12 +134,10 @@ class Bucket:
         StorageError: By every method but `fetch`, for whatever the store answers but that there is no such file.
     """
 
-    is_remote = True
-
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         check_readable(self.url)
-        self._store = self._ask("reach", _STORES.get(self.url.partition("://")[0], FsspecStore), self.url)
+        self._store = _STORES.get(self.url.partition("://")[0], FsspecStore)(self.url)
 
     def __str__(self) -> str:
         return shown(self.url)
@@ -186,12 +177,7 @@ class Bucket:
         """Do nothing: what a store has confirmed is durable."""
 
     def fetch(self, name: str, to: Path, limits: Limits) -> None:
-        """One attempt to bring an object to a file; goes on where a cut transfer stopped.
-
-        Raises:
-            Fault: It failed.
-            Stopped: It was called off.
-        """
+        """Bring an object in one attempt, see `storage.transfer.fetch`; goes on where a cut transfer stopped."""
         fetch(lambda start: self._store.ask(name, start, None, limits.stall), to, limits, goes_on=True)
 
     def _ask(self, verb: str, request: Callable[..., Result], *arguments: Any) -> Result:

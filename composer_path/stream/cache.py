@@ -83,11 +83,7 @@ def clear_left_overs(folders: Sequence[Path]) -> None:
 
 
 def refresh_index(stream: GuardedStream) -> None:
-    """Bring the remote's index into the cache, whatever lies there; files that it doesn't name any more go.
-
-    Raises:
-        StreamError: It can't be had, or isn't an index.
-    """
+    """Bring the remote's index into the cache, whatever lies there; files that it doesn't name any more go."""
     current = stream.folder / INDEX
     fresh = stream.folder / f"{INDEX}.new"
     try:
@@ -96,7 +92,7 @@ def refresh_index(stream: GuardedStream) -> None:
         probe.write_bytes(b"")
         probe.unlink()
         stream.bring(INDEX, check_index, fresh, START_SECONDS)
-        before, after = files_of(current) if current.exists() else {}, files_of(fresh)
+        before, after = files_of(current), files_of(fresh)
         changed = [name for name, content in before.items() if after.get(name) != content]
         if changed:
             log.warning("%s was converted again: %d old shards leave the cache", stream.where, len(changed))
@@ -108,11 +104,7 @@ def refresh_index(stream: GuardedStream) -> None:
 
 
 def check_index(path: Path) -> None:
-    """Whether a file is an index whose shards lie below it.
-
-    Raises:
-        Fault: It isn't.
-    """
+    """Raise a `Fault` unless a file is an index whose shards lie below it."""
     try:
         names = list(_files(path))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

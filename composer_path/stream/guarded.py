@@ -36,8 +36,6 @@ from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
 from composer_path.stream.sample_reader import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
 
-DOWNLOAD_TIMEOUT = 60.0
-
 
 class GuardedStreamingDataset(StreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
@@ -68,7 +66,7 @@ class GuardedStreamingDataset(StreamingDataset):
         streams: Sequence[GuardedStream] | None = None,
         split: str | None = None,
         fault_timeout: float = FAULT_TIMEOUT,
-        download_timeout: float = DOWNLOAD_TIMEOUT,
+        download_timeout: float = 60.0,
         validate_hash: str | None = None,
         keep_zip: bool = False,
         **streaming: Any,
@@ -127,12 +125,9 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def raise_failure(self) -> None:
         """Raise it, if there is one."""
-        if self._stopped():
+        if self._failure.is_set():
             # Not by a name: that would be a cycle through its traceback.
             raise self.failure() or StreamError("stopped")
-
-    def _stopped(self) -> bool:
-        return self._failure.is_set()
 
     def _note(self, error: BaseException, shard: str = "") -> StreamError:
         """Tell all processes; anything but a `StreamError` is one of ours gone wrong."""
@@ -300,7 +295,7 @@ class GuardedStreamingDataset(StreamingDataset):
         it.on_exit()
 
     def _stop_if_failed(self, it: _Iterator) -> None:
-        if self._stopped():
+        if self._failure.is_set():
             self._event.set()  # for this process's threads
             it.on_exit()
             self.raise_failure()

@@ -64,8 +64,8 @@ class GuardedStream(Stream):
         remote = None if remote == local else remote
         if is_remote(local):
             if remote is not None:
-                fix = "name a folder for the cache, or leave remote out"
-                raise ValueError(f"local: must be a folder where remote is given, found {shown(local)}; {fix}")
+                rule = f"local: must be a folder where remote is given, found {shown(local)}"
+                raise ValueError(f"{rule}; name a folder for the cache, or leave remote out")
             local, remote = str(cache_folder(local)), local
         if remote is not None:
             check_readable(remote)
@@ -119,7 +119,7 @@ class GuardedStream(Stream):
         limits = Limits(min(self.download_timeout, seconds), start + seconds, self.stopped)
         source = self._source
         assert source is not None
-        part = self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
+        part = self._part_of(name)
         try:
             while True:
                 attempts += 1
@@ -146,6 +146,9 @@ class GuardedStream(Stream):
                 pause = min(2 * pause, 10.0)
         finally:
             part.unlink(missing_ok=True)
+
+    def _part_of(self, name: str) -> Path:
+        return self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -179,14 +182,7 @@ class GuardedStream(Stream):
             raise self.error(info.basename, fault) from None
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Have a shard's files in the folder, whole and checked.
-
-        Returns:
-            Change of the cache's size in bytes.
-
-        Raises:
-            StreamError: They can't be had.
-        """
+        """Have a shard's files in the folder, whole and checked, and return the change of the cache's size in bytes."""
         return sum(self._prepare_part(raw, zipped, shard.compression) for raw, zipped in shard.file_pairs)
 
     def _prepare_part(self, raw: FileInfo, zipped: FileInfo | None, compression: str | None) -> int:
@@ -202,7 +198,7 @@ class GuardedStream(Stream):
         return delta
 
     def _bring(self, info: FileInfo) -> int:
-        if self._source is None:
+        if self.remote is None:
             fault = Fault("missing", "there is no such file", "copy it there again, or convert the data again")
             raise self.error(info.basename, fault)
         self.bring(info.basename, lambda path: check_file(path, info.bytes, self._hash_of(info)))
@@ -211,8 +207,7 @@ class GuardedStream(Stream):
     def look(self, info: FileInfo) -> tuple[bool, int]:
         """Whether a file is there and whole, and the change of the cache's size: a damaged one is removed from a cache.
 
-        Raises:
-            StreamError: It is damaged, and there is no remote to have it from again.
+        Without a remote to have it from again, a damaged one is a `StreamError`.
         """
         path = self.folder / info.basename
         if not path.is_file():
@@ -220,7 +215,7 @@ class GuardedStream(Stream):
         try:
             check_file(path, info.bytes, self._hash_of(info))
         except Fault as fault:
-            if self._source is None:
+            if self.remote is None:
                 raise self.error(info.basename, fault) from None
             log.warning("%s in the cache: %s: %s; it is fetched again", path, fault.rule, fault.found)
             path.unlink(missing_ok=True)
@@ -230,7 +225,7 @@ class GuardedStream(Stream):
         return True, 0
 
     def _decompress(self, raw: FileInfo, zipped: FileInfo, compression: str | None) -> int:
-        part = self.folder / f"{raw.basename}.{os.getpid()}-{random.getrandbits(32):08x}.part"
+        part = self._part_of(raw.basename)
         try:
             part.write_bytes(decompress(compression, (self.folder / zipped.basename).read_bytes()))
             check_file(part, raw.bytes, self._hash_of(raw))

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import (
-    build_language_model,
-    cast_parameters,
-    empty_parameters,
-    load_language_model_config,
-)
-from composer_path.models.path_mllm import MODULES, ModuleName, PathMLLM
-from composer_path.models.projector import build_projector
-from composer_path.models.vision_encoder import build_vision_encoder
+from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
+from composer_path.models.path_mllm import MODULES, ModuleName
+from composer_path.weights.language_folder import build_language_model
+from composer_path.weights.model_folder import PathMLLM
+from composer_path.weights.projector_file import build_projector
+from composer_path.weights.vision_file import build_vision_encoder
 
 
 def assemble_model(
@@ -58,7 +55,9 @@ def assemble_model(
         llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
-    return PathMLLM(vision, adapter, llm).trainable(list(trainable))
+    model = PathMLLM(vision, adapter, llm)
+    model.trainable(trainable)
+    return model
 
 
 def without_weights(section: Mapping[str, Any], empty: bool) -> dict[str, Any]:

@@ -1,54 +1,112 @@
-"""The whole model as a folder of our own: what an export writes and `PathMLLM.from_pretrained` reads."""
+"""The whole model as a folder of our own: `PathMLLM` with the two methods that write it and read it back."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from composer_path.models import path_mllm
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import build_language_model, empty_parameters
-from composer_path.models.path_mllm import MODEL_TYPE, PathMLLM
-from composer_path.models.projector import build_projector
-from composer_path.models.vision_encoder import build_vision_encoder
-from composer_path.weights.folder import read_folder, write_folder
+from composer_path.models.language_model import empty_parameters, untrained_language_model
+from composer_path.models.projector import untrained_projector
+from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.weights.folder import write_folder
+from composer_path.weights.tensor_file import check_tensors, read_tensor_folder
 
+MODEL_TYPE = "composer_path"
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
-def save_model(
-    model: PathMLLM,
-    folder: Path,
-    state_dict: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: str = "5GB",
-) -> None:
-    """Write weights and configuration; tied weights once. Arguments as those of `PathMLLM.save_pretrained`."""
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    if model.language_model.config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
-    if dtype is not None:
-        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    write_folder(folder, model.config(), tensors, max_shard_size)
+class PathMLLM(path_mllm.PathMLLM):
+    """The model as users get it and runs train it: the architecture, and its way to and from a folder."""
 
+    def config(self) -> dict[str, Any]:
+        """Keywords that rebuild the architecture, as written to `config.json`."""
+        return {
+            "model_type": MODEL_TYPE,
+            "version": 1,
+            "vision_encoder": self.vision_encoder.config,
+            "projector": self.projector.config,
+            "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
+        }
 
-def load_model(folder: Path, attention: AttentionBackend = "auto", dtype: torch.dtype | None = None) -> PathMLLM:
-    """Rebuild the model from its configuration and fill it. Arguments as those of `PathMLLM.from_pretrained`."""
-    config, tensors = read_folder(folder, MODEL_TYPE)
-    with empty_parameters():
-        model = PathMLLM(
-            build_vision_encoder(**config["vision_encoder"]),
-            build_projector(**config["projector"]),
-            build_language_model(config=config["language_model"], attention=attention),
-        )
-    if dtype is not None:
-        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    if model.language_model.config.tie_word_embeddings:
-        tensors[HEAD] = tensors[EMBEDDING]
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if missing or unexpected:
-        raise ValueError(f"'{folder}': weights don't fit config.json; missing {missing}, left over {unexpected}")
-    model.language_model.tie_weights()
-    return model.eval()
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write a folder of safetensors shards and `config.json` that `from_pretrained` reads; tied weights once.
+
+        Args:
+            folder: Made if it isn't there; `config.json` is written last, so a folder that has one is complete.
+            state_dict: The gathered weights where this module is sharded; its own by default.
+            dtype: Of the written weights; as they are by default.
+            max_shard_size: Of one safetensors file.
+        """
+        tensors = dict(self.state_dict() if state_dict is None else state_dict)
+        if self.language_model.config.tie_word_embeddings:
+            tensors.pop(HEAD, None)
+        if dtype is not None:
+            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        write_folder(Path(folder), self.config(), tensors, max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, attention: AttentionBackend = "auto", dtype: torch.dtype | None = None
+    ) -> PathMLLM:
+        """Load a folder written by `save_pretrained`.
+
+        Args:
+            folder: With `config.json` and safetensors.
+            attention: Of forward passes, see `composer_path.models.attention.resolve_attention`.
+            dtype: Of the weights; as written by default.
+
+        Raises:
+            ValueError: Not such a folder, or weights that are missing, left over or of other shapes, all listed.
+        """
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise ValueError(
+                f"no config.json in '{folder}'; it must be a folder written by an export or by save_pretrained"
+            )
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.get("model_type") != MODEL_TYPE:
+            raise ValueError(
+                f"'{file}' has model_type '{config.get('model_type')}', expected '{MODEL_TYPE}'; a folder in "
+                "the reference's names is loaded by composer_path.load_reference_model"
+            )
+        with empty_parameters():
+            model = cls(
+                untrained_vision_encoder(**config["vision_encoder"]),
+                untrained_projector(**config["projector"]),
+                untrained_language_model(config["language_model"], attention=attention),
+            )
+        return model.filled(str(folder), read_tensor_folder(folder), dtype)
+
+    def filled(self, source: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> PathMLLM:
+        """This model, built empty, with its weights in place and ready to be asked.
+
+        Args:
+            source: Where they were read, for the message.
+            tensors: All of them, under our names; of a tied head none is needed.
+            dtype: Of the weights; as they are by default.
+
+        Raises:
+            WeightsError: They don't fit (all differences listed).
+        """
+        if self.language_model.config.tie_word_embeddings and EMBEDDING in tensors:
+            tensors = {HEAD: tensors[EMBEDDING]} | tensors
+        check_tensors(source, self.state_dict(), tensors)
+        if dtype is not None:
+            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+        self.load_state_dict(tensors, assign=True)
+        self.language_model.tie_weights()
+        return self.eval()

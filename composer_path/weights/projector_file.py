@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from composer_path.models.projector import Projector, build_projector
+from composer_path.models.projector import Projector, untrained_projector
+from composer_path.storage.atomic import write_whole
 from composer_path.weights.tensor_file import WeightsError, check_tensors, read_metadata, read_tensor_file
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,22 @@ WITH_POOLER = (("pooler.", "attn_pool."), ("ln.", "ln."), ("mlp.", "proj."))
 WITHOUT_POOLER = (("mlp.", ""),)
 # How CoCa's own files call the pooler and the LayerNorm behind it: the reference's, CONCH's, open_clip's.
 COCA_NAMES = (("attn_pool.", "ln."), ("attn_pool_caption.", "ln_caption."), ("attn_pool.", "ln_post."))
+
+
+def build_projector(*, weights: str | None = None, **architecture: Any) -> Projector:
+    """A projector with random weights or those of a file.
+
+    Args:
+        weights: `projector.safetensors`, the reference's `mm_projector.bin`, or CoCa start weights (pooler and `ln`).
+        **architecture: Keywords of `composer_path.models.projector.untrained_projector`.
+
+    Raises:
+        ValueError: Unknown names, keys that contradict each other, sizes or weights that don't fit.
+    """
+    projector = untrained_projector(**architecture)
+    if weights is not None:
+        load_projector_weights(weights, projector)
+    return projector
 
 
 def to_reference_projector(state_dict: Mapping[str, Tensor], prefix: str = "model." + MARKER) -> dict[str, Tensor]:
@@ -71,7 +88,8 @@ def save_projector(path: str | Path, projector: Projector, state_dict: Mapping[s
         state_dict: The gathered tensors of a sharded projector, by the projector's own names.
     """
     tensors = _plain_tensors(projector.state_dict() if state_dict is None else state_dict)
-    save_file(tensors, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(projector.config, sort_keys=True)})
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(projector.config, sort_keys=True)}
+    write_whole(Path(path), lambda file: save_file(tensors, file.name, metadata=metadata))
 
 
 def save_mm_projector(path: str | Path, projector: Projector, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -80,7 +98,7 @@ def save_mm_projector(path: str | Path, projector: Projector, state_dict: Mappin
     Arguments as `save_projector`.
     """
     tensors = _plain_tensors(projector.state_dict() if state_dict is None else state_dict)
-    torch.save(to_reference_projector(tensors), path)
+    write_whole(Path(path), lambda file: torch.save(to_reference_projector(tensors), file))
 
 
 def read_projector_config(path: str | Path) -> dict[str, Any] | None:
@@ -90,20 +108,6 @@ def read_projector_config(path: str | Path) -> dict[str, Any] | None:
         return None
     metadata = read_metadata(path)
     return json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
-
-
-def load_projector(path: str | Path) -> Projector:
-    """The projector of a `projector.safetensors`, rebuilt from the config in it.
-
-    Raises:
-        WeightsError: A file without a config.
-    """
-    config = read_projector_config(path)
-    if config is None:
-        raise WeightsError(f"weights: '{path}' has no projector config in it; build the projector, then load the file")
-    projector = build_projector(**config)
-    load_projector_weights(path, projector)
-    return projector
 
 
 def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:

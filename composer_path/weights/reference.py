@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import build_language_model, empty_parameters
-from composer_path.models.path_mllm import PathMLLM
-from composer_path.models.projector import Projector, build_projector
+from composer_path.models.language_model import empty_parameters, untrained_language_model
+from composer_path.models.projector import Projector, untrained_projector
 from composer_path.models.rope_keys import old_rope_keys
-from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
+from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.folder import write_folder
+from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import MARKER, from_reference_projector, to_reference_projector
-from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_folder
+from composer_path.weights.tensor_file import WeightsError, read_tensor_folder
 
 VISION_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_PREFIX = "model." + MARKER
@@ -69,20 +69,12 @@ def load_reference_model(
     state_dict = from_reference(tensors)
     with empty_parameters():
         language_config = {key: value for key, value in config.items() if key in LLAMA_KEYS and value is not None}
-        language_model = build_language_model(config={"model_type": "llama", **language_config}, attention=attention)
         model = PathMLLM(
             _empty_vision_encoder(folder, state_dict, image_size, patch_size, num_heads),
             _empty_projector(folder, state_dict, config),
-            language_model,
+            untrained_language_model({"model_type": "llama", **language_config}, attention=attention),
         )
-    if language_model.config.tie_word_embeddings:
-        state_dict.setdefault("language_model.lm_head.weight", state_dict["language_model.model.embed_tokens.weight"])
-    check_tensors(str(folder), model.state_dict(), state_dict)
-    if dtype is not None:
-        state_dict = {key: value.to(dtype) for key, value in state_dict.items()}
-    model.load_state_dict(state_dict, assign=True)
-    language_model.tie_weights()
-    return model.eval()
+    return model.filled(str(folder), state_dict, dtype)
 
 
 def save_reference_model(
@@ -205,7 +197,7 @@ def _empty_vision_encoder(
     if dim % num_heads:
         raise WeightsError(f"weights: num_heads {num_heads} doesn't divide the ViT's width {dim} in '{folder}'")
     depth = 1 + max(int(key.split(".")[1]) for key in trunk if key.startswith("blocks."))
-    return build_vision_encoder(
+    return untrained_vision_encoder(
         VISION_TOWER,
         image_size=image_size,
         kwargs={
@@ -226,7 +218,7 @@ def _empty_projector(folder: Path, state_dict: Mapping[str, Tensor], config: Map
     if query is not None:
         pooler = {"kind": "reference", "num_queries": query.shape[0], "dim": query.shape[1], "num_heads": POOLER_HEADS}
     try:
-        return build_projector(
+        return untrained_projector(
             in_dim=in_dim, out_dim=config["hidden_size"], type=config.get("mm_projector_type", "linear"), pooler=pooler
         )
     except ValueError as error:

@@ -76,25 +76,38 @@ def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not.
 
     Raises:
-        WeightsError: No weights there, a shard of the index is missing, or a shard that can't be read.
+        WeightsError: No weights there, an index that can't be followed, a tensor in two shards, or a damaged shard.
     """
     folder = Path(folder)
     names = [name for name in SINGLES if (folder / name).is_file()][:1]
     # Safetensors, sharded or not, come before pickles.
     for index in INDEXES if names != SINGLES[:1] else ():
         if (folder / index).is_file():
-            weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
+            names = _shards_of(folder / index)
             break
     if not names:
         raise WeightsError(f"weights: '{folder}' holds none of {', '.join(SINGLES + INDEXES)}")
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise WeightsError(f"weights: the index in '{folder}' names files outside of the folder: {_some(outside)}")
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors |= read_tensor_file(folder / name)
+        shard = read_tensor_file(folder / name)
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {_some(twice)}")
+        tensors |= shard
     return tensors
+
+
+def _shards_of(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"weights: '{index}' is no index of shards ({type(error).__name__})") from None
+    if outside:
+        raise WeightsError(f"weights: '{index}' names files outside of the folder: {_some(outside)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise WeightsError(f"weights: '{index}' names files that aren't there: {_some(missing)}; copy the whole folder")
+    return names
 
 
 def check_tensors(

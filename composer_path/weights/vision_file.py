@@ -6,13 +6,14 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from composer_path.models.open_clip_trunk import OpenClipTrunk
-from composer_path.models.vision_encoder import VisionEncoder
+from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file
 
 log = logging.getLogger(__name__)
@@ -39,11 +40,29 @@ OPEN_CLIP = VisionKeys(
 )
 
 
+def build_vision_encoder(name: str, *, weights: str | None = None, **architecture: Any) -> VisionEncoder:
+    """A vision encoder by name, with random weights or those of a file.
+
+    Args:
+        name: See `untrained_vision_encoder`.
+        weights: A file, see `load_vision_weights`.
+        **architecture: Further keywords of `untrained_vision_encoder`.
+
+    Raises:
+        ValueError: Unknown names or keywords, sizes or weights that don't fit.
+    """
+    encoder = untrained_vision_encoder(name, **architecture)
+    if weights is not None:
+        load_vision_weights(weights, encoder)
+    return encoder
+
+
 def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
     """Load a file's weights into a vision encoder.
 
     The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
-    removed. Position embeddings of another image size are resampled. Classifier and pooling weights are left out. The
+    removed. Position embeddings of another image size are resampled
+    (bicubic, antialiased). Classifier and pooling weights are left out. The
     text tower and all else in a whole vision-language checkpoint (prefix with `visual`) is left out; in any other file
     keys outside of the prefix are an error.
 

@@ -9,17 +9,16 @@ from typing import Any
 import pytest
 from tiny_model import NUM_IMAGE_TOKENS, tiny_model_folder
 
+from composer_path import PathMLLM
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config, write_processor_config
 from composer_path.images.pixels import ImagePreparation, pad_color_of
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
-from composer_path.weights.model_folder import load_model
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> PathMLLM:
-    return load_model(tiny_model_folder(tmp_path_factory.getbasetemp() / "tiny_model"))
+    return PathMLLM.from_pretrained(tiny_model_folder(tmp_path_factory.getbasetemp() / "tiny_model"))
 
 
 @pytest.mark.parametrize("template", ["plain", {"name": "llava_llama_2", "system": "Be brief."}])

@@ -18,7 +18,7 @@ from composer_path.models.attention import (
     packed_torch_flash,
     resolve_attention,
 )
-from composer_path.models.language_model import build_language_model
+from composer_path.models.language_model import untrained_language_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LENGTHS = (5, 1, 11, 7)
@@ -151,7 +151,7 @@ def test_models_that_attend_causally_are_accepted(model_type: str, keys: dict[st
 @pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon", "gptj"])
 def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model_type: str) -> None:
     with pytest.raises(ValueError, match=f"language model '{model_type}' does not go through"):
-        build_language_model(config={"model_type": model_type})
+        untrained_language_model(config={"model_type": model_type})
 
 
 # --- which function runs ---------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_rows_with_borders_take_the_packed_function_and_others_transformers_own(
         calls.append(kwargs["cu_seq_lens_q"])
         return packed_sdpa(*args, **kwargs)
 
-    model = build_language_model(config={"model_type": "llama", **SIZES})
+    model = untrained_language_model(config={"model_type": "llama", **SIZES})
     pack_attention(model)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_sdpa", count)
     ids = torch.arange(3, 27)[None]

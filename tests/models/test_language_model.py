@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from composer_path.models.language_model import (
-    build_language_model,
     cast_parameters,
     decoder_blocks,
     empty_parameters,
     load_language_model_config,
+    untrained_language_model,
 )
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -27,15 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as transformers writes it."""
     place = tmp_path_factory.mktemp("llama")
     torch.manual_seed(5)
-    build_language_model(config=LLAMA).save_pretrained(place)
+    untrained_language_model(config=LLAMA).save_pretrained(place)
     return place
 
 
-def test_only_parameters_take_the_dtype_ropes_frequencies_stay_fp32(folder: Path) -> None:
+def test_only_parameters_take_the_dtype_ropes_frequencies_stay_fp32() -> None:
     for model in (
-        build_language_model(config=LLAMA, dtype=torch.bfloat16),
-        build_language_model(path=str(folder), dtype=torch.bfloat16),
-        cast_parameters(build_language_model(config=LLAMA), torch.bfloat16),
+        untrained_language_model(config=LLAMA, dtype=torch.bfloat16),
+        cast_parameters(untrained_language_model(config=LLAMA), torch.bfloat16),
     ):
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         frequencies = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
@@ -44,33 +42,16 @@ def test_only_parameters_take_the_dtype_ropes_frequencies_stay_fp32(folder: Path
         torch.testing.assert_close(frequencies[0], exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_from_a_folder_equals_transformers_own(folder: Path, dtype: torch.dtype) -> None:
-    ours = build_language_model(path=str(folder), dtype=dtype)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
-    assert ours.config._attn_implementation.startswith("packed_")
-    for (name, value), (other, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
-        assert name == other and torch.equal(value, expected), name
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_empty_model_has_meta_parameters_real_buffers_and_the_same_ties(tied: bool) -> None:
-    model = build_language_model(config={**LLAMA, "tie_word_embeddings": tied}, empty=True)
+    model = untrained_language_model(config={**LLAMA, "tie_word_embeddings": tied}, empty=True)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     buffers = dict(model.named_buffers())
     assert buffers and {buffer.device.type for buffer in buffers.values()} == {"cpu"}
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
-    full = build_language_model(config={**LLAMA, "tie_word_embeddings": tied})
+    full = untrained_language_model(config={**LLAMA, "tie_word_embeddings": tied})
     assert len(list(model.parameters())) == len(list(full.parameters()))
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
-
-
-def test_an_empty_model_of_a_folder_reads_no_weights(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    model = build_language_model(path=str(tmp_path), empty=True, dtype=torch.bfloat16)
-    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
-    with pytest.raises(OSError, match=r"safetensors|weights|pytorch_model"):
-        build_language_model(path=str(tmp_path))
 
 
 def test_the_empty_context_is_left_behind_even_after_an_error() -> None:
@@ -84,9 +65,9 @@ def test_the_empty_context_is_left_behind_even_after_an_error() -> None:
 
 def test_random_weights_come_from_the_seed() -> None:
     torch.manual_seed(1)
-    first = build_language_model(config=LLAMA).state_dict()
+    first = untrained_language_model(config=LLAMA).state_dict()
     torch.manual_seed(1)
-    second = build_language_model(config=LLAMA).state_dict()
+    second = untrained_language_model(config=LLAMA).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -96,39 +77,23 @@ def test_a_configuration_comes_from_keys_a_file_or_a_folder(folder: Path) -> Non
         assert (config.model_type, config.hidden_size, config.num_key_value_heads) == ("llama", 32, 2)
 
 
+def test_decoder_blocks_are_found_or_their_lack_is_said() -> None:
+    assert len(decoder_blocks(untrained_language_model(config=LLAMA))) == 2
+    other = AutoModelForCausalLM.from_config(load_gpt2())
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: its blocks are not found at base_model\.layers"):
+        decoder_blocks(other)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({}, "give either 'path'"),
-        ({"path": "somewhere", "config": LLAMA}, "give either 'path'"),
-        ({"path": "not/there"}, "no config.json in 'not/there'"),
         ({"config": "not/there.json"}, "'not/there.json' does not exist"),
         ({"config": SIZES}, "'model_type' is missing"),
     ],
 )
 def test_what_can_not_be_built_is_said(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_language_model(**keywords)
-
-
-def test_code_of_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
-    content = json.loads((folder / "config.json").read_text())
-    content |= {
-        "model_type": "unheard_of",
-        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError):
-        build_language_model(path=str(tmp_path))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_decoder_blocks_are_found_or_their_lack_is_said() -> None:
-    assert len(decoder_blocks(build_language_model(config=LLAMA))) == 2
-    other = AutoModelForCausalLM.from_config(load_gpt2())
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: its blocks are not found at base_model\.layers"):
-        decoder_blocks(other)
+        untrained_language_model(**keywords)
 
 
 def load_gpt2() -> Any:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from composer_path.models.attentional_pooler import AttentionalPooler, OpenClipAttentionalPooler
-from composer_path.models.projector import build_projector
+from composer_path.models.projector import untrained_projector
 from composer_path.weights.projector_file import from_reference_projector
 
 SMALL = {"dim": 16, "num_queries": 5, "num_heads": 4}
@@ -25,7 +25,7 @@ def test_projected_tokens_equal_the_references(golden: Path) -> None:
     expected = load_file(golden / "model" / "expected.safetensors")
     prefix = "model.mm_projector."
     weights = load_file(golden / "model" / "model.safetensors")
-    projector = build_projector(in_dim=64, out_dim=64, type="attn_pool+mlp2x_gelu", pooler={"dim": 48})
+    projector = untrained_projector(in_dim=64, out_dim=64, type="attn_pool+mlp2x_gelu", pooler={"dim": 48})
     projector.load_state_dict(
         from_reference_projector({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     )
@@ -36,7 +36,7 @@ def test_projected_tokens_equal_the_references(golden: Path) -> None:
 
 def test_the_default_is_the_references_projector() -> None:
     with torch.device("meta"):
-        projector = build_projector(in_dim=1024, out_dim=5120)
+        projector = untrained_projector(in_dim=1024, out_dim=5120)
     shapes = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
     assert shapes == {
         "pooler.query": (128, 768),
@@ -70,7 +70,7 @@ def test_the_default_is_the_references_projector() -> None:
     ],
 )
 def test_every_type_projects_and_counts_its_tokens(arguments: dict, num_image_tokens: int, num_layers: int) -> None:
-    projector = build_projector(in_dim=24, out_dim=32, **arguments)
+    projector = untrained_projector(in_dim=24, out_dim=32, **arguments)
     output = projector(torch.randn(2, 9, 24))
     assert output.shape == (2, num_image_tokens, 32)
     assert projector.num_image_tokens(9) == num_image_tokens
@@ -78,7 +78,7 @@ def test_every_type_projects_and_counts_its_tokens(arguments: dict, num_image_to
 
 
 def test_identity_changes_nothing() -> None:
-    projector = build_projector(in_dim=24, out_dim=24, type="identity")
+    projector = untrained_projector(in_dim=24, out_dim=24, type="identity")
     features = torch.randn(2, 9, 24)
     assert torch.equal(projector(features), features)
     assert not list(projector.parameters())
@@ -86,7 +86,7 @@ def test_identity_changes_nothing() -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     for kind in ("reference", "open_clip"):
-        projector = build_projector(in_dim=24, out_dim=32, pooler={**SMALL, "kind": kind})
+        projector = untrained_projector(in_dim=24, out_dim=32, pooler={**SMALL, "kind": kind})
         projector(torch.randn(2, 9, 24)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in projector.parameters())
 
@@ -117,19 +117,19 @@ def test_the_open_clip_pooler_equals_open_clips(in_dim: int) -> None:
     ],
 )
 def test_the_config_rebuilds_the_architecture(arguments: dict) -> None:
-    projector = build_projector(in_dim=24, out_dim=32, **arguments)
-    again = build_projector(**json.loads(json.dumps(projector.config)))
+    projector = untrained_projector(in_dim=24, out_dim=32, **arguments)
+    again = untrained_projector(**json.loads(json.dumps(projector.config)))
     again.load_state_dict(projector.state_dict())
     assert again.config == projector.config
 
 
 def test_features_take_the_dtype_of_the_weights() -> None:
-    projector = build_projector(in_dim=24, out_dim=32, pooler=SMALL)
+    projector = untrained_projector(in_dim=24, out_dim=32, pooler=SMALL)
     assert projector(torch.randn(2, 9, 24, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_features_of_another_width_are_refused_with_both_widths() -> None:
-    projector = build_projector(in_dim=24, out_dim=32, pooler=SMALL)
+    projector = untrained_projector(in_dim=24, out_dim=32, pooler=SMALL)
     with pytest.raises(ValueError, match="width 25 came in, but it was built for width 24"):
         projector(torch.randn(2, 9, 25))
 
@@ -151,4 +151,4 @@ def test_features_of_another_width_are_refused_with_both_widths() -> None:
 )
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_projector(in_dim=24, out_dim=32, **arguments)
+        untrained_projector(in_dim=24, out_dim=32, **arguments)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from composer_path.models.language_model import build_language_model, load_language_model_config
+from composer_path.models.language_model import load_language_model_config
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, old_rope_keys
+from composer_path.weights.language_folder import build_language_model
 
 LLAMA = {
     "model_type": "llama",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from streaming import MDSWriter
 
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.loader import build_dataloader
+from composer_path.cli import main
+from composer_path.commands.verb import parse
 from composer_path.config.reading import load_config, plain
 from composer_path.conversion.convert import convert
 from composer_path.planning.measured_lengths import image_tokens_of, lengths_problems, training_sets
@@ -24,17 +25,6 @@ from composer_path.storage.places import Folder
 from composer_path.train import main as train
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-
-
-def command() -> Any:
-    spec = importlib.util.spec_from_file_location("measure_lengths", REPO_ROOT / "data_prep" / "measure_lengths.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-measure = command()
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +68,7 @@ def test_measured_lengths_are_those_of_training(
 ) -> None:
     overrides = [f"train_loader.dataset.template={template}", f"train_loader.dataset.max_seq_len={max_seq_len}"]
     words = arguments(shards, *overrides, f"train_loader.dataset.image_position={position}")
-    assert measure.main([*words, "--out", str(tmp_path), "--workers", "2"]) == 0
+    assert main(["lengths", *words, "--out", str(tmp_path), "--workers", "2"]) == 0
     lengths = lengths_in(tmp_path, words)
     settings = settings_of(words)
     keys = ("local", "template", "max_seq_len", "image_position")
@@ -106,19 +96,19 @@ def test_the_same_bytes_for_any_number_of_processes_and_nothing_is_measured_twic
 ) -> None:
     words = arguments(shards)
     for workers in (1, 2):
-        assert measure.main([*words, "--out", str(tmp_path / str(workers)), "--workers", str(workers)]) == 0
+        assert main(["lengths", *words, "--out", str(tmp_path / str(workers)), "--workers", str(workers)]) == 0
     (one,), (two,) = ((tmp_path / name).iterdir() for name in ("1", "2"))
     assert (one.name, one.read_bytes()) == (two.name, two.read_bytes())
     monkeypatch.setattr("composer_path.planning.measured_lengths.ShardView", None)  # cannot be read now
-    assert measure.main([*words, "--out", str(tmp_path / "1")]) == 0
+    assert main(["lengths", *words, "--out", str(tmp_path / "1")]) == 0
     with pytest.raises(TypeError):
-        measure.main([*words, "--out", str(tmp_path / "1"), "--force"])
+        main(["lengths", *words, "--out", str(tmp_path / "1"), "--force"])
 
 
 def test_images_are_neither_decoded_nor_read(shards: Path, tmp_path: Path) -> None:
     """Their bytes are overwritten: a sample that looked at them would fail, or be shorter."""
     words = arguments(shards)
-    assert measure.main([*words, "--out", str(tmp_path / "before")]) == 0
+    assert main(["lengths", *words, "--out", str(tmp_path / "before")]) == 0
     view_index = json.loads((shards / "data" / "index.json").read_text())
     copy = tmp_path / "data"
     for shard in view_index["shards"]:
@@ -131,7 +121,7 @@ def test_images_are_neither_decoded_nor_read(shards: Path, tmp_path: Path) -> No
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes(data)
     (copy / "index.json").write_bytes((shards / "data" / "index.json").read_bytes())
-    assert measure.main([*arguments(tmp_path), "--out", str(tmp_path / "after")]) == 0
+    assert main(["lengths", *arguments(tmp_path), "--out", str(tmp_path / "after")]) == 0
     before, after = (lengths_in(tmp_path / name, words).tokens.tolist() for name in ("before", "after"))
     assert before == after
 
@@ -143,7 +133,7 @@ def test_a_mixture_has_one_file_a_stream_by_its_own_template(shards: Path, tmp_p
     )
     words = arguments(shards, f"train_loader.dataset.streams={streams}", f"train_loader.lengths={tmp_path}")
     words += ["train_loader.dataset.local=null", "train_loader.balance=global"]
-    assert measure.main([*words, "--workers", "1"]) == 0
+    assert main(["lengths", *words, "--workers", "1"]) == 0
     assert len(list(tmp_path.iterdir())) == 2
     settings = settings_of(words)
     assert lengths_problems(settings) == []
@@ -169,7 +159,7 @@ def test_training_refuses_lengths_of_another_run_before_it_builds_anything(
     words += [f"save_root={tmp_path / 'runs'}"]
     assert train(words) == 2
     assert "train_loader.balance:" in (error := capsys.readouterr().err) and "found no lengths" in error
-    assert measure.main(words) == 0
+    assert main(["lengths", *words]) == 0
     assert lengths_problems(settings_of(words)) == []
     assert train([*words, "train_loader.dataset.max_seq_len=300"]) == 2
     assert "measured for another max_seq_len (512 there, 300 here); measure with" in capsys.readouterr().err
@@ -196,7 +186,7 @@ def test_without_balance_nothing_is_asked_for(shards: Path) -> None:
 def test_a_set_that_is_not_there_or_is_cut_is_an_error_without_a_file(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert measure.main(arguments(tmp_path, name="nowhere")) == 1
+    assert main(["lengths", *arguments(tmp_path, name="nowhere")]) == 2
     assert "found no index.json in" in capsys.readouterr().err
     (tmp_path / "cut" / "part-00000").mkdir(parents=True)
     index = json.loads((shards / "captions" / "index.json").read_text())
@@ -204,8 +194,8 @@ def test_a_set_that_is_not_there_or_is_cut_is_an_error_without_a_file(
     for shard in index["shards"]:
         name = shard["raw_data"]["basename"]
         (tmp_path / "cut" / name).write_bytes((shards / "captions" / name).read_bytes()[:5000])
-    assert measure.main(arguments(tmp_path, "--workers", "1", name="cut")) == 1
-    assert "it ends before its last sample" in capsys.readouterr().err
+    assert main(["lengths", *arguments(tmp_path, "--workers", "1", name="cut")]) == 2
+    assert "its header doesn't fit 30 samples in 5000 bytes" in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["index.json", "part-00000"]
 
 
@@ -218,19 +208,19 @@ def test_compressed_shards_are_measured_too(tmp_path: Path) -> None:
                 conversation = {"turns": turns, "system": None}
                 images = pack_images([b"no image at all"])
                 writer.write({"id": str(index), "conversation": conversation, "images": images, "metadata": {}})
-        assert measure.main([*arguments(tmp_path, name=name), "--out", str(tmp_path / f"of {name}")]) == 0
+        assert main(["lengths", *arguments(tmp_path, name=name), "--out", str(tmp_path / f"of {name}")]) == 0
     found = [lengths_in(tmp_path / f"of {name}", arguments(tmp_path, name=name)) for name in ("zipped", "plain")]
     assert np.array_equal(found[0].tokens, found[1].tokens)
     assert (np.diff(found[0].tokens) > 0).all() and len(found[0]) == 9
 
 
-@pytest.mark.parametrize("words", [["--workers", "0"], ["rubbish"], ["--loader", "loader"]])
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--loader", "loader"]])
 def test_wrong_arguments_end_with_2(words: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        measure.parse_arguments(["x.yaml", *words])
+        parse("lengths", ["x.yaml", *words])
     assert ended.value.code == 2
 
 
 def test_a_mistake_in_the_yaml_ends_with_2(shards: Path, capsys: pytest.CaptureFixture) -> None:
-    assert measure.main(arguments(shards, "train_loader.balanced=node")) == 2
+    assert main(["lengths", *arguments(shards, "train_loader.balanced=node")]) == 2
     assert "did you mean" in capsys.readouterr().err

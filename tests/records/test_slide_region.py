@@ -33,6 +33,12 @@ openslide = pytest.importorskip("openslide", reason="slide regions need the extr
 LEVELS = tiny_slide_levels()
 
 
+def region_of(
+    path: Path, x: int, y: int, width: int, height: int, level: int = 0, max_pixels: int = 2**28
+) -> Image.Image:
+    return read_region(path, SlideRegion("slide", x, y, width, height, level), max_pixels)
+
+
 @pytest.fixture
 def tiny_slide(tmp_path: Path) -> Path:
     """80 x 48 pixels and half of that, 0.5 micrometres a pixel."""
@@ -53,7 +59,7 @@ def test_a_region_of_a_real_slide_has_openslides_own_pixels(real_slide: Path) ->
         for x, y, width, height in [(0, 0, 64, 64), (500, 900, 448, 448), (1772, 2519, 448, 448), (700, 3, 1, 97)]:
             own = np.asarray(slide.read_region((x, y), 0, (width, height)))
             assert (own[:, :, 3] == 255).all()
-            region = read_region(real_slide, x, y, width, height, 0)
+            region = region_of(real_slide, x, y, width, height, 0)
             assert (region.mode, region.size) == ("RGB", (width, height))
             assert np.array_equal(np.asarray(region), own[:, :, :3])
     assert mpp_of(real_slide, 0) == 0.499
@@ -79,7 +85,7 @@ def test_the_label_and_the_macro_picture_are_never_read(real_slide: Path, monkey
 
 @pytest.mark.parametrize("level", [0, 1])
 def test_each_level_gives_its_own_pixels(tiny_slide: Path, level: int) -> None:
-    region = read_region(tiny_slide, 8, 4, 16, 10, level)
+    region = region_of(tiny_slide, 8, 4, 16, 10, level)
     left, top = 8 >> level, 4 >> level
     assert np.array_equal(np.asarray(region), LEVELS[level][top : top + 10, left : left + 16])
 
@@ -89,12 +95,12 @@ def test_a_dicom_slide_is_the_scan_whichever_of_its_files_is_named(tmp_path: Pat
     path = write_tiny_dicom(tmp_path / "slide", LEVELS) / name
     for level, pixels in enumerate(LEVELS):
         height, width, _ = pixels.shape
-        assert np.array_equal(np.asarray(read_region(path, 0, 0, width, height, level)), pixels)
+        assert np.array_equal(np.asarray(region_of(path, 0, 0, width, height, level)), pixels)
         assert mpp_of(path, level) == 0.5 * 2**level
 
 
 def test_what_lies_outside_of_the_scan_is_white(tiny_slide: Path) -> None:
-    region = np.asarray(read_region(tiny_slide, -3, 40, 90, 20, 0))
+    region = np.asarray(region_of(tiny_slide, -3, 40, 90, 20, 0))
     expected = np.full((20, 90, 3), 255, np.uint8)
     expected[:8, 3:83] = LEVELS[0][40:]
     assert np.array_equal(region, expected)
@@ -131,7 +137,7 @@ def test_regions_that_make_no_sense_are_refused(
     tiny_slide: Path, x: int, y: int, width: int, height: int, level: int, rule: str
 ) -> None:
     with pytest.raises(ImageError) as caught:
-        read_region(tiny_slide, x, y, width, height, level, max_pixels=10_000)
+        region_of(tiny_slide, x, y, width, height, level, max_pixels=10_000)
     assert caught.value.rule == rule
     assert rule in RULES
     assert caught.value.found
@@ -140,7 +146,7 @@ def test_regions_that_make_no_sense_are_refused(
 
 def test_a_region_with_one_pixel_on_the_scan_is_no_fault(tiny_slide: Path) -> None:
     for x, y, level in [(79, 47, 0), (-4, -4, 0), (-9, -9, 1)]:
-        region = np.asarray(read_region(tiny_slide, x, y, 5, 5, level))
+        region = np.asarray(region_of(tiny_slide, x, y, 5, 5, level))
         assert ((region != 255).any(axis=-1)).sum() == 1
 
 
@@ -153,7 +159,7 @@ def test_what_is_no_slide_is_refused_without_its_name(tmp_path: Path, kind: str)
         Image.new("RGB", (64, 64)).save(path, "JPEG")
     elif kind == "folder":
         path.mkdir()
-    for call in (lambda: read_region(path, 0, 0, 8, 8, 0), lambda: mpp_of(path, 0)):
+    for call in (lambda: region_of(path, 0, 0, 8, 8, 0), lambda: mpp_of(path, 0)):
         with pytest.raises(ImageError) as caught:
             call()
         assert caught.value.rule == "unreadable-image"
@@ -169,34 +175,34 @@ def test_a_damaged_tile_costs_only_its_own_regions(tmp_path: Path) -> None:
     data[place : place + 4] = (2**31).to_bytes(4, "little")
     path.write_bytes(data)
     whole = LEVELS[0][:16, :16]
-    assert np.array_equal(np.asarray(read_region(path, 0, 0, 16, 16, 0)), whole)
+    assert np.array_equal(np.asarray(region_of(path, 0, 0, 16, 16, 0)), whole)
     with pytest.raises(ImageError, match="truncated or damaged"):
-        read_region(path, 66, 34, 8, 8, 0)
-    assert np.array_equal(np.asarray(read_region(path, 0, 0, 16, 16, 0)), whole)
+        region_of(path, 66, 34, 8, 8, 0)
+    assert np.array_equal(np.asarray(region_of(path, 0, 0, 16, 16, 0)), whole)
 
 
 def test_a_slide_that_was_replaced_is_read_anew(tiny_slide: Path) -> None:
-    before = np.asarray(read_region(tiny_slide, 0, 0, 8, 8, 0))
+    before = np.asarray(region_of(tiny_slide, 0, 0, 8, 8, 0))
     write_tiny_slide(tiny_slide, [level[::-1].copy() for level in LEVELS])
     os.utime(tiny_slide, ns=(1, 1))
-    assert not np.array_equal(np.asarray(read_region(tiny_slide, 0, 0, 8, 8, 0)), before)
+    assert not np.array_equal(np.asarray(region_of(tiny_slide, 0, 0, 8, 8, 0)), before)
 
 
 def test_threads_and_forked_processes_read_the_same(tiny_slide: Path) -> None:
-    expected = read_region(tiny_slide, 1, 2, 30, 20, 0).tobytes()
+    expected = region_of(tiny_slide, 1, 2, 30, 20, 0).tobytes()
     with ThreadPoolExecutor(4) as pool:
-        assert {
-            image.tobytes() for image in pool.map(lambda _: read_region(tiny_slide, 1, 2, 30, 20, 0), range(40))
-        } == {expected}
+        assert {image.tobytes() for image in pool.map(lambda _: region_of(tiny_slide, 1, 2, 30, 20, 0), range(40))} == {
+            expected
+        }
     with multiprocessing.get_context("fork").Pool(2) as processes:
-        regions = processes.starmap(read_region, [(tiny_slide, 1, 2, 30, 20, 0)] * 8)
+        regions = processes.starmap(region_of, [(tiny_slide, 1, 2, 30, 20, 0)] * 8)
     assert {image.tobytes() for image in regions} == {expected}
 
 
 def test_a_missing_package_says_what_to_install(tiny_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openslide", None)
     with pytest.raises(OpenSlideMissing, match=r"pip install 'composer_path\[wsi\]'"):
-        read_region(tiny_slide, 0, 0, 8, 8, 0)
+        region_of(tiny_slide, 0, 0, 8, 8, 0)
 
 
 def record(image: Any) -> dict[str, Any]:
@@ -258,7 +264,7 @@ def test_a_conversion_stores_regions_and_the_slides_resolution(tmp_path: Path) -
     for number, value in enumerate(given):
         level = value.get("level", 0)
         (image,) = plain.sample(number).images
-        expected = read_region(tmp_path / "tiny.tiff", 8, 4, 20, 16, level)
+        expected = region_of(tmp_path / "tiny.tiff", 8, 4, 20, 16, level)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(image))), np.asarray(expected))
         assert plain.sample(number).metadata["images"] == [str(SlideRegion.from_record(value))]
         stored = load_stored_image(resized.sample(number).images[0], 28, "pad", "pil", (1, 2, 3))

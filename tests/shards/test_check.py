@@ -19,6 +19,9 @@ from tiny_sets import (
 )
 
 from composer_path.records.conversation import Conversation
+from composer_path.records.prompts import get_template
+from composer_path.records.tokenize import TextPreparation
+from composer_path.records.vocabulary import load_tokenizer, text_encoder
 from composer_path.shards.check import LabelCounter, check_shards
 from composer_path.shards.columns import pack_images
 from composer_path.shards.view import ShardView
@@ -99,7 +102,8 @@ def test_labels_are_counted_under_the_template_that_training_uses(tmp_path: Path
     view = ShardView(write_set(tmp_path / "set", rows))
 
     def rules(template: str, max_seq_len: int | None = None) -> list[tuple[int | None, str]]:
-        counter = LabelCounter(str(mistral_tokenizer_path), template, max_seq_len)
+        text = TextPreparation(get_template(template), 1, max_seq_len)
+        counter = LabelCounter(text_encoder(load_tokenizer(mistral_tokenizer_path)), text)
         return [(problem.position, problem.rule) for problem in check_shards(view, 1, counter).problems]
 
     assert rules("plain") == [(1, "template")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from s3_server import Proxy, Spoil
 from session_processes import wait_until_gone
 from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, upload, write_set
 
+from composer_path.cli import main
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
 from composer_path.storage.places import Bucket, StorageError
@@ -82,12 +82,8 @@ def run_convert(records: Path, out: str, key: Path, *more: str) -> list[str]:
 
 
 def view(url: str, *words: str) -> int:
-    """`data_prep/view_shards.py`, a script and no package; its exit status."""
-    spec = importlib.util.spec_from_file_location("view_shards_of_gcs", REPO / "data_prep" / "view_shards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([url, *words])
+    """The verb `shards`; its exit code."""
+    return main(["shards", url, *words])
 
 
 def test_a_bucket_gets_what_a_folder_gets_and_can_be_looked_into(

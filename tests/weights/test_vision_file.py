@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from composer_path.models.vision_encoder import VisionEncoder, build_vision_encoder
+from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.weights.tensor_file import WeightsError
-from composer_path.weights.vision_file import load_vision_weights
+from composer_path.weights.vision_file import build_vision_encoder, load_vision_weights
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 4, "init_values": 1e-5}
 UNI2_H = {
@@ -148,3 +148,13 @@ def test_positions_that_are_no_square_are_refused_with_both_shapes(tmp_path: Pat
     torch.save(tensors, tmp_path / "vision.pth")
     with pytest.raises(WeightsError, match=r"shape \[1, 21, 32\]: less 1 .* isn't a square"):
         load_vision_weights(tmp_path / "vision.pth", make())
+
+
+def test_weights_are_loaded_where_a_file_is_given(tmp_path: Path) -> None:
+    source = build_vision_encoder("coca_vit-l", image_size=32, kwargs=TINY)
+    torch.save(source.trunk.state_dict(), tmp_path / "vision.pth")
+    loaded = build_vision_encoder("coca_vit-l", image_size=32, kwargs=TINY, weights=str(tmp_path / "vision.pth"))
+    random = build_vision_encoder("coca_vit-l", image_size=32, kwargs=TINY)
+    for key, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+    assert not torch.equal(random.trunk.pos_embed, source.trunk.pos_embed)

@@ -1,0 +1,70 @@
+"""A language model of a folder: transformers' own weights, no code of the folder's, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from composer_path.weights.language_folder import build_language_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+LLAMA = {"model_type": "llama", **SIZES, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as transformers writes it."""
+    place = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(5)
+    build_language_model(config=LLAMA).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_from_a_folder_equals_transformers_own(folder: Path, dtype: torch.dtype) -> None:
+    ours = build_language_model(path=str(folder), dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=dtype)
+    frequencies = [buffer for name, buffer in ours.named_buffers() if name.endswith("inv_freq")]
+    assert frequencies and {buffer.dtype for buffer in frequencies} == {torch.float32}
+    assert ours.config._attn_implementation.startswith("packed_")
+    for (name, value), (other, expected) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert name == other and torch.equal(value, expected), name
+
+
+def test_an_empty_model_of_a_folder_reads_no_weights(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    model = build_language_model(path=str(tmp_path), empty=True, dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    with pytest.raises(OSError, match=r"safetensors|weights|pytorch_model"):
+        build_language_model(path=str(tmp_path))
+
+
+def test_code_of_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    content |= {
+        "model_type": "unheard_of",
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError):
+        build_language_model(path=str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "give either 'path'"),
+        ({"path": "somewhere", "config": LLAMA}, "give either 'path'"),
+        ({"path": "not/there"}, "no config.json in 'not/there'"),
+    ],
+)
+def test_what_can_not_be_built_is_said(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_language_model(**keywords)
