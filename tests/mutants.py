@@ -155,7 +155,7 @@ MUTANTS = [
         "batches/balance.py",
         "batches/test_balance.py",
         ("at = np.flatnonzero(left[rows, best] < gap)", "at = np.flatnonzero(left[rows, best] <= gap)"),
-        ("return np.where(ids >= 0, tokens[ids], 0).astype(np.int64)", "return tokens[ids].astype(np.int64)"),
+        ("loads = np.where(steps >= 0, tokens[steps], 0).sum(", "loads = tokens[steps].sum("),
     ),
     *_mutants(
         "batches/loader.py",

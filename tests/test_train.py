@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -231,6 +232,7 @@ def test_every_sample_is_seen_once_an_epoch_in_another_order_each(finetuned: dic
 
 @pytest.fixture(scope="module")
 def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    @functools.cache  # the run without levers is the one that several are compared with
     def finetune(loss_average: str, max_tokens: int, *levers: str) -> dict[str, Any]:
         more = [
             f"model.projector.weights={runs}/pretrain/projector.safetensors",

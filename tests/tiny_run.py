@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -9,14 +10,19 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 
+from composer_path.records import vocabulary
+
 if TYPE_CHECKING:
     from composer import Trainer
 
+# The demo's vocabulary takes a third of a tiny run's CPU time to load; a run changes nothing in it.
+_load_tokenizer_once = functools.cache(vocabulary.load_tokenizer)
 REPO_ROOT = Path(__file__).resolve().parent.parent
 VISION_ENCODER = (
     "{name: timm/vit_tiny_patch16_224, image_size: 32, tokens: all, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
@@ -148,7 +154,8 @@ def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
     from composer_path.train import train
 
     witness = witness or Witness()
-    return train(config, loggers=[witness]), witness
+    with mock.patch.object(vocabulary, "load_tokenizer", _load_tokenizer_once):
+        return train(config, loggers=[witness]), witness
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:

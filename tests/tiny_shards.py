@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from streaming import MDSWriter
@@ -60,14 +61,14 @@ def build_loader(num_workers: int = 0, batch_size: int = BATCH_SIZE, **keywords:
     )
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `WholeEpochLoader` counts, and the ids."""
-    return {"num_images": [0] * len(samples), "ids": [sample["id"] for sample in samples]}
+def collate(samples: list[dict[str, Any]]) -> SimpleNamespace:
+    """A batch of which only the ids are known: what `WholeEpochLoader` counts."""
+    return SimpleNamespace(sample_ids=[sample["id"] for sample in samples])
 
 
 def read_epoch(loader: WholeEpochLoader) -> list[int]:
     """All ids of an epoch."""
-    return [index for batch in loader for index in batch["ids"]]
+    return [index for batch in loader for index in batch.sample_ids]
 
 
 def end_workers(loader: WholeEpochLoader) -> None:

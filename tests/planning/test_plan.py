@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,6 +46,7 @@ def overrides(*more: str) -> list[str]:
     ]
 
 
+@functools.cache  # a plan is frozen, and takes seconds
 def planned(repo_root: Path, stage: str, gpus: int, memory: float, *more: str) -> Plan:
     config = load_config(repo_root / "yamls" / f"{stage}.yaml", overrides(*more))
     return make_plan(config, Machine(gpus, memory, PEAK_FLOPS["H100"]), SAMPLE)

@@ -212,7 +212,7 @@ from tiny_shards import build_loader
 loader = build_loader({num_workers}, batch_size=2, **{place!r})
 print("reading", flush=True)
 for batch in loader:
-    print(*batch["ids"], flush=True)
+    print(*batch.sample_ids, flush=True)
     time.sleep({pause})
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
