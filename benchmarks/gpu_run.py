@@ -22,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu_ceilings import wait_for_device
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.config.reading import load_config
+from composer_path.config.reading import load_config, plain
 from composer_path.models.composer_model import batch_sizes
 from composer_path.models.flops import FlopCounter
 from composer_path.records.tokenize import IGNORE_INDEX
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
+from composer_path.run.parts import build_loader, build_model, build_tokenizer
 
 
 class StepClock(Callback):

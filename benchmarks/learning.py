@@ -31,8 +31,8 @@ from benchmarks.instruction_set import IMAGES, REPOSITORY, demo_words, train_voc
 from benchmarks.measure import UnequalError, print_table, process_time, require_equal, write_result
 from benchmarks.padded_step import PaddedModel, pad_samples
 from benchmarks.trainer_runs import StepClock, clocked, finish_step, lazy_dataset
-from composer_path.config.reading import load_config
-from composer_path.run.parts import build_model, plain
+from composer_path.config.reading import load_config, plain
+from composer_path.run.parts import build_model
 
 YAMLS = REPOSITORY / "yamls" / "demo"
 TEST_DATA = REPOSITORY / "test_data"

@@ -23,9 +23,9 @@ from benchmarks.lazy_conversations import LazyConversations
 from benchmarks.padded_step import PaddedModel, pad_samples
 from composer_path import ComposerPathMLLM
 from composer_path.batches.microbatches import split_batch
-from composer_path.config.reading import load_config
+from composer_path.config.reading import load_config, plain
 from composer_path.run.optimizer import build_optimizer
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
+from composer_path.run.parts import build_loader, build_model, build_tokenizer
 
 # About the proportions of a 7B, a quarter of the lengths.
 SMALL = {

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composer_path.config.files import check_lengths, check_start
-from composer_path.config.reading import ConfigError, load_config
+from composer_path.config.files import check_files, samples_left_out
+from composer_path.config.reading import ConfigError, load_config, plain
 from composer_path.run.parts import (
     build_callbacks,
     build_loader,
@@ -19,7 +19,6 @@ from composer_path.run.parts import (
     build_named,
     build_processor,
     build_tokenizer,
-    plain,
     settle_on_device,
     trainer_keywords,
 )
@@ -32,23 +31,28 @@ log = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command `train.py YAML [key=value ...] [--check]`; returns the exit code."""
-    words = [word for word in arguments if word != "--check"]
+    """The command `train.py YAML [key=value ...] [--check [--files]]`; returns the exit code."""
+    words = [word for word in arguments if word not in ("--check", "--files")]
     if not words:
-        print("usage: composer train.py YAML [key=value ...] [--check]", file=sys.stderr)
+        print("usage: composer train.py YAML [key=value ...] [--check [--files]]", file=sys.stderr)
         return 2
     try:
         config = load_config(words[0], words[1:])
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    if "--check" in arguments:
-        print(f"{words[0]}: no mistake found")
+    if "--check" in arguments and "--files" not in arguments:
+        print(f"{words[0]}: no mistake found; files were not looked for (--files does)")
         return 0
-    problems = check_start(plain(config)) or check_lengths(plain(config))
+    problems = check_files(plain(config))
     if problems:
         print(ConfigError(words[0], problems), file=sys.stderr)
         return 2
+    for line in samples_left_out(plain(config)):
+        print(f"{words[0]}: {line}", file=sys.stderr)
+    if "--check" in arguments:
+        print(f"{words[0]}: no mistake found, nor in its files")
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("composer_path").setLevel(logging.INFO)
     from composer_path.weights.tensor_file import WeightsError

@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = parse_arguments(arguments)
     # Only now: importing the training libraries takes seconds, and --help should not.
-    from composer_path.config.reading import ConfigError, load_config
-    from composer_path.run.parts import plain
+    from composer_path.config.reading import ConfigError, load_config, plain
 
     try:
         settings = plain(load_config(options.yaml, options.overrides))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -67,9 +67,9 @@ class ConversationDataset(BalancedStreamingDataset):
         pad_color: tuple[int, int, int] = PAD_COLOR,
         template: str | Mapping[str, Any] = "plain",
         max_seq_len: int = 4096,
-        image_position: str = "front",
-        fit: str = "pad",
-        decoder: str = "pil",
+        image_position: Literal["front", "inline"] = "front",
+        fit: Literal["pad", "crop"] = "pad",
+        decoder: Literal["pil", "torchvision"] = "pil",
         max_pixels: int | None = None,
         streams: Mapping[str, Mapping[str, Any]] | None = None,
         **streaming: Any,

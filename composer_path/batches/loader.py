@@ -77,7 +77,7 @@ def build_dataloader(
     dataset: Mapping[str, Any],
     global_batch_size: int,
     max_tokens_per_microbatch: int | None = None,
-    loss_average: str = "token",
+    loss_average: Literal["token", "sample", "square", "rank"] = "token",
     balance: Literal["node", "global"] | None = None,
     lengths: str | None = None,
     drop_last: bool = False,

@@ -32,6 +32,8 @@ class SaveWeights(Callback):
         processor: How text and images are prepared; saved with a model folder.
     """
 
+    is_run_object = True  # its keyword-only arguments come from the run, not from the YAML
+
     def __init__(
         self,
         interval: str | int = "1ep",

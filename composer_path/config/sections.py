@@ -180,7 +180,7 @@ def _optimizer() -> Choice:
 
 
 def _named_sections(name: str) -> Section:
-    """`snake_name: {keywords}`; the keyword-only arguments of an `is_run_object` come from the run, not from the YAML."""
+    """`snake_name: {keywords}`; of an `is_run_object` the keyword-only arguments come from the run."""
     refused = {
         "checkpoint_saver": "use trainer.save_interval and its neighbours",
         "console": "use trainer.log_to_console",

@@ -163,7 +163,7 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     Raises:
         ValueError: The samples can't be, or the model can't be built.
     """
-    from composer_path.run.parts import plain
+    from composer_path.config.reading import plain
 
     settings = plain(config)
     parallelism = settings["trainer"].get("parallelism_config") or {}

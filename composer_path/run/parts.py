@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer_path.config.reading import plain
+
 if TYPE_CHECKING:
     from composer.core import DataSpec
     from omegaconf import DictConfig
@@ -108,25 +110,19 @@ def build_loggers(settings: dict[str, Any], run_folder: Path) -> list[Any]:
 
     loggers = []
     for name, keywords in settings.get("loggers", {}).items():
-        defaults = {"log_dir": str(run_folder / "runs")} if name == "tensorboard" else {}
-        loggers.append(build_named("loggers", name, defaults | (keywords or {})))
+        if name == "tensorboard" and keywords["log_dir"] is None:
+            keywords = keywords | {"log_dir": str(run_folder / "runs")}
+        loggers.append(build_named("loggers", name, keywords))
     if not sys.stderr.isatty():
         loggers.append(StepLine())
     return loggers
 
 
 def trainer_keywords(section: dict[str, Any], run_folder: Path) -> dict[str, Any]:
-    """Keywords for Composer's Trainer: the YAML's, and what it may leave out. `save_interval: null` saves nothing."""
-    keywords = {"save_folder": str(run_folder / "checkpoints"), "progress_bar": sys.stderr.isatty()} | section
-    if keywords.get("save_interval", "1ep") is None:
+    """Keywords for Composer's Trainer: the YAML's, with where to save. `save_interval: null` saves nothing."""
+    keywords = {"save_folder": str(run_folder / "checkpoints")} | section
+    if keywords["progress_bar"] is None:
+        keywords["progress_bar"] = sys.stderr.isatty()
+    if keywords["save_interval"] is None:
         del keywords["save_folder"], keywords["save_interval"]
     return keywords
-
-
-def plain(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain dicts and lists."""
-    from omegaconf import OmegaConf
-
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}

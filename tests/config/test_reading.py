@@ -14,7 +14,7 @@ from composer_path.run.names import named_classes, snake_name
 
 # override -> what its one line must say, after the key's path
 MISTAKES = [
-    ("version=2", "version: found 2; it must be one of 1"),
+    ("version=2", "version: found 2; it must be 1"),
     ("seed=-1", "seed: found -1; it must be at least 0"),
     ("sede=3", "sede: unknown key; did you mean seed?"),
     ("max_seq_len=9", "max_seq_len: unknown key; did you mean train_loader.dataset.max_seq_len"),
@@ -74,13 +74,16 @@ MISTAKES = [
     ("optimizer.lr={language_model: 1e-3}", "optimizer.lr.projector: is missing; give each trained module a rate"),
     ("optimizer.betas=[0.9]", "optimizer.betas: found a list of 1; it must be a list of 2: a number, a number"),
     ("optimizer.weight_decay=-0.1", "optimizer.weight_decay: found -0.1; it must be at least 0"),
-    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, betas"),
+    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, weight_decay, betas"),
     (
         "scheduler.name=cosine_warmup",
         "scheduler.name: found the text 'cosine_warmup'; did you mean cosine_with_warmup?",
     ),
     ("scheduler.t_warmup=3", "scheduler.t_warmup: found 3; it must be text, a time such as 1ep or 500ba"),
-    ("scheduler.t_warmup=3 percent", "scheduler.t_warmup: Invalid time string: 3 percent; write a number and a unit"),
+    (
+        "scheduler.t_warmup=3 percent",
+        "scheduler.t_warmup: found 3 percent, which is no time; write a whole number and a unit",
+    ),
     ("scheduler.warmup=3ba", "scheduler.warmup: unknown key; did you mean scheduler.t_warmup?"),
     ("algorithms.stain_jiter={}", "algorithms.stain_jiter: unknown key; did you mean algorithms.stain_jitter?"),
     ("algorithms.stain_jitter.strenght=1", "unknown key; did you mean algorithms.stain_jitter.strength?"),
@@ -88,14 +91,17 @@ MISTAKES = [
     ("callbacks.speed_report.window_size=ten", "callbacks.speed_report.window_size: found the text 'ten'"),
     ("callbacks.nan_monitor={x: 1}", "callbacks.nan_monitor.x: unknown key; it takes no keywords"),
     ("callbacks.speed_report=10", "callbacks.speed_report: found 10; it must be a mapping of window_size"),
-    ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: Invalid time string: 1 epoch"),
+    ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: found 1 epoch, which is no time"),
     ("callbacks.save_weights.model=x", "callbacks.save_weights.model: unknown key; "),
     ("callbacks.checkpoint_saver={}", "callbacks.checkpoint_saver: is not set here; use trainer.save_interval"),
     ("loggers.tensorbord={}", "loggers.tensorbord: unknown key; did you mean loggers.tensorboard?"),
     ("trainer.max_duratoin=1ep", "trainer.max_duratoin: unknown key; did you mean trainer.max_duration?"),
-    ("trainer.save_interval=1epp", "trainer.save_interval: Invalid time string: 1epp; write a number and a unit"),
+    (
+        "trainer.save_interval=1epp",
+        "trainer.save_interval: found 1epp, which is no time; write a whole number and a unit",
+    ),
     ("trainer.precision=bf16", "trainer.precision: found the text 'bf16'; did you mean amp_bf16?"),
-    ("trainer.device=cuda", "trainer.device: found the text 'cuda'; it must be one of cpu, gpu, null"),
+    ("trainer.device=cuda", "trainer.device: found the text 'cuda'; it must be 'cpu' or 'gpu' or null"),
     ("trainer.callbacks={}", "trainer.callbacks: is not set here; use the section callbacks"),
     ("trainer.loggers={}", "trainer.loggers: is not set here; use the section loggers"),
     ("trainer.algorithms={}", "trainer.algorithms: is not set here; use the section algorithms"),

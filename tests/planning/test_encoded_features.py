@@ -15,6 +15,7 @@ from tiny_run import Witness, convert_shards, load_tiny_config, run
 from composer_path.batches.collator import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import split_batch
+from composer_path.config.reading import plain
 from composer_path.conversion.destination import publish
 from composer_path.images.features import FeaturesError, features_in_index
 from composer_path.models.composer_model import ComposerPathMLLM
@@ -27,7 +28,7 @@ from composer_path.planning.encoded_features import (
     weights_hash,
 )
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.parts import build_model, plain
+from composer_path.run.parts import build_model
 from composer_path.shards.columns import COLUMNS, pack_images
 from composer_path.shards.view import ShardView
 from composer_path.shards.writer import ShardWriter

@@ -13,12 +13,11 @@ from streaming import MDSWriter
 
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.loader import build_dataloader
-from composer_path.config.reading import load_config
+from composer_path.config.reading import load_config, plain
 from composer_path.conversion.convert import convert
 from composer_path.planning.measured_lengths import image_tokens_of, lengths_problems, training_sets
 from composer_path.records.tokenize import IGNORE_INDEX
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.parts import plain
 from composer_path.shards.columns import COLUMNS, pack_images
 from composer_path.shards.lengths import LengthsError, SampleLengths, read_lengths
 from composer_path.storage.places import Folder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from composer_path.cli import main
-from composer_path.config.reading import load_config
+from composer_path.config.reading import load_config, plain
 from composer_path.models.execution import Checkpointing
 from composer_path.planning.plan import (
     PEAK_FLOPS,
@@ -23,7 +23,6 @@ from composer_path.planning.plan import (
     standing_bytes,
 )
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step
-from composer_path.run.parts import plain
 
 MEDIUM = (
     "{model_type: llama, hidden_size: 512, intermediate_size: 1376, num_hidden_layers: 4, num_attention_heads: 8, "

@@ -15,9 +15,10 @@ from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_t
 
 from composer_path import ComposerPathMLLM, PathMLLM
 from composer_path.batches.microbatches import split_batch
+from composer_path.config.reading import plain
 from composer_path.models.language_model import cast_parameters
 from composer_path.run import sharding
-from composer_path.run.parts import build_loader, build_model, build_tokenizer, plain
+from composer_path.run.parts import build_loader, build_model, build_tokenizer
 from composer_path.run.sharding import build_parallelism_config, compute_dtype, settle_precision
 from composer_path.weights.assembly import assemble_model
 
