@@ -24,12 +24,13 @@ def check_files(settings: Settings) -> list[str]:
         One a line: key, what was found, what to do.
     """
     loaders = {name: settings[name] for name in LOADERS if settings[name] is not None}
-    problems = [*_earlier_results(settings), *_tokenizer_problems(settings, loaders)]
-    if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
-        problems += _missing_weights(settings["model"])
+    problems: list[str] = []
     for name, loader in loaders.items():
         missing = list(_missing_shards(name, loader))
         problems += missing or [*_epoch_problems(name, loader), *_feature_problems(settings, name, loader)]
+    problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
+    if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
+        problems += _missing_weights(settings["model"])
     if not problems and any(loader["balance"] for loader in loaders.values()):
         from composer_path.planning.measured_lengths import lengths_problems
 
@@ -88,12 +89,12 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
 
 def _missing_weights(model: Settings) -> Iterator[str]:
     # Stage 1 has nothing before it that could have made a projector.
-    first, fixes = model["trainable"] == ["projector"], {"projector": "run stage 1 first, or give its file"}
+    first = "give null to start from random weights" if model["trainable"] == ["projector"] else None
+    fixes = {"projector": first or "run stage 1 first, or give its projector.safetensors"}
     for name, key in (("vision_encoder", "weights"), ("projector", "weights"), ("language_model", "path")):
         path = model[name][key]
         if path is not None and not Path(path).exists():
-            fix = "give null to start from random weights" if first and name == "projector" else fixes.get(name)
-            yield f"model.{name}.{key}: found no '{path}'; {fix or 'check the path'}"
+            yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"
 
 
 def _earlier_results(settings: Settings) -> Iterator[str]:

@@ -106,7 +106,9 @@ def test_results_of_an_earlier_run_are_not_mixed_with_new_ones(settings: dict[st
 def test_a_missing_projector_is_null_in_stage_1_and_that_of_stage_1_in_stage_2(settings: dict[str, Any]) -> None:
     settings["model"]["projector"]["weights"] = "nowhere"
     [problem] = check_files(settings)
-    assert problem == "model.projector.weights: found no 'nowhere'; run stage 1 first, or give its file"
+    assert (
+        problem == "model.projector.weights: found no 'nowhere'; run stage 1 first, or give its projector.safetensors"
+    )
     settings["model"]["trainable"] = ["projector"]
     [problem] = check_files(settings)
     assert problem == "model.projector.weights: found no 'nowhere'; give null to start from random weights"
