@@ -93,11 +93,13 @@ class Proxy:
 
     Attributes:
         requests: First line of each request.
+        heads: All its lines.
     """
 
     upstream: int
     spoils: list[Spoil] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
     port: int = 0
 
     def start(self) -> None:
@@ -129,6 +131,7 @@ class Proxy:
                     head += data
                 line = head.split(b"\r\n")[0].decode().rsplit(" ", 1)[0]
                 self.requests.append(line)
+                self.heads.append(head.partition(b"\r\n\r\n")[0])
                 how = self._how(line)
                 if how == "hang":
                     time.sleep(600)

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from composer_path.storage.places import is_remote
+
 Settings = Mapping[str, Any]
 LOADERS = ("train_loader", "eval_loader")
 INDEX = "index.json"
@@ -57,7 +59,7 @@ def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | N
     dataset = loader["dataset"]
     streams = {f"{name}.dataset.streams.{key}": stream for key, stream in (dataset["streams"] or {}).items()}
     for where, keywords in (streams or {f"{name}.dataset": dataset}).items():
-        fetched = keywords["remote"] or "://" in keywords["local"]
+        fetched = keywords["remote"] or is_remote(keywords["local"])
         split = keywords["split"] or dataset["split"] or ""
         yield where, keywords, None if fetched else Path(keywords["local"], split, INDEX)
 

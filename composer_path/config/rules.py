@@ -97,17 +97,14 @@ def check_run_name(name: str) -> None:
         raise ValueError(f"found '{name}', which is no folder below save_root; give a name without '..' or a first '/'")
 
 
-def check_address(url: str) -> None:
-    """Where shards are fetched from."""
-    from composer_path.storage import places
-
-    getattr(places, "check_readable", str)(url)
-
-
 def check_place(place: str) -> None:
-    """A folder, or an address in its place."""
-    if "://" in place:
-        check_address(place)
+    """A folder, or an address that something here can read."""
+    from composer_path.storage.places import StorageError, check_readable
+
+    try:
+        check_readable(place)
+    except StorageError as error:
+        raise ValueError(str(error)) from None
 
 
 def check_template(template: str | dict[str, Any]) -> None:

@@ -105,7 +105,7 @@ def _loader(required: bool) -> Section:
         key: "leave it out; it is read from the model"
         for key in ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
     }
-    places: dict[str, Any] = {"local": {"check": rules.check_place}, "remote": {"check": rules.check_address}}
+    places: dict[str, Any] = {"local": {"check": rules.check_place}, "remote": {"check": rules.check_place}}
     template = {"annotation": str | dict, "check": rules.check_template}
     stream = section_of(
         build_stream,

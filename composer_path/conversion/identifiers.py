@@ -17,7 +17,7 @@ from typing import Any
 
 from composer_path.conversion.rejections import ConvertError
 from composer_path.conversion.spill import SpilledRows
-from composer_path.storage.places import TEMPORARY_SUFFIX
+from composer_path.storage.atomic import TEMPORARY_SUFFIX
 
 KEY_NAME = "identifiers.key"
 MAPPING_SUFFIX = ".idmap.jsonl"

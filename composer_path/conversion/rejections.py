@@ -9,7 +9,7 @@ from pathlib import Path
 
 from composer_path.conversion.record_file import RawRecord
 from composer_path.records.conversation import RecordError
-from composer_path.storage.places import TEMPORARY_SUFFIX
+from composer_path.storage.atomic import TEMPORARY_SUFFIX
 
 # What a person reads in a terminal; the counts by rule below them are of all problems.
 _NUM_SHOWN = 20

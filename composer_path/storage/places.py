@@ -1,4 +1,4 @@
-"""Places that files are read from and written to: a local folder, or a bucket (``s3://...``, ``gs://...``).
+"""Places that files are read from and written to: a local folder, or a bucket (`s3://...`, `gs://...`).
 
 A file appears whole or not at all: a local one is written under another name and renamed, an object appears when its
 upload has ended.
@@ -6,45 +6,57 @@ upload has ended.
 
 from __future__ import annotations
 
+import io
 import os
+import random
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, TypeVar
 
 import xxhash
 
-# A name that no finished file has; what is left of it belongs to a process that was killed.
-TEMPORARY_SUFFIX = ".unfinished"
+from composer_path.storage.atomic import sync_folder, write_whole
+from composer_path.storage.elsewhere import FsspecStore, why_unreadable
+from composer_path.storage.errors import Fault, StorageError, explained, shown, source_fault
+from composer_path.storage.google import GoogleStore, google_store
+from composer_path.storage.s3 import S3Store
+from composer_path.storage.transfer import Answer, Limits, fetch
+
 _CHUNK_BYTES = 4 * 2**20
+# Seconds between the attempts of one request: a store that rests for a minute costs no conversion.
+_PAUSES = (1, 2, 4, 8, 16, 30)
 
+# There what is missing is an object, and the place is as it should be.
+_OF_OBJECTS = ("read", "delete from")
 
-class StorageError(OSError):
-    """A place can't be reached, read or written; not the fault of any record."""
+Result = TypeVar("Result")
 
 
 def is_remote(url: str | Path) -> bool:
-    """Whether it is an address with a scheme (``s3://bucket/folder``) and not a path."""
+    """Whether it is an address with a scheme (`s3://bucket/folder`) and not a path."""
     return isinstance(url, str) and "://" in url
 
 
-def shown(url: str | Path) -> str:
-    """Return an address as it may be shown: without a name and password in it."""
-    text = os.fspath(url)
-    if not is_remote(text):
-        return text
-    scheme, rest = text.split("://", 1)
-    netloc, slash, path = rest.partition("/")
-    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+def check_readable(url: str | Path) -> None:
+    """Check that there is a way to read a place, without asking for anything there.
+
+    Raises:
+        StorageError: It is an address of a scheme that nothing here can read.
+    """
+    scheme, sign, _ = os.fspath(url).partition("://")
+    if sign and scheme not in _STORES and (why := why_unreadable(scheme)):
+        rule = "must be a folder, s3://, gs://, or, with its package, what fsspec knows (az://, sftp://, hf://)"
+        raise StorageError(f"{shown(url)}: {rule}; found {scheme}://, which {why}; copy the files to one of these")
 
 
 class Folder:
     """A folder on a disk.
 
     Attributes:
-        path: the folder; made with the first file that is written.
+        path: The folder; made with the first file that is written.
     """
 
     is_remote = False
@@ -71,26 +83,11 @@ class Folder:
         """Write a file from its parts, whole or not at all.
 
         Args:
-            name: relative to the folder.
-            parts: joined they are the content.
-            durable: return only when a power cut can no longer take it.
+            name: Relative to the folder.
+            parts: Joined they are the content.
+            durable: Return only when a power cut can no longer take it.
         """
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The process id keeps two processes that write the same file apart; both write the same.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines(parts)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if durable:
-            _sync_folder(path.parent)
+        write_whole(self.path / name, lambda file: file.writelines(parts), durable=durable)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete files and the folders that become empty, this one included if nothing is in it."""
@@ -114,90 +111,96 @@ class Folder:
         """Return only when a power cut can no longer take these files."""
         folders = {self.path}
         for name in names:
-            descriptor = os.open(self.path / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_folder(self.path / name)
             folders.add((self.path / name).parent)
         for folder in folders:
-            _sync_folder(folder)
+            sync_folder(folder)
+
+    def fetch(self, name: str, to: Path, limits: Limits) -> None:
+        """Copy a file in one attempt, see `storage.transfer.fetch`; this folder's faults are told from the other's."""
+        fetch(lambda _: nullcontext(Answer(None, None, self._pieces(name))), to, limits, goes_on=False)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        try:
+            with open(self.path / name, "rb") as file:
+                while data := file.read(_CHUNK_BYTES):
+                    yield data
+        except OSError as error:
+            raise source_fault(error) from None
 
 
 class Bucket:
-    """A folder of a bucket, or whatever else fsspec can reach.
+    """A folder of a bucket, or whatever else fsspec can reach. Requests are repeated for about a minute.
 
     Raises:
-        StorageError: by every method, for whatever the store answers but that there is no such file.
+        StorageError: By every method but `fetch`, for whatever the store answers but that there is no such file.
     """
 
     is_remote = True
 
     def __init__(self, url: str) -> None:
-        from composer_path.storage.object_store import file_system
-
         self.url = url.rstrip("/")
-        parts = urlsplit(self.url)
-        with explained(self.url, "reach"):
-            self._system = file_system(parts.scheme)
-        self._root = self._system._strip_protocol(self.url)
+        check_readable(self.url)
+        self._store = self._ask("reach", _STORES.get(self.url.partition("://")[0], FsspecStore), self.url)
 
     def __str__(self) -> str:
         return shown(self.url)
 
     def files(self) -> dict[str, int]:
         """Return the size in bytes of every object below, by name relative to the folder."""
-        with explained(self.url, "list"):
-            try:
-                found = self._system.find(self._root, detail=True)
-            except FileNotFoundError:
-                return {}
-        return {name[len(self._root) :].lstrip("/"): info["size"] for name, info in found.items()}
+        return self._ask("list", self._store.sizes)
 
-    def read(self, name: str) -> bytes:
-        """Read an object; FileNotFoundError if there is none."""
-        with explained(self.url, "read"):
-            return self._system.cat_file(f"{self._root}/{name}")
-
-    def write(self, name: str, parts: Sequence[bytes], durable: bool = False) -> None:
-        """Write an object from its parts, whole or not at all."""
-        path = f"{self._root}/{name}"
-        with explained(self.url, "write"):
-            if getattr(self._system, "cachable", False):  # not an object store of ours: it may have folders
-                self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self._system.pipe_file(path, parts[0] if len(parts) == 1 else b"".join(parts))
-
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete objects."""
-        with explained(self.url, "delete from"):
-            for name in names:
-                self._system.rm_file(f"{self._root}/{name}")
-
-    def digest(self, name: str) -> tuple[int, str]:
-        """Read an object back from the store and return its size and xxh64."""
-        path = f"{self._root}/{name}"
-        size = self.size(name)
-
-        def chunks() -> Iterator[bytes]:
-            step = 4 * _CHUNK_BYTES
-            for start in range(0, size, step):
-                yield self._system.cat_file(path, start, min(start + step, size))
-
-        with explained(self.url, "read"):
-            return _digest(chunks())
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Read an object, or its bytes from `start` up to `end`; FileNotFoundError if there is none."""
+        return self._ask("read", self._store.read, name, start, end)
 
     def size(self, name: str) -> int:
         """Return an object's size; FileNotFoundError if there is none."""
-        with explained(self.url, "read"):
-            return self._system.info(f"{self._root}/{name}")["size"]
+        return self._ask("read", self._store.size, name)
 
-    def open(self, name: str) -> Any:
-        """Open an object for reading piece by piece."""
-        with explained(self.url, "read"):
-            return self._system.open(f"{self._root}/{name}", "rb")
+    def write(self, name: str, parts: Sequence[bytes], durable: bool = False) -> None:
+        """Write an object from its parts, whole or not at all."""
+        self._ask("write", self._store.write, name, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects."""
+        for name in names:
+            with suppress(FileNotFoundError):  # an attempt whose answer was lost
+                self._ask("delete from", self._store.delete, name)
+
+    def digest(self, name: str) -> tuple[int, str]:
+        """Read an object back from the store and return its size and xxh64."""
+        size, step = self.size(name), 4 * _CHUNK_BYTES
+        return _digest(self.read(name, start, min(start + step, size)) for start in range(0, size, step))
+
+    def open(self, name: str) -> io.BufferedReader:
+        """Open an object for reading piece by piece; FileNotFoundError if there is none."""
+        return io.BufferedReader(_StoredObject(self, name), _CHUNK_BYTES)
 
     def sync(self, names: Iterable[str]) -> None:
         """Do nothing: what a store has confirmed is durable."""
+
+    def fetch(self, name: str, to: Path, limits: Limits) -> None:
+        """Bring an object in one attempt, see `storage.transfer.fetch`; goes on where a cut transfer stopped."""
+        fetch(lambda start: self._store.ask(name, start, None, limits.stall), to, limits, goes_on=True)
+
+    def _ask(self, verb: str, request: Callable[..., Result], *arguments: Any) -> Result:
+        """Make a request, and make it again while another attempt may succeed."""
+        with explained(self.url, verb):
+            for pause in (*_PAUSES, None):
+                try:
+                    return request(*arguments)
+                except Fault as fault:
+                    if fault.rule == "missing" and verb in _OF_OBJECTS and "NoSuchBucket" not in fault.found:
+                        raise FileNotFoundError("no such object") from None
+                    if pause is None or not fault.transient:
+                        raise
+                time.sleep(pause * random.uniform(0.7, 1.0))
+        raise AssertionError("unreachable")
+
+
+_Kind = Callable[[str], S3Store | GoogleStore | FsspecStore]
+_STORES: dict[str, _Kind] = {"s3": S3Store, "gs": google_store, "gcs": google_store}
 
 
 def open_place(url: str | Path) -> Folder | Bucket:
@@ -205,7 +208,7 @@ def open_place(url: str | Path) -> Folder | Bucket:
     return Bucket(os.fspath(url)) if is_remote(url) else Folder(url)
 
 
-def open_file(url: str | Path) -> Any:
+def open_file(url: str | Path) -> io.BufferedReader:
     """Open one file for reading, on a disk or in a bucket."""
     if not is_remote(url):
         return open(url, "rb")
@@ -219,32 +222,34 @@ def copy_to_disk(place: Bucket, name: str, path: Path) -> None:
         shutil.copyfileobj(source, target, _CHUNK_BYTES)
 
 
+class _StoredObject(io.RawIOBase):
+    """An object opened for reading, fetched in ranges."""
+
+    def __init__(self, place: Bucket, name: str) -> None:
+        super().__init__()
+        self._place, self._name, self._size, self._at = place, name, place.size(name), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        data = self._place.read(self._name, self._at, end) if self._at < end else b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def _digest(chunks: Iterable[bytes]) -> tuple[int, str]:
     hash, size = xxhash.xxh64(), 0
     for chunk in chunks:
         hash.update(chunk)
         size += len(chunk)
     return size, hash.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def explained(url: str, verb: str) -> Iterator[None]:
-    """Turn whatever a store's client raises into one error that names the place and holds no secret."""
-    try:
-        yield
-    except (FileNotFoundError, StorageError):
-        raise
-    except Exception as error:  # every client has its own errors
-        text = f"{type(error).__name__}: {error}"
-        for name, value in os.environ.items():
-            if len(value) > 5 and any(word in name for word in ("KEY", "SECRET", "TOKEN", "PASSWORD")):
-                text = text.replace(value, "***")
-        raise StorageError(f"{shown(url)}: can't {verb} it, found {text[:500]}; check address and rights") from None

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
+from composer_path.storage.errors import Fault
+from composer_path.storage.transfer import cache_fault
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded_stream import GuardedStream
-from composer_path.stream.transfer import Fault, cache_fault
 
 log = logging.getLogger(__name__)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import Any
 
 import numpy as np
 from streaming.base.shared import SharedArray
 
-_NOTE_BYTES = 4096
+from composer_path.storage.errors import masked, without_password
+
+_NOTE_BYTES = 1 << 14  # of which an escaped letter may take six
 
 
 class StreamError(RuntimeError):
@@ -31,7 +31,7 @@ class StreamError(RuntimeError):
     def of(cls, shard: str, rule: str, where: str, found: str, fix: str) -> StreamError:
         """The error with its usual wording."""
         what = f"shard {shard} of " if shard and shard != "index.json" else f"{shard} of " if shard else ""
-        where = without_password(where)
+        where, found = without_password(where), masked(found)
         return cls(f"{what}{where}: {rule}: {found}; {fix}", shard=shard, rule=rule, where=where, fix=fix)
 
     def to_json(self) -> str:
@@ -65,11 +65,9 @@ class FailureNote:
         """Note a failure, unless there is one."""
         if self.read() is not None:
             return
-        data = error.to_json().encode()
-        if len(data) >= _NOTE_BYTES:
-            short: dict[str, Any] = {"shard": error.shard[:200], "rule": error.rule, "where": error.where[:300]}
-            data = StreamError(str(error)[:900], **short).to_json().encode()[: _NOTE_BYTES - 1]
-        values = np.frombuffer(data, np.uint8)
+        short = StreamError(str(error)[:1500], shard=error.shard[:200], rule=error.rule, where=error.where[:300])
+        short.fix = error.fix[:300]
+        values = np.frombuffer(short.to_json().encode(), np.uint8)
         self._bytes[1 : len(values)] = values[1:]
         self._bytes[0] = values[0]  # last: a reader looks here first
 
@@ -83,8 +81,3 @@ class FailureNote:
         if not values[0]:
             return None
         return StreamError.from_json(values.tobytes().rstrip(b"\0").decode())
-
-
-def without_password(place: str) -> str:
-    """A URL without the user and password that it may hold."""
-    return re.sub(r"(?<=://)[^/@]*@", "", place)

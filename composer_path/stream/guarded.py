@@ -29,18 +29,12 @@ from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 
-from composer_path.stream.cache import (
-    INDEX,
-    agree_on_failure,
-    clear_left_overs,
-    refresh_index,
-    take_cache,
-)
+from composer_path.storage.errors import Stopped
+from composer_path.stream.cache import INDEX, agree_on_failure, clear_left_overs, refresh_index, take_cache
 from composer_path.stream.error import FailureNote, StreamError
 from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
 from composer_path.stream.sample_reader import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
-from composer_path.stream.transfer import Stopped
 
 DOWNLOAD_TIMEOUT = 60.0
 
@@ -49,8 +43,8 @@ class GuardedStreamingDataset(StreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
 
     Args:
-        local: Folder of the shards, or of their cache.
-        remote: Folder or URL that they come from; None if they lie in `local`.
+        local: Folder of the shards, or of their cache; or the shards' address, see `GuardedStream`.
+        remote: Folder or address that they come from; None if they lie in `local`.
         streams: Several sets instead of one.
         split: Subfolder of both.
         fault_timeout: Seconds in which a file must have arrived, all attempts together.
@@ -127,8 +121,6 @@ class GuardedStreamingDataset(StreamingDataset):
         """For workers that are started anew: locks stay with the first process."""
         return self.__dict__ | {"_cache_locks": []}
 
-    # ------------------------------------------------------------------------------------------------- failures
-
     def failure(self) -> StreamError | None:
         """The first failure of any process that reads this set on this machine."""
         return self._failure.read()
@@ -136,9 +128,8 @@ class GuardedStreamingDataset(StreamingDataset):
     def raise_failure(self) -> None:
         """Raise it, if there is one."""
         if self._stopped():
-            raise self.failure() or StreamError(
-                "stopped"
-            )  # no name for it: that would be a cycle through its traceback
+            # Not by a name: that would be a cycle through its traceback.
+            raise self.failure() or StreamError("stopped")
 
     def _stopped(self) -> bool:
         return self._failure.is_set()
@@ -155,8 +146,6 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def _where(self) -> str:
         return ", ".join(stream.where for stream in self.streams)
-
-    # --------------------------------------------------------------------------------------------------- shards
 
     def prepare_shard(self, shard_id: int | np.integer, blocking: bool = True) -> None:
         """Have a shard on this machine, whole and checked; wait, if `blocking`, while another worker fetches it.
@@ -282,8 +271,6 @@ class GuardedStreamingDataset(StreamingDataset):
             return StreamError.of(name, "changed", str(stream.folder), found, "find out what writes there; start again")
         return StreamError.of(name, "unreadable", stream.where, found, "convert the data again")
 
-    # ------------------------------------------------------------------------------------------------ iterating
-
     def on_exception(self, future: Future) -> None:
         """A thread's failure stops the others; `__iter__` raises it."""
         error = future.exception()
@@ -344,8 +331,6 @@ class GuardedStreamingDataset(StreamingDataset):
         """How many samples the next epoch, or the rest of a resumed one, must at least bring to this rank."""
         _, done = self._resume(self._parallel_rank_world, self.next_epoch)
         return max(0, self.epoch_size - done) // self._parallel_rank_world.num_ranks
-
-    # ----------------------------------------------------------------------------------------------- going on
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Where to go on, and in which data."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import random
@@ -15,9 +16,11 @@ from streaming.base.compression import decompress
 from streaming.base.format import FileInfo, Reader
 from streaming.base.world import World
 
+from composer_path.storage.errors import Fault, Stopped
+from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place, shown
+from composer_path.storage.transfer import Limits, cache_fault
 from composer_path.stream.error import StreamError
 from composer_path.stream.stored_file import check_file, pick_hash
-from composer_path.stream.transfer import Fault, Limits, Stopped, Transfer, cache_fault
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +29,27 @@ FAULT_TIMEOUT = 180.0  # s; a rank that waits for another gives up after trainer
 _MISMATCHES = 3
 
 
-def _never() -> bool:
-    return False
+def cache_folder(address: str) -> Path:
+    """Folder for the cache of a set that is given by its address alone; the same on every machine and in every run."""
+    root = os.environ.get("COMPOSER_PATH_CACHE") or "~/.cache/composer_path"
+    name = hashlib.sha256(address.rstrip("/").replace("gcs://", "gs://", 1).encode()).hexdigest()[:16]
+    return Path(root).expanduser() / "shards" / name
 
 
 class GuardedStream(Stream):
     """One set of shards: a cache folder and where its files come from.
 
     Args:
-        local: Folder of the shards, or of their cache.
-        remote: Folder or URL that they come from; None if they lie in `local`.
+        local: Folder of the shards, or of their cache; or the shards' address, which then get a cache folder of their
+            own, `shards/<hash of the address>` in `$COMPOSER_PATH_CACHE` or `~/.cache/composer_path`.
+        remote: Folder or address that they come from; None if they lie in `local`.
         fault_timeout: Seconds in which a file must have arrived, all attempts together.
         name: What it is called in logs; for mixtures.
         **stream: Keywords of `streaming.Stream`.
+
+    Raises:
+        ValueError: Both are addresses.
+        StorageError: Nothing can read an address of this scheme.
     """
 
     def __init__(
@@ -51,11 +62,21 @@ class GuardedStream(Stream):
         **stream: Any,
     ) -> None:
         remote = None if remote == local else remote
-        super().__init__(local=local, remote=remote, **stream)
+        if is_remote(local):
+            if remote is not None:
+                rule = f"local: must be a folder where remote is given, found {shown(local)}"
+                raise ValueError(f"{rule}; name a folder for the cache, or leave remote out")
+            local, remote = str(cache_folder(local)), local
+        if remote is not None:
+            check_readable(remote)
+        super().__init__(local=local, **stream)
+        # Set afterwards, as Streaming refuses what its own clients can't reach; none of them is used.
+        self.remote = None if remote is None else remote.rstrip("/")
+        if self._keep_zip is not None:
+            self.safe_keep_zip = self._keep_zip or remote is None
         self.name = name
         self.fault_timeout = fault_timeout
-        self.stopped: Callable[[], bool] = _never
-        self._transfer = None if remote is None else Transfer("/".join(filter(None, (remote.rstrip("/"), self.split))))
+        self.stopped: Callable[[], bool] = bool  # no
 
     @property
     def folder(self) -> Path:
@@ -63,9 +84,14 @@ class GuardedStream(Stream):
         return Path(self.local, self.split)
 
     @property
+    def _source(self) -> Folder | Bucket | None:
+        """Where its files come from; a data set may set the split later."""
+        return None if self.remote is None else open_place("/".join(filter(None, (self.remote, self.split))))
+
+    @property
     def where(self) -> str:
         """Its place in messages."""
-        return self._transfer.remote if self._transfer is not None else str(self.folder)
+        return str(self.folder if self._source is None else self._source)
 
     def error(self, shard: str, fault: Fault, attempts: int = 1, seconds: float = 0.0) -> StreamError:
         """The named error of a fault."""
@@ -88,16 +114,17 @@ class GuardedStream(Stream):
             StreamError: It didn't come in time, or can't come.
             Stopped: Another process failed meanwhile.
         """
-        assert self._transfer is not None
         start, pause, mismatches, attempts = time.monotonic(), 0.2, 0, 0
         seconds = self.fault_timeout if patience is None else min(patience, self.fault_timeout)
         limits = Limits(min(self.download_timeout, seconds), start + seconds, self.stopped)
-        part = self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
+        source = self._source
+        assert source is not None
+        part = self._part_of(name)
         try:
             while True:
                 attempts += 1
                 try:
-                    self._transfer.fetch(name, part, limits)
+                    source.fetch(name, part, limits)
                     try:
                         check(part)
                     except Fault:
@@ -111,15 +138,17 @@ class GuardedStream(Stream):
                     if not fault.transient or mismatches == _MISMATCHES or left <= 0:
                         raise self.error(name, fault, attempts, time.monotonic() - start) from None
                     wait = min(pause * random.uniform(0.7, 1.0), left)
-                    log.warning(
-                        "%s of %s: %s: %s; attempt %d follows", name, self.where, fault.rule, fault.found, attempts + 1
-                    )
+                    what = f"{name} of {self.where}: {fault.rule}: {fault.found}"
+                    log.warning("%s; attempt %d follows", what, attempts + 1)
                 except OSError as error:
                     raise self.error(name, cache_fault(error)) from None
                 self._sleep(wait)
                 pause = min(2 * pause, 10.0)
         finally:
             part.unlink(missing_ok=True)
+
+    def _part_of(self, name: str) -> Path:
+        return self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -153,14 +182,7 @@ class GuardedStream(Stream):
             raise self.error(info.basename, fault) from None
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Have a shard's files in the folder, whole and checked.
-
-        Returns:
-            Change of the cache's size in bytes.
-
-        Raises:
-            StreamError: They can't be had.
-        """
+        """Have a shard's files in the folder, whole and checked, and return the change of the cache's size in bytes."""
         return sum(self._prepare_part(raw, zipped, shard.compression) for raw, zipped in shard.file_pairs)
 
     def _prepare_part(self, raw: FileInfo, zipped: FileInfo | None, compression: str | None) -> int:
@@ -176,7 +198,7 @@ class GuardedStream(Stream):
         return delta
 
     def _bring(self, info: FileInfo) -> int:
-        if self._transfer is None:
+        if self._source is None:
             fault = Fault("missing", "there is no such file", "copy it there again, or convert the data again")
             raise self.error(info.basename, fault)
         self.bring(info.basename, lambda path: check_file(path, info.bytes, self._hash_of(info)))
@@ -185,8 +207,7 @@ class GuardedStream(Stream):
     def look(self, info: FileInfo) -> tuple[bool, int]:
         """Whether a file is there and whole, and the change of the cache's size: a damaged one is removed from a cache.
 
-        Raises:
-            StreamError: It is damaged, and there is no remote to have it from again.
+        Without a remote to have it from again, a damaged one is a `StreamError`.
         """
         path = self.folder / info.basename
         if not path.is_file():
@@ -194,11 +215,9 @@ class GuardedStream(Stream):
         try:
             check_file(path, info.bytes, self._hash_of(info))
         except Fault as fault:
-            if self._transfer is None:
+            if self._source is None:
                 raise self.error(info.basename, fault) from None
-            log.warning(
-                "%s in the cache %s: %s: %s; it is fetched again", path.name, self.folder, fault.rule, fault.found
-            )
+            log.warning("%s in the cache: %s: %s; it is fetched again", path, fault.rule, fault.found)
             path.unlink(missing_ok=True)
             return False, -info.bytes
         except OSError as error:
@@ -206,7 +225,7 @@ class GuardedStream(Stream):
         return True, 0
 
     def _decompress(self, raw: FileInfo, zipped: FileInfo, compression: str | None) -> int:
-        part = self.folder / f"{raw.basename}.{os.getpid()}-{random.getrandbits(32):08x}.part"
+        part = self._part_of(raw.basename)
         try:
             part.write_bytes(decompress(compression, (self.folder / zipped.basename).read_bytes()))
             check_file(part, raw.bytes, self._hash_of(raw))

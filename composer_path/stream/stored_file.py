@@ -9,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from composer_path.stream.transfer import Fault
+from composer_path.storage.errors import Fault
 
 # Of several in an index the cheapest is taken.
 _CHEAPEST = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "blake2b", "sha1", "md5", "sha256")

@@ -21,8 +21,8 @@ from PIL import Image
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.storage.object_store import S3FileSystem
 from composer_path.storage.places import Bucket, StorageError
+from composer_path.storage.s3 import S3Store
 
 COMMAND = Path(__file__).resolve().parents[2] / "data_prep" / "convert.py"
 SECRET = "loopback-secret-4711"
@@ -157,14 +157,14 @@ def workers_of(session: int) -> list[int]:
 def test_a_refused_upload_leaves_no_index(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
 ) -> None:
-    upload = S3FileSystem.pipe_file
+    upload = S3Store.write
 
-    def refuse(self: S3FileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        if path.endswith(refused):
+    def refuse(self: S3Store, name: str, data: bytes) -> None:
+        if name.endswith(refused):
             raise PermissionError(f"403 for {SECRET}")
-        upload(self, path, value, mode, **options)
+        upload(self, name, data)
 
-    monkeypatch.setattr(S3FileSystem, "pipe_file", refuse)
+    monkeypatch.setattr(S3Store, "write", refuse)
     out = f"s3://sets/refused-{refused}"
     arguments = ("s3://hospital/data.jsonl", "s3://hospital/imgs", out)
     with pytest.raises(StorageError, match="can't write it, found PermissionError") as caught:
@@ -176,13 +176,12 @@ def test_a_refused_upload_leaves_no_index(
 def test_an_object_that_arrives_changed_is_noticed(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = S3FileSystem.pipe_file
+    upload = S3Store.write
 
-    def flip(self: S3FileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        value = value[:-1] + bytes([value[-1] ^ 1]) if "part-00002/shard" in path else value
-        upload(self, path, value, mode, **options)
+    def flip(self: S3Store, name: str, data: bytes) -> None:
+        upload(self, name, data[:-1] + bytes([data[-1] ^ 1]) if "part-00002/shard" in name else data)
 
-    monkeypatch.setattr(S3FileSystem, "pipe_file", flip)
+    monkeypatch.setattr(S3Store, "write", flip)
     with pytest.raises(StorageError, match=r"part-00002/shard.00000.mds must be .*found \d+ bytes and another hash"):
         convert("s3://hospital/data.jsonl", "s3://hospital/imgs", "s3://sets/flip", key=tmp_path / "key", **OPTIONS)
     assert not (bucket / "sets" / "flip" / "index.json").exists()
@@ -192,14 +191,14 @@ def test_an_object_that_arrives_changed_is_noticed(
 def test_a_bucket_that_fails_while_images_are_read_rejects_no_record(
     bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = S3FileSystem.cat_file
+    read = S3Store.read
 
-    def fail(self: S3FileSystem, path: str, *arguments: Any, **options: Any) -> bytes:
-        if path.endswith("7.png"):
+    def fail(self: S3Store, name: str, *arguments: Any) -> bytes:
+        if name.endswith("7.png"):
             raise TimeoutError("slow down")
-        return read(self, path, *arguments, **options)
+        return read(self, name, *arguments)
 
-    monkeypatch.setattr(S3FileSystem, "cat_file", fail)
+    monkeypatch.setattr(S3Store, "read", fail)
     with pytest.raises(StorageError, match="can't read it, found TimeoutError"):
         convert(
             "s3://hospital/data.jsonl",

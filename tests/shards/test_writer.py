@@ -148,7 +148,7 @@ KILLS = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {repo!r})
-from composer_path.storage import places
+from composer_path.storage import atomic, places
 from composer_path.conversion.convert import convert
 
 class Counting:
@@ -167,7 +167,7 @@ def tick():
         if limit == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-places.os = Counting()
+atomic.os = places.os = Counting()
 def contents(folder):
     return {{p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}}
 def run(out, **options):

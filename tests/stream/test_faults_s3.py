@@ -11,8 +11,11 @@ import pytest
 from s3_server import KEY, SECRET, Proxy, Spoil, serve_s3
 from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, shard_names, write_set
 
+from composer_path.storage.errors import Fault, StorageError
+from composer_path.storage.places import Bucket
+from composer_path.storage.transfer import Limits
 from composer_path.stream.error import StreamError
-from composer_path.stream.transfer import Fault, Limits, Transfer
+from composer_path.stream.guarded_stream import cache_folder
 
 REMOTE = "s3://bucket/set"
 BAD = "shard.00005.mds"
@@ -72,14 +75,34 @@ def test_a_fault_that_passes_costs_no_sample(name: str, num_workers: int, proxy:
 def test_a_cut_transfer_goes_on_where_it_was_cut(proxy: Proxy, bucket: tuple[Path, int], tmp_path: Path) -> None:
     """This server sends the rest of an object with the status 200 of a whole one."""
     proxy.spoils, arrived = [Spoil(BAD, "cut:1000", 3)], []
-    transfer, part = Transfer(REMOTE), tmp_path / "part"
+    place, part = Bucket(REMOTE), tmp_path / "part"
     for _ in range(3):
         with pytest.raises(Fault):
-            transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+            place.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
         arrived.append(part.stat().st_size)
     assert arrived == [1000, 2000, 3000]
-    transfer.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
+    place.fetch(BAD, part, Limits(stall=5.0, deadline=time.monotonic() + 20))
     assert part.read_bytes() == (bucket[0] / BAD).read_bytes()
+
+
+def test_an_address_stands_where_a_folder_belongs_and_gets_a_cache_of_its_own(
+    proxy: Proxy, bucket: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPOSER_PATH_CACHE", str(tmp_path))
+    for place in ({"local": REMOTE}, {"local": "s3://bucket/", "split": "set"}):
+        loader = build_loader(0, **place)
+        assert sorted(read_epoch(loader)) == list(range(NUM_SAMPLES))
+        stream = loader.dataset.streams[0]
+        assert stream.where == REMOTE
+        assert stream.folder.parent in (tmp_path / "shards", cache_folder("s3://bucket"))
+        assert shard_names(stream.folder) == shard_names(bucket[0])
+    assert cache_folder("gcs://bucket/set/") == cache_folder("gs://bucket/set") != cache_folder("gs://bucket/other")
+    with pytest.raises(
+        ValueError, match="local: must be a folder where remote is given, found s3://bucket/set; name a"
+    ):
+        build_loader(0, local=REMOTE, remote="s3://bucket/other")
+    with pytest.raises(StorageError, match="s3a://bucket/set: must be a folder, s3://"):
+        build_loader(0, local="s3a://bucket/set")
 
 
 # name: (spoils, rule, seconds)
@@ -149,3 +172,4 @@ def test_a_public_bucket_is_read_without_credentials(tmp_path: Path, monkeypatch
     with serve_s3(tmp_path / "s3", public=True) as port:
         monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         assert read(tmp_path / "cache") == list(range(NUM_SAMPLES))
+        assert len(Bucket(REMOTE).files()) == 11

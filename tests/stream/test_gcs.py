@@ -142,6 +142,12 @@ def test_a_refused_upload_leaves_no_index(proxy: Proxy, records: Path, tmp_path:
     assert Bucket("gs://bucket/refused").files() == {}
 
 
+def test_both_schemes_of_google_are_one_for_conversion_and_for_training(stored_set: str, tmp_path: Path) -> None:
+    other = stored_set.replace("gs://", "gcs://")
+    assert contents(Bucket(other)) == contents(Bucket(stored_set))
+    assert read(other, tmp_path / "cache") == list(range(NUM_SAMPLES))
+
+
 def read(url: str, cache: Path, num_workers: int = 0, **keywords: Any) -> list[int]:
     loader = build_loader(num_workers, remote=url, local=str(cache), **keywords)
     try:

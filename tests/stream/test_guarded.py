@@ -147,6 +147,18 @@ def test_a_cache_limit_is_kept_and_never_touches_data_without_a_remote(remote: P
     assert len(shard_names(remote)) == 10
 
 
+def test_the_shard_that_was_read_last_is_never_the_one_that_makes_room(remote: Path, cache: Path) -> None:
+    size = (remote / shard_names(remote)[0]).stat().st_size
+    limit = (remote / "index.json").stat().st_size + 4 * size
+    dataset = build_loader(remote=str(remote), local=str(cache), cache_limit=limit).dataset
+    starts = [int(start) for start in dataset.sample_offset_per_shard]
+    for number, leaves in ((0, None), (1, None), (2, None), (3, None), (0, None), (4, 1), (5, 2), (0, None), (6, 3)):
+        before = {path.name for path in cache.glob("*.mds")}
+        assert dataset[starts[number]]["id"] == starts[number]
+        gone = {shard_names(remote)[leaves]} if leaves is not None else set()
+        assert before - {path.name for path in cache.glob("*.mds")} == gone
+
+
 def test_a_shard_that_changes_after_its_check_is_told(remote: Path, cache: Path) -> None:
     dataset = build_loader(remote=str(remote), local=str(cache)).dataset
     assert dataset[0]["id"] == 0

@@ -17,8 +17,8 @@ from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
 from composer_path.shards.check import check_shards
 from composer_path.shards.view import ShardView
-from composer_path.storage.object_store import S3FileSystem
 from composer_path.storage.places import Bucket
+from composer_path.storage.s3 import S3Store
 from composer_path.stream.error import StreamError
 
 pytestmark = pytest.mark.slow
@@ -56,15 +56,15 @@ def test_a_bucket_gets_what_a_folder_gets_also_after_an_end_half_way(
     records = json.loads((REPO / "test_data" / "data.json").read_text(encoding="utf-8"))[:24]
     (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
     source = (tmp_path / "data.json", REPO / "test_data" / "imgs")
-    out, upload_object = "s3://bucket/round", S3FileSystem.pipe_file
+    out, upload_object = "s3://bucket/round", S3Store.write
 
-    def end(self: S3FileSystem, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        if "part-00003" in path:
+    def end(self: S3Store, name: str, data: bytes) -> None:
+        if "part-00003" in name:
             raise KeyboardInterrupt
-        upload_object(self, path, value, mode, **options)
+        upload_object(self, name, data)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(S3FileSystem, "pipe_file", end)
+        patch.setattr(S3Store, "write", end)
         convert(*source, out, key=tmp_path / "key", **OPTIONS)
     assert "index.json" not in Bucket(out).files()
     assert convert(*source, out, key=tmp_path / "key", resume=True, **OPTIONS).resumed >= 1

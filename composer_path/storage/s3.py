@@ -1,0 +1,111 @@
+"""S3 and whatever speaks like it, through boto3.
+
+Credentials, region and profile come from where boto3 looks for them, the endpoint from `S3_ENDPOINT_URL`. Without
+credentials requests are anonymous, for public buckets; the buckets that `MOSAICML_STREAMING_AWS_REQUESTER_PAYS` names
+are asked at one's own cost. s3fs isn't used: it ties botocore to other versions than boto3 does, so that pip may
+install one of 2020 in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from composer_path.storage.errors import Fault, broken_off, named, status_fault
+from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Store, client_of, pieces, wanted_range
+from composer_path.storage.transfer import Answer
+
+
+class S3Store(Store):
+    """A folder of an S3 bucket.
+
+    Args:
+        url: `s3://bucket/folder`.
+        endpoint: Of the store, in place of `S3_ENDPOINT_URL`.
+        keys: Its credentials, in place of boto3's.
+        region: Of the bucket, in place of boto3's.
+    """
+
+    def __init__(
+        self, url: str, endpoint: str | None = None, keys: tuple[str, str] | None = None, region: str | None = None
+    ) -> None:
+        super().__init__(url)
+        self._endpoint, self._keys, self._region = endpoint, keys, region
+        payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
+        self._request = {"Bucket": self.bucket}
+        if self.bucket in [name.strip() for name in payers]:
+            self._request["RequestPayer"] = "requester"
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every object."""
+        start = self.key("")
+        with self._asked() as client:
+            pages = client.get_paginator("list_objects_v2").paginate(**self._request, Prefix=start)
+            return {entry["Key"][len(start) :]: entry["Size"] for page in pages for entry in page.get("Contents", ())}
+
+    def size(self, name: str) -> int:
+        """Return an object's size."""
+        with self._asked() as client:
+            return client.head_object(**self._request, Key=self.key(name))["ContentLength"]
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object whole; it appears when all of it has arrived."""
+        with self._asked() as client:
+            client.put_object(**self._request, Key=self.key(name), Body=data)
+
+    def delete(self, name: str) -> None:
+        """Delete an object."""
+        with self._asked() as client:
+            client.delete_object(**self._request, Key=self.key(name))
+
+    @contextmanager
+    def ask(self, name: str, start: int, end: int | None, stall: float) -> Iterator[Answer]:
+        """Ask for an object, or for its bytes from `start` up to `end`."""
+        with self._asked(stall) as client:
+            answer = client.get_object(**self._request, **wanted_range(start, end), Key=self.key(name))
+            # botocore's own iterator waits for whole chunks, past any bound; an older or a newer one may have no other.
+            raw = getattr(answer["Body"], "_raw_stream", None)
+            body = answer["Body"].iter_chunks(1 << 14) if raw is None else pieces(raw)
+            yield Answer(answer.get("ContentRange"), answer["ContentLength"], body)
+
+    def _connect(self, stall: float) -> tuple[Any, bool]:
+        """A client, and whether it asks without credentials."""
+        from boto3.session import Session
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        key, secret = self._keys or (None, None)
+        session = Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=self._region)
+        unsigned = session.get_credentials() is None
+        config = Config(
+            connect_timeout=min(CONNECT_SECONDS, stall),
+            read_timeout=stall,
+            retries={"total_max_attempts": 1},  # who asks counts and waits
+            max_pool_connections=32,
+            **({"signature_version": UNSIGNED} if unsigned else {}),
+        )
+        endpoint = self._endpoint or os.environ.get("S3_ENDPOINT_URL")
+        return session.client("s3", endpoint_url=endpoint, config=config), unsigned
+
+    @contextmanager
+    def _asked(self, stall: float = STALL_SECONDS) -> Iterator[Any]:
+        """The client; its errors become faults."""
+        from botocore import exceptions as boto
+        from urllib3.exceptions import HTTPError
+
+        broken = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.CredentialRetrievalError)
+        unsigned = False
+        try:
+            who = (self._endpoint, self._keys, self._region, stall)
+            client, unsigned = client_of(who, lambda: self._connect(stall))
+            yield client
+        except boto.ClientError as error:
+            status = int(error.response["ResponseMetadata"].get("HTTPStatusCode", 0))
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            raise status_fault(status, "" if code == str(status) else code, unsigned) from None
+        except (*broken, HTTPError, ConnectionError, TimeoutError) as error:
+            raise broken_off(error) from None
+        except (boto.BotoCoreError, ValueError) as error:  # such as an endpoint that is no URL
+            raise Fault("endpoint", named(error), "check S3_ENDPOINT_URL and the bucket's name") from None
