@@ -160,7 +160,7 @@ def run_transformers(config: Any, skip: int, folder: Path) -> dict[str, Any]:
         """Our rows in their order; each step is noted."""
 
         def get_train_dataloader(self) -> Any:
-            return [{"row": row} for row in rows]
+            return [{"row": vars(row)} for row in rows]
 
         def training_step(self, *args: Any, **keywords: Any) -> Tensor:
             loss = super().training_step(*args, **keywords)

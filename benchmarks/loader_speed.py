@@ -155,7 +155,7 @@ def bytes_as_they_are(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def collator_of(name: str) -> Any:
-    from composer_path.batches.collator import PackedCollator
+    from composer_path.batches.batch import PackedCollator
 
     return {REFERENCE: pad_and_stack, FOLDER: bytes_as_they_are, MDS: bytes_as_they_are}.get(name) or PackedCollator()
 
@@ -190,7 +190,7 @@ def read_epochs(loader: DataLoader) -> int:
     count = 0
     for _ in range(EPOCHS):
         for batch in loader:
-            count += len(batch) if isinstance(batch, list) else len(batch["pixel_values"])
+            count += len(batch) if isinstance(batch, list) else len(batch.pixel_values)
     loader._iterator._shutdown_workers()  # type: ignore[union-attr]
     deadline = time.monotonic() + 30
     while torch.multiprocessing.active_children() and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from benchmarks.measure import interleaved, paired_ratio, print_table, process_t
 from benchmarks.packed_step import packed_loss
 from benchmarks.proportions import STAGES, build_proportioned_model, draw_batch
 from composer_path import ComposerPathMLLM
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.models.execution import choose_execution
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step, to_meta
 from composer_path.weights.assembly import assemble_model

@@ -31,7 +31,7 @@ from benchmarks.padded_step import set_checkpointing
 from benchmarks.proportions import IMAGE_TOKENS, STAGES, build_proportioned_model, draw_sample
 from benchmarks.step_speed import Variant, run_step
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import Sample
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def loader_rates(workers: Sequence[int], num_records: int, repetitions: int) -> 
             batches = iter(loader.dataloader)
             next(batches)  # workers have started
             start = time.perf_counter()
-            samples = sum(len(batch["num_images"]) for batch in batches)
+            samples = sum(len(batch.num_images) for batch in batches)
             rates[int(count)].append(samples / (time.perf_counter() - start))
     return [{"workers": count, "samples_per_second": spread(found)} for count, found in rates.items()]
 

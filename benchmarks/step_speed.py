@@ -34,7 +34,7 @@ from benchmarks.packed_step import given_features, packed_loss
 from benchmarks.padded_step import PaddedModel, pad_samples, padded_loss, set_checkpointing, with_normalized_images
 from benchmarks.proportions import STAGES, build_proportioned_model, draw_batch
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import Sample
 
 TARGETS = {"captions": 1.4, "instructions": 1.8}

@@ -22,7 +22,7 @@ from benchmarks.instruction_set import IMAGES, REPOSITORY, InstructionSet
 from benchmarks.lazy_conversations import LazyConversations
 from benchmarks.padded_step import PaddedModel, pad_samples
 from composer_path import ComposerPathMLLM
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import split_batch
 from composer_path.config.reading import load_config, plain
 from composer_path.run.optimizer import build_optimizer
 from composer_path.run.parts import build_loader, build_model, build_tokenizer
@@ -119,7 +119,7 @@ def run_packed_loop(config: Any) -> dict[str, Any]:
     for batch in loader.dataloader:
         total = 0.0
         for part in split_batch(batch, batch_size):
-            loss = adapter.loss(adapter(part), part) * (part["loss_weight"] / batch["loss_weight"])
+            loss = adapter.loss(adapter(part), part) * (part.loss_weight / batch.loss_weight)
             loss.backward()
             total += loss.item()
         finish_step(model, optimizer)

@@ -121,7 +121,7 @@ class Witness(LoggerDestination):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self.step = state.timestamp.batch.value
-        self.samples[self.step] = sorted(state.batch["sample_ids"].tolist())
+        self.samples[self.step] = sorted(state.batch.sample_ids.tolist())
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         if self.step == 0:

@@ -9,12 +9,15 @@ is made a picture again (Tellez et al., Medical Image Analysis 58, 2019). The ma
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+
+from composer_path.batches.batch import Batch
 
 # Rows: haematoxylin, eosin, DAB (here: what the first two leave over). Columns: density in red, green, blue.
 _STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]], dtype=torch.float64)
@@ -81,7 +84,7 @@ def draw_uniform(
 class StainJitter(Algorithm):
     """Jitter the stains of H&E images, before each forward pass of training.
 
-    Runs on the device, on `state.batch["pixel_values"]` (uint8), for the images whose `is_he` is true; other
+    Runs on the device, on `state.batch.pixel_values` (uint8), for the images whose `is_he` is true; other
     stains and images of unknown stain stay as they are. Evaluation is not touched. What an image gets depends
     on `seed`, the epoch, its sample and its place in the sample alone: not on rank, worker, batch size or
     split. The batch is replaced, never changed in place, so a microbatch that is run again after running out
@@ -95,6 +98,8 @@ class StainJitter(Algorithm):
         probability: The share of H&E images that are jittered.
         seed: Another seed gives another jitter.
     """
+
+    changes_images = True  # so it can't run on stored features
 
     def __init__(self, strength: float = 0.2, shift: float = 0.01, probability: float = 0.8, seed: int = 17) -> None:
         if not 0 <= strength <= 1:
@@ -120,20 +125,21 @@ class StainJitter(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Replace the microbatch by one with jittered images."""
-        batch = state.batch
-        images = batch["pixel_values"]
+        batch: Batch = state.batch
+        images = batch.pixel_values
+        assert images is not None  # a set of features is refused before the run
         num_images = images.shape[0]
         if num_images == 0:  # a text-only microbatch
             return
-        places = _places_in_samples(batch["num_images"], num_images)
+        places = _places_in_samples(batch.num_images, num_images)
         key = _key(self.seed, state.timestamp.epoch.value)
-        draws = draw_uniform(key, batch["image_sample_ids"], places, 1 + 2 * _NUM_STAINS)
-        chosen = batch["is_he"] & (draws[:, 0] < self.probability)
+        draws = draw_uniform(key, batch.image_sample_ids, places, 1 + 2 * _NUM_STAINS)
+        chosen = batch.is_he & (draws[:, 0] < self.probability)
         signed = draws[:, 1:] * 2 - 1
         alpha = 1 + self.strength * signed[:, :_NUM_STAINS]
         beta = self.shift * signed[:, _NUM_STAINS:]
         jittered = torch.where(chosen[:, None, None, None], jitter_stain(images, alpha, beta), images)
-        state.batch = {**batch, "pixel_values": jittered}
+        state.batch = replace(batch, pixel_values=jittered)
 
 
 def _places_in_samples(num_images_of_samples: Int64[Tensor, " samples"], num_images: int) -> Int64[Tensor, " images"]:

@@ -7,10 +7,16 @@ batch, so loss, gradients and the order in which a resumed run goes on stay as t
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Bool, Int64, Integer
+from typing import Any, Literal, get_args
 
-REACHES = ("node", "global")
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, Integer
+from torch import Tensor
+
+from composer_path.stream.guarded import GuardedStreamingDataset
+
+Reach = Literal["node", "global"]
 _GROUPS_AT_ONCE = 4096
 _SWAPS_PER_RANK = 2  # after the dealing; twice as many even out nothing more that could be measured
 
@@ -18,7 +24,58 @@ Work = Int64[np.ndarray, "nodes ranks workers batches batch_size"]
 Tokens = Integer[np.ndarray, " samples"]
 
 
-def balance_work(work: Work, tokens: Tokens, reach: str) -> Work:
+class BalancedStreamingDataset(GuardedStreamingDataset):
+    """Exchanges samples between ranks inside each global batch, after `balance` was called; else as it was drawn.
+
+    Args:
+        **streaming: Keywords of `GuardedStreamingDataset` and `streaming.StreamingDataset`, passed through.
+    """
+
+    def __init__(self, **streaming: Any) -> None:
+        super().__init__(**streaming)
+        self._balance: tuple[Tokens, Reach] | None = None
+        self._imbalance: Tensor | None = None
+
+    def balance(self, tokens: Tokens, reach: Reach) -> None:
+        """From the next epoch on, give all ranks equally many tokens of each global batch.
+
+        Args:
+            tokens: Length of each sample, by its position in the stream.
+            reach: See `balance_work`.
+
+        Raises:
+            ValueError: Each rank is to have batches of one stream only.
+        """
+        if self.batching_method == "device_per_stream":
+            raise ValueError(
+                "balance: would mix the streams that dataset.batching_method=device_per_stream keeps apart on each "
+                "rank; leave out one of the two"
+            )
+        self._balance = tokens, reach
+        self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
+
+    @property
+    def imbalance(self) -> tuple[float, float] | None:
+        """Of the epoch that was begun last, as it would be and as it is; None where nothing is balanced.
+
+        Known on the first rank of each node, see the function `imbalance`.
+        """
+        return None if self._imbalance is None else (float(self._imbalance[0]), float(self._imbalance[1]))
+
+    def _share_work(self, sample_ids: Work) -> Any:
+        """Streaming's one place where an epoch's order is complete, before this node's other workers get it.
+
+        It is changed in place, because the worker that made it goes on with this very array.
+        """
+        if self._balance is not None and self._imbalance is not None and sample_ids.size:
+            tokens, reach = self._balance
+            balanced = balance_work(sample_ids, tokens, reach)
+            self._imbalance[0], self._imbalance[1] = imbalance(sample_ids, tokens), imbalance(balanced, tokens)
+            sample_ids[:] = balanced
+        return super()._share_work(sample_ids)
+
+
+def balance_work(work: Work, tokens: Tokens, reach: Reach) -> Work:
     """Exchange samples inside each global batch so that every rank has as many as before, of nearly equal tokens.
 
     Args:
@@ -29,8 +86,8 @@ def balance_work(work: Work, tokens: Tokens, reach: str) -> Work:
     Raises:
         ValueError: Another reach.
     """
-    if reach not in REACHES:
-        raise ValueError(f"balance: found {reach!r}; it must be one of {', '.join(REACHES)}")
+    if reach not in get_args(Reach):
+        raise ValueError(f"balance: found {reach!r}; it must be one of {', '.join(get_args(Reach))}")
     steps = _by_step(work)
     groups = steps.reshape(-1, *steps.shape[-2:]) if reach == "node" else _across_nodes(steps)
     balanced = np.concatenate(

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Bool, Int64, Integer, UInt8
+from jaxtyping import Integer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.balanced_dataset import BalancedStreamingDataset
+from composer_path.batches.balance import BalancedStreamingDataset
+from composer_path.batches.batch import Sample
 from composer_path.batches.mixture import Source, build_streams, check_streams
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
 from composer_path.images.pixels import PAD_COLOR, ImageError, load_stored_image
@@ -24,20 +25,6 @@ from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_key, lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded_stream import GuardedStream
-
-
-class Sample(TypedDict):
-    """One conversation, ready to be laid into a row."""
-
-    sample_id: int  # its position in the stream
-    input_ids: Int64[Tensor, " tokens"]
-    labels: Int64[Tensor, " tokens"]  # not shifted
-    pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
-    image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
-    is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
-    source: str  # the stream's name, or the record's own source
-    problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
-    loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
 
 
 class ConversationDataset(BalancedStreamingDataset):

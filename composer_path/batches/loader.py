@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from composer.core import DataSpec
@@ -16,9 +16,10 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.balance import Reach
+from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.microbatches import Batch, split_batch
+from composer_path.batches.microbatches import run_device
 from composer_path.images.pixels import pad_color_of
 from composer_path.stream.error import StreamError
 
@@ -37,7 +38,7 @@ class WholeEpochLoader(DataLoader):
             for batch in super().__iter__():
                 if not seen:
                     self._tell_imbalance()
-                seen += len(batch["num_images"])
+                seen += len(batch.sample_ids)
                 yield batch
         except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
             failed = dataset.failure() is not None
@@ -77,8 +78,8 @@ def build_dataloader(
     dataset: Mapping[str, Any],
     global_batch_size: int,
     max_tokens_per_microbatch: int | None = None,
-    loss_average: Literal["token", "sample", "square", "rank"] = "token",
-    balance: Literal["node", "global"] | None = None,
+    loss_average: LossAverage = "token",
+    balance: Reach | None = None,
     lengths: str | None = None,
     drop_last: bool = False,
     num_workers: int = 4,
@@ -155,9 +156,8 @@ def build_dataloader(
     return DataSpec(
         loader,
         split_batch=split_batch,
-        get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
-        get_num_tokens_in_batch=lambda batch: {
-            "total": len(batch["input_ids"]),
-            "loss_generating": batch["loss_weight"],
-        },
+        # Composer itself moves tensors in dicts and lists only.
+        microbatch_transforms=lambda batch: batch.to(run_device()),
+        get_num_samples_in_batch=lambda batch: len(batch.sample_ids),
+        get_num_tokens_in_batch=lambda batch: {"total": len(batch.input_ids), "loss_generating": batch.loss_weight},
     )

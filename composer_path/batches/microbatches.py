@@ -1,20 +1,11 @@
-"""Microbatches: into which bins a row's samples are laid, and where every rank cuts its row."""
+"""Microbatches in numbers: which sample lies in which bin of a row, and where every rank cuts its row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from composer.utils import dist
-from jaxtyping import Int, Int64
-from torch import Tensor
-
-Batch = dict[str, Any]  # see composer_path/batches/collator.py
-
-
-class EmptyBatchError(ValueError):
-    """A global batch without a single answer token: there is nothing to learn from and nothing to divide by."""
 
 
 def fewest_bins(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -58,30 +49,6 @@ def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list
     return bins
 
 
-def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
-    """Cut a row into microbatches, as many on every rank: under FSDP each is a collective forward pass.
-
-    Args:
-        batch: From `PackedCollator`, laid out bin by bin.
-        microbatch_size: At most so many samples in each; Composer hands over the device batch size.
-
-    Raises:
-        EmptyBatchError: No rank has an answer token.
-    """
-    counts = cap_bins(batch["samples_per_bin"], int(microbatch_size))
-    num_bins, largest_weight = agree_over_ranks(len(counts), batch["loss_weight"])
-    if largest_weight == 0:
-        problems = sorted({problem for problem in batch["problems"] if problem})
-        raise EmptyBatchError(
-            f"a batch of {len(batch['num_images'])} samples a rank has no answer token at all (samples "
-            f"{batch['sample_ids'].tolist()[:8]} here{': ' + '; '.join(problems[:3]) if problems else ''}); "
-            "raise max_seq_len, or convert the data again without such records"
-        )
-    counts = add_cuts(counts, batch["cu_seq_lens"].tolist(), num_bins)
-    starts = [sum(counts[:at]) for at in range(len(counts))]
-    return [slice_batch(batch, start, start + count) for start, count in zip(starts, counts, strict=True)]
-
-
 def cap_bins(samples_per_bin: list[int], most: int) -> list[int]:
     """Split bins of more than `most` samples."""
     counts: list[int] = []
@@ -122,47 +89,13 @@ def agree_over_ranks(num_bins: int, loss_weight: float) -> tuple[int, float]:
     """The largest number of bins and the largest loss weight of any rank."""
     if dist.get_world_size() == 1:
         return num_bins, loss_weight
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    largest = torch.tensor([num_bins, loss_weight], dtype=torch.float64, device=device)
+    largest = torch.tensor([num_bins, loss_weight], dtype=torch.float64, device=run_device())
     dist.all_reduce(largest, reduce_operation="MAX")
     most, weight = largest.tolist()
     return int(most), weight
 
 
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Samples start to stop of a row as a batch of their own; its tensors are views but for the shifted indices.
-
-    Everything lies on the CPU still: Composer moves each microbatch to the device when its turn has come. So nothing
-    here waits for the device.
-    """
-    borders = batch["cu_seq_lens"].tolist()
-    tokens = slice(borders[start], borders[stop])
-    images = _range(batch["num_images"], start, stop)
-    targets = _range(batch["num_targets"], start, stop)
-    placeholders = _range(batch["num_placeholders"], start, stop)
-    weights = batch["target_weights"][targets]
-    cu_seq_lens = _shifted(batch["cu_seq_lens"][start : stop + 1], borders[start])
-    part = {key: batch[key][tokens] for key in ("input_ids", "position_ids", "labels")}
-    of_images = ("pixel_values", "image_features", "is_he", "image_sample_ids")
-    part |= {key: batch[key][images] for key in of_images if key in batch}
-    part |= {key: batch[key][start:stop] for key in ("sample_ids", "num_images", "num_targets", "num_placeholders")}
-    part |= {key: batch[key][start:stop] for key in ("sources", "problems")}
-    return part | {
-        "cu_seq_lens": cu_seq_lens,
-        "max_seq_len": int(torch.diff(cu_seq_lens).max()),
-        "supervised_index": _shifted(batch["supervised_index"][targets], borders[start]),
-        "targets": batch["targets"][targets],
-        "target_weights": weights,
-        "loss_weight": float(weights.double().sum()),
-        "image_index": _shifted(batch["image_index"][placeholders], borders[start]),
-        "samples_per_bin": [stop - start],
-    }
-
-
-def _shifted(index: Int[Tensor, " entries"], by: int) -> Int[Tensor, " entries"]:
-    """An index counted from another start; page-locked if the row is, so that its copy to the device doesn't wait."""
-    return torch.sub(index, by, out=torch.empty_like(index, pin_memory=index.is_pinned()))
-
-
-def _range(counts: Int64[Tensor, " samples"], start: int, stop: int) -> slice:
-    return slice(int(counts[:start].sum()), int(counts[:stop].sum()))
+def run_device() -> torch.device:
+    """Where this process trains: Composer's process group, be it of one process, has the backend of its device."""
+    on_gpu = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -1,74 +1,84 @@
-"""A batch on its way from a loader's worker to the training process, in one piece of shared memory."""
+"""A batch's way from a loader's worker to the training process, in one piece of shared memory.
+
+Sent as they are, its fifteen tensors would each need a file and a connection of their own, which costs more than
+preparing a stored square does, and images would be copied once more. All of a batch's tensors then share memory, so
+keeping one of them keeps its images.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 from torch.multiprocessing import get_sharing_strategy
 
-from composer_path.batches.microbatches import Batch
+_ALIGNMENT = 64  # bytes; each tensor starts at a multiple, as torch's own do
 
 
-class SentBatch(Batch):
-    """A batch that leaves a loader's worker in one piece of shared memory; where it arrives it is the plain dict.
-
-    Sent as they are, its fifteen tensors would each need a file and a connection of their own, which costs more than
-    preparing a stored square does, and images would be copied once more. All of a batch's tensors then share memory, so
-    keeping one of them keeps its images.
+def in_one_piece(fields: Mapping[str, Any], kind: str, images: Sequence[Tensor]) -> dict[str, Any]:
+    """A batch's fields with all of its tensors in one piece of shared memory.
 
     Args:
-        batch: All but the images.
-        images: Their key.
-        pixels: What each sample has of them.
+        fields: All but the images.
+        kind: The images' field.
+        images: What each sample has of them.
     """
-
-    def __init__(self, batch: Mapping[str, Any], images: str, pixels: Sequence[Tensor]) -> None:
-        small = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
-        shape = (sum(map(len, pixels)), *pixels[0].shape[1:])
-        total = sum(map(_room, small.values())) + sum(tensor.nbytes for tensor in pixels)
-        # As torch's own collating does; share_memory_() would copy memory that nothing has been written to yet.
-        storage = torch.UntypedStorage._new_shared(max(total, _ALIGNMENT))
-        self._memory: UInt8[Tensor, " bytes"] = torch.empty(0, dtype=torch.uint8).set_(storage)
-        start = 0
-        super().__init__(batch)
-        for key, value in small.items():
-            self[key] = _view(self._memory, value.dtype, value.shape, start).copy_(value)
-            start += _room(value)
-        self[images] = _view(self._memory, pixels[0].dtype, shape, start)
-        if get_sharing_strategy() == "file_descriptor":
-            _write(storage, pixels, start)
-        else:
-            torch.cat(list(pixels), out=self[images])
-
-    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Any, ...]]:
-        address = self._memory.data_ptr()
-        inside = {
-            key: (value.dtype, value.shape, value.data_ptr() - address)
-            for key, value in self.items()
-            if isinstance(value, Tensor)
-            and value.untyped_storage().data_ptr() == address
-            and value.is_contiguous()
-            and value.numel()  # an empty tensor has no address
-        }
-        return _arrive, (self._memory, inside, {key: None if key in inside else self[key] for key in self})
+    small = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    total = sum(map(_room, small.values())) + sum(tensor.nbytes for tensor in images)
+    # As torch's own collating does; share_memory_() would copy memory that nothing has been written to yet.
+    storage = torch.UntypedStorage._new_shared(max(total, _ALIGNMENT))
+    shared, start = dict(fields), 0
+    for name, value in small.items():
+        shared[name] = _view(storage, value.dtype, value.shape, start).copy_(value)
+        start += _room(value)
+    shape = (sum(map(len, images)), *images[0].shape[1:])
+    shared[kind] = _view(storage, images[0].dtype, shape, start)
+    if get_sharing_strategy() == "file_descriptor":
+        _write(storage, images, start)
+    else:
+        torch.cat(list(images), out=shared[kind])
+    return shared
 
 
-_ALIGNMENT = 64  # bytes; each tensor starts at a multiple, as torch's own do
+def pack(fields: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, tuple[Any, ...]], dict[str, Any]]:
+    """What is sent of a batch.
+
+    Returns:
+        The shared memory that its tensors lie in, their places in it, and all that doesn't lie there.
+    """
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    storage = next((value.untyped_storage() for value in tensors.values() if value.is_cpu and value.is_shared()), None)
+    if storage is None:
+        return None, {}, dict(fields)
+    address = storage.data_ptr()
+    places = {
+        name: (value.dtype, value.shape, value.data_ptr() - address)
+        for name, value in tensors.items()
+        # An empty tensor has no address.
+        if value.untyped_storage().data_ptr() == address and value.is_contiguous() and value.numel()
+    }
+    memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return memory, places, {name: value for name, value in fields.items() if name not in places}
+
+
+def unpack(memory: Tensor | None, places: Mapping[str, tuple[Any, ...]], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields again."""
+    if memory is None:
+        return dict(others)
+    storage = memory.untyped_storage()
+    return {**others, **{name: _view(storage, *place) for name, place in places.items()}}
 
 
 def _room(tensor: Tensor) -> int:
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _view(memory: Tensor, dtype: torch.dtype, shape: Sequence[int], start: int) -> Tensor:
+def _view(storage: torch.UntypedStorage, dtype: torch.dtype, shape: Sequence[int], start: int) -> Tensor:
     """A tensor inside a piece of memory, `start` bytes from its beginning."""
     strides = torch.empty(tuple(shape), device="meta").stride()
-    storage = memory.untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, tuple(shape), strides)
 
 
@@ -87,8 +97,3 @@ def _write(storage: torch.UntypedStorage, tensors: Sequence[Tensor], start: int)
         while len(data):
             written = os.pwrite(file, data, start)
             data, start = data[written:], start + written
-
-
-def _arrive(memory: Tensor, inside: Mapping[str, Any], batch: Batch) -> Batch:
-    """The plain dict again."""
-    return batch | {key: _view(memory, *place) for key, place in inside.items()}

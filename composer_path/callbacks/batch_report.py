@@ -9,6 +9,8 @@ from collections import Counter
 from composer.core import Callback, State
 from composer.loggers import Logger
 
+from composer_path.batches.batch import Batch
+
 log = logging.getLogger(__name__)
 
 
@@ -38,20 +40,20 @@ class BatchReport(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Report a batch's make-up."""
-        batch = state.batch
+        batch: Batch = state.batch
         dataset = getattr(state.dataloader, "dataset", None)
         imbalance = getattr(dataset, "imbalance", None)
         if imbalance is not None and imbalance != self.imbalance:
             self.imbalance = imbalance
             logger.log_metrics({"batch/rank_imbalance_as_drawn": imbalance[0], "batch/rank_imbalance": imbalance[1]})
-        tokens, samples = len(batch["input_ids"]), len(batch["num_images"])
+        tokens, samples = len(batch.input_ids), len(batch.sample_ids)
         logger.log_metrics(
             {
                 "batch/tokens": tokens,
-                "batch/images": len(batch["is_he"]),
-                "batch/microbatches": len(batch["samples_per_bin"]),
-                "batch/supervised_share": len(batch["targets"]) / tokens,
-                "batch/padding_avoided": 1 - tokens / (samples * batch["max_seq_len"]),
+                "batch/images": len(batch.is_he),
+                "batch/microbatches": len(batch.samples_per_bin),
+                "batch/supervised_share": len(batch.targets) / tokens,
+                "batch/padding_avoided": 1 - tokens / (samples * batch.max_seq_len),
                 "batch/unusable_samples": self._count(batch),
             }
         )
@@ -68,8 +70,8 @@ class BatchReport(Callback):
             counts = "; ".join(f"{count} times: {problem}" for problem, count in self.problems.most_common())
             log.warning("samples that kept their slot with weight 0 so far on this rank: %s", counts)
 
-    def _count(self, batch: dict) -> int:
-        for sample_id, problem in zip(batch["sample_ids"].tolist(), batch["problems"], strict=True):
+    def _count(self, batch: Batch) -> int:
+        for sample_id, problem in zip(batch.sample_ids.tolist(), batch.problems, strict=True):
             if problem is not None:
                 if problem not in self.problems:
                     log.warning(

@@ -35,7 +35,7 @@ class SourceReport(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Count the samples."""
-        for source in state.batch["sources"]:
+        for source in state.batch.sources:
             self.new[source] = self.new.get(source, 0) + 1
             self.slots.setdefault(source, len(self.slots))
 
@@ -48,8 +48,8 @@ class SourceReport(Callback):
             old, self.sums = self.sums, torch.zeros((2 * len(self.slots) + 8, 2), device=losses.device)
             if old is not None:
                 self.sums[: len(old)] += old
-        counts = state.batch["num_targets"].to(losses.device, non_blocking=True)
-        slots = torch.tensor([self.slots[source] for source in state.batch["sources"]])
+        counts = state.batch.num_targets.to(losses.device, non_blocking=True)
+        slots = torch.tensor([self.slots[source] for source in state.batch.sources])
         # With its size given, this waits for nothing.
         index = slots.to(losses.device, non_blocking=True).repeat_interleave(counts, output_size=len(losses))
         self.sums.index_add_(0, index, torch.stack([losses, torch.ones_like(losses)], dim=1))

@@ -12,7 +12,8 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_path.models.composer_model import ComposerPathMLLM, batch_sizes
+from composer_path.batches.batch import Batch
+from composer_path.models.composer_model import ComposerPathMLLM
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ class SpeedReport(SpeedMonitor):
         super().batch_end(state, logger)
         model = state.model if isinstance(state.model, ComposerPathMLLM) else state.model.module
         assert isinstance(model, ComposerPathMLLM)
-        _, images, targets = batch_sizes(state.batch)
-        needed, computed = model.flops_per_batch(state.batch), model.hardware_flops_per_batch(state.batch)
-        self.window.append((needed, computed, images, targets))
+        batch: Batch = state.batch
+        needed, computed = model.flops_per_batch(batch), model.hardware_flops_per_batch(batch)
+        self.window.append((needed, computed, len(batch.is_he), len(batch.targets)))
         if len(self.history_wct) < (self.history_wct.maxlen or 0):
             return
         seconds = self.history_wct[-1] - self.history_wct[0]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from composer.models import ComposerModel
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from composer_path.batches.batch import Batch
 from composer_path.models.flops import FlopCounter
 from composer_path.models.path_mllm import PathMLLM
-
-Batch = dict[str, Any]
 
 
 class TokenLoss(Metric):
@@ -52,15 +49,15 @@ class ComposerPathMLLM(ComposerModel):
     def forward(self, batch: Batch) -> Float[Tensor, " targets"]:
         """Losses of the answer tokens in a row of samples."""
         return self.model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            cu_seq_lens=batch["cu_seq_lens"],
-            max_seq_len=batch["max_seq_len"],
-            pixel_values=batch.get("pixel_values"),
-            image_index=batch["image_index"],
-            logits_index=batch["supervised_index"],
-            targets=batch["targets"],
-            image_features=batch.get("image_features"),
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            cu_seq_lens=batch.cu_seq_lens,
+            max_seq_len=batch.max_seq_len,
+            pixel_values=batch.pixel_values,
+            image_index=batch.image_index,
+            logits_index=batch.supervised_index,
+            targets=batch.targets,
+            image_features=batch.image_features,
         )
 
     def loss(self, outputs: Float[Tensor, " targets"], batch: Batch) -> Float[Tensor, ""]:
@@ -70,8 +67,8 @@ class ComposerPathMLLM(ComposerModel):
         sum(weight * loss) / sum(weight) over the global batch, for any split.
         """
         self.last_token_losses = outputs.detach()
-        weighted = outputs * batch["target_weights"]
-        return weighted.sum() / (batch["loss_weight"] or 1.0)
+        weighted = outputs * batch.target_weights
+        return weighted.sum() / (batch.loss_weight or 1.0)
 
     def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Float[Tensor, " targets"]:
         """The same forward; an evaluation computes nothing else."""
@@ -79,15 +76,13 @@ class ComposerPathMLLM(ComposerModel):
 
     def flops_per_batch(self, batch: Batch) -> float:
         """Operations that a batch of this rank needs: Composer's SpeedMonitor makes MFU of it."""
-        needed = self.flops.needed(*batch_sizes(batch))
-        return needed.total - (needed.vision_encoder if batch.get("image_features") is not None else 0.0)
+        needed = self.flops.needed(*batch.sizes())
+        return needed.total - (needed.vision_encoder if batch.image_features is not None else 0.0)
 
     def hardware_flops_per_batch(self, batch: Batch) -> float:
         """Those, and what is computed a second time to save memory."""
-        again = self.flops.recomputed(
-            *batch_sizes(batch), blocks=self.model.recomputes_blocks, head=self.model.loss_chunk is not None
-        )
-        return self.flops_per_batch(batch) + again
+        blocks, head = self.model.recomputes_blocks, self.model.loss_chunk is not None
+        return self.flops_per_batch(batch) + self.flops.recomputed(*batch.sizes(), blocks=blocks, head=head)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         """Held-out token loss; none while training, where the loss itself is logged."""
@@ -96,9 +91,3 @@ class ComposerPathMLLM(ComposerModel):
     def update_metric(self, batch: Batch, outputs: Float[Tensor, " targets"], metric: Metric) -> None:
         """Add a batch to the held-out loss."""
         metric.update(outputs)
-
-
-def batch_sizes(batch: Batch) -> tuple[list[int], int, int]:
-    """Tokens of each sample, images, and answer tokens of a batch on the CPU."""
-    lengths = torch.diff(batch["cu_seq_lens"]).tolist()
-    return lengths, int(batch["num_images"].sum()), len(batch["targets"])

@@ -28,13 +28,12 @@ from composer_path.images.features import (
 )
 from composer_path.images.pixels import ImageError, load_stored_image, normalize_image, pad_color_of
 from composer_path.models.vision_encoder import VisionEncoder
+from composer_path.run.names import named_classes
 from composer_path.shards.columns import COLUMNS, pack_images, unpack_images
 from composer_path.shards.view import ShardView, ShardViewError
 from composer_path.shards.writer import ShardWriter
 from composer_path.storage.places import open_place
 
-# Algorithms that change images: they would find none.
-IMAGE_ALGORITHMS = ("stain_jitter",)
 _PART, _SIZE_LIMIT = "part-00000", 2**28  # 160 images of the reference's encoder in a shard
 _KEPT = ("format", "format_version", "composer_path", "source", "columns")
 
@@ -317,7 +316,7 @@ def _mismatch(
     algorithms: Iterable[str],
 ) -> str | None:
     for name in algorithms:
-        if name in IMAGE_ALGORITHMS:
+        if getattr(named_classes("algorithms")[name], "changes_images", False):
             return f"algorithms.{name} changes images, and {where} holds features of them; leave out one of the two"
     if any(parameter.requires_grad for parameter in vision_encoder.parameters()):
         return f"model.trainable: vision_encoder can't learn from {where}, which holds its features; train on images"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from composer import ComposerModel, DataSpec, Trainer
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from composer_path.algorithms import StainJitter
 from composer_path.algorithms.stain_jitter import draw_uniform, jitter_stain
+from composer_path.batches.batch import Batch, PackedCollator, Sample, split_batch
 
 ONES, ZEROS = torch.ones(1, 3), torch.zeros(1, 3)
 HAEMATOXYLIN = torch.tensor([0.650, 0.704, 0.286])
@@ -27,35 +30,23 @@ def stained(haematoxylin: float, eosin: float) -> Tensor:
     return (256 * 10**-density - 1).round().to(torch.uint8)[None, :, None, None]
 
 
-def sample(index: int) -> dict[str, Tensor]:
-    """A sample as the collator lays it out; every second one is H&E."""
+def sample(index: int) -> Sample:
+    """A sample of the loader; every second one is H&E."""
     num_images = NUM_IMAGES[index]
     pixels = torch.randint(0, 256, (num_images, 3, 8, 8), generator=torch.Generator().manual_seed(index))
-    return {
-        "pixel_values": pixels.to(torch.uint8),
-        "is_he": torch.full((num_images,), index % 2 == 1),
-        "image_sample_ids": torch.full((num_images,), index),
-        "num_images": torch.tensor([num_images]),
-        "sample_ids": torch.tensor([index]),
-    }
+    return Sample(
+        sample_id=index,
+        input_ids=torch.ones(2, dtype=torch.int64),
+        labels=torch.ones(2, dtype=torch.int64),
+        pixel_values=pixels.to(torch.uint8),
+        is_he=torch.full((num_images,), index % 2 == 1),
+        source="all",
+        problem=None,
+    )
 
 
-def join(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.cat([each[key] for each in samples]) for key in samples[0]}
-
-
-def split(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Cut a batch into microbatches of `size` samples."""
-    ends = batch["num_images"].cumsum(0)
-    starts = ends - batch["num_images"]
-    microbatches = []
-    for first in range(0, len(ends), size):
-        samples = slice(first, first + size)
-        images = slice(int(starts[samples][0]), int(ends[samples][-1]))
-        microbatches.append(
-            {key: value[samples if key in ("num_images", "sample_ids") else images] for key, value in batch.items()}
-        )
-    return microbatches
+def batch_of(*indices: int) -> Batch:
+    return PackedCollator()([sample(index) for index in indices])
 
 
 class Recorder(ComposerModel):
@@ -66,32 +57,32 @@ class Recorder(ComposerModel):
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.seen: dict[tuple, Tensor] = {}
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        images = iter(batch["pixel_values"].clone())
-        for sample_id, num_images in zip(batch["sample_ids"].tolist(), batch["num_images"].tolist(), strict=True):
+    def forward(self, batch: Batch) -> Tensor:
+        images = iter(batch.pixel_values.clone())
+        for sample_id, num_images in zip(batch.sample_ids.tolist(), batch.num_images.tolist(), strict=True):
             for place in range(num_images):
                 key = ("train" if self.training else "eval", sample_id, place)
                 assert key not in self.seen
                 self.seen[key] = next(images)
-        return self.weight * batch["pixel_values"].float().sum() / 1e6
+        return self.weight * batch.pixel_values.float().sum() / 1e6
 
-    def loss(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return outputs
 
-    def eval_forward(self, batch: dict[str, Tensor], outputs: Tensor | None = None) -> Tensor:
+    def eval_forward(self, batch: Batch, outputs: Tensor | None = None) -> Tensor:
         return self(batch)
 
     def get_metrics(self, is_train: bool = False) -> dict:
         return {}
 
 
-def jittered(batch: dict[str, Tensor], epoch: int = 0, **settings) -> Tensor:
+def jittered(batch: Batch, epoch: int = 0, **settings) -> Tensor:
     state = State(model=Recorder(), rank_zero_seed=0, run_name="jitter", device=DeviceCPU())
     state.timestamp = Timestamp(epoch=epoch)
     state.batch = batch
     algorithm = StainJitter(**{"strength": 0.3, "shift": 0.02, "probability": 1.0, **settings})
     algorithm.apply(Event.BEFORE_FORWARD, state, Logger(state))
-    return state.batch["pixel_values"]
+    return state.batch.pixel_values
 
 
 def test_factors_of_one_give_every_colour_back_exactly() -> None:
@@ -122,38 +113,39 @@ def test_blank_black_and_single_colour_tiles_do_not_fail() -> None:
 
 
 def test_only_images_known_to_be_he_are_changed() -> None:
-    batch = join([sample(index) for index in range(len(NUM_IMAGES))])
+    batch = batch_of(*range(len(NUM_IMAGES)))
     result = jittered(batch)
-    changed = (result != batch["pixel_values"]).flatten(1).any(1)
+    changed = (result != batch.pixel_values).flatten(1).any(1)
     assert result.dtype == torch.uint8
-    assert batch["is_he"].any()
-    assert torch.equal(changed, batch["is_he"])
+    assert batch.is_he.any()
+    assert torch.equal(changed, batch.is_he)
 
 
 def test_the_batch_itself_is_left_as_it_was() -> None:
-    batch = join([sample(1), sample(3)])
-    before = {key: value.clone() for key, value in batch.items()}
+    batch = batch_of(1, 3)
+    before = batch.pixel_values.clone()
     first, again = jittered(batch), jittered(batch)
-    assert all(torch.equal(batch[key], before[key]) for key in before)
+    assert torch.equal(batch.pixel_values, before)
     assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_batch_gets_the_same_jitter_however_it_is_split(size: int) -> None:
-    batch = join([sample(index) for index in range(len(NUM_IMAGES))])
-    parts = [jittered(part) for part in split(batch, size)]
+    batch = batch_of(*range(len(NUM_IMAGES)))
+    parts = [jittered(part) for part in split_batch(batch, size)]
     assert torch.equal(torch.cat(parts), jittered(batch))
 
 
 def test_order_of_samples_and_neighbours_do_not_matter() -> None:
-    alone = jittered(sample(3))
-    among = jittered(join([sample(1), sample(3), sample(3), sample(5)]))
+    alone = jittered(batch_of(3))
+    among = jittered(batch_of(1, 3, 3, 5))
     assert torch.equal(among[2:5], alone)
     assert torch.equal(among[5:8], alone)  # the same sample again, right behind itself
 
 
 def test_images_of_a_sample_epochs_and_seeds_differ() -> None:
-    same = {**sample(3), "pixel_values": sample(3)["pixel_values"][:1].expand(3, -1, -1, -1)}
+    batch = batch_of(3)
+    same = replace(batch, pixel_values=batch.pixel_values[:1].expand(3, -1, -1, -1))
     first, second, third = jittered(same)
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
@@ -162,20 +154,16 @@ def test_images_of_a_sample_epochs_and_seeds_differ() -> None:
 
 
 def test_probability_is_the_share_of_images_that_change() -> None:
-    num_images = 1000
-    batch = {
-        "pixel_values": torch.full((num_images, 3, 2, 2), 120, dtype=torch.uint8),
-        "is_he": torch.ones(num_images, dtype=torch.bool),
-        "image_sample_ids": torch.arange(num_images),
-        "num_images": torch.ones(num_images, dtype=torch.int64),
-    }
+    blank = torch.full((1, 3, 2, 2), 120, dtype=torch.uint8)
+    one = sample(1) | {"pixel_values": blank, "is_he": torch.ones(1, dtype=torch.bool)}
+    batch = PackedCollator()([one | {"sample_id": index} for index in range(1000)])
     share = (jittered(batch, probability=0.3) != 120).flatten(1).any(1).float().mean()
     assert abs(share - 0.3) < 0.05
-    assert torch.equal(jittered(batch, probability=0.0), batch["pixel_values"])
+    assert torch.equal(jittered(batch, probability=0.0), batch.pixel_values)
 
 
 def test_a_microbatch_without_images_is_left_alone() -> None:
-    assert jittered(sample(2)).shape == (0, 3, 8, 8)
+    assert jittered(batch_of(2)).shape == (0, 3, 8, 8)
 
 
 def test_draws_are_uniform_and_independent() -> None:
@@ -210,10 +198,9 @@ def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
 
 def train_and_record(microbatch_size: int) -> dict[tuple, Tensor]:
     def spec() -> DataSpec:
-        loader = DataLoader(
-            [sample(index) for index in range(len(NUM_IMAGES))], batch_size=4, shuffle=False, collate_fn=join
-        )
-        return DataSpec(loader, split_batch=split, get_num_samples_in_batch=lambda batch: len(batch["sample_ids"]))
+        samples = [sample(index) for index in range(len(NUM_IMAGES))]
+        loader = DataLoader(samples, batch_size=4, collate_fn=PackedCollator())  # type: ignore[arg-type]
+        return DataSpec(loader, split_batch=split_batch, get_num_samples_in_batch=lambda batch: len(batch.sample_ids))
 
     model = Recorder()
     trainer = Trainer(
@@ -246,8 +233,8 @@ def test_in_a_real_trainer_microbatches_give_the_same_pixels_and_evaluation_is_u
 
 @pytest.mark.gpu
 def test_on_the_device_nothing_waits_and_the_draws_are_those_of_the_cpu() -> None:
-    batch = join([sample(index) for index in range(len(NUM_IMAGES))])
-    on_device = {key: value.cuda() for key, value in batch.items()}
+    batch = batch_of(*range(len(NUM_IMAGES)))
+    on_device = batch.to("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         result = jittered(on_device)

@@ -11,6 +11,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch.multiprocessing
@@ -22,7 +23,7 @@ from streaming.base.world import World
 from tiny_shards import end_workers
 
 from composer_path.batches.balance import balance_work, imbalance
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.loader import WholeEpochLoader, end_with_parent
 from composer_path.records.conversation import Conversation, Turn
@@ -149,7 +150,8 @@ def test_no_sample_and_no_token_are_no_error() -> None:
     assert imbalance(empty, tokens) == 1.0
 
 
-def test_an_unknown_reach_is_refused() -> None:
+def test_an_unknown_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     with pytest.raises(ValueError, match="balance: found 'rank'; it must be one of node, global"):
         balance_work(order_of((1, 1, 1, 1, 1)), np.ones(1, dtype=np.int32), "rank")
 
@@ -226,7 +228,7 @@ Epochs = list[list[list[int]]]
 def read(loader: Any, num_epochs: int, state: dict[str, Any] | None = None, most: int | None = None) -> Epochs:
     if state is not None:
         loader.dataset.load_state_dict(state)
-    epochs = [[sorted(batch["sample_ids"].tolist()) for batch in loader][:most] for _ in range(num_epochs)]
+    epochs = [[sorted(batch.sample_ids.tolist()) for batch in loader][:most] for _ in range(num_epochs)]
     end_workers(loader)
     return epochs
 

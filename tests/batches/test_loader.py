@@ -8,7 +8,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,8 @@ import torch.multiprocessing
 from composer.core import DataSpec
 
 from composer_path import IGNORE_INDEX
-from composer_path.batches.collator import PackedCollator
-from composer_path.batches.dataset import Sample
+from composer_path.batches.batch import Batch, EmptyBatchError, PackedCollator, Sample, split_batch
 from composer_path.batches.loader import build_dataloader
-from composer_path.batches.microbatches import EmptyBatchError, add_cuts, cap_bins, split_batch
 from composer_path.conversion.convert import convert
 from composer_path.records.vocabulary import load_tokenizer
 
@@ -46,7 +44,7 @@ def text_sample(sample_id: int, length: int, answer: int, problem: str | None = 
     )
 
 
-def text_batch(lengths: list[int], limit: int | None = None, answer: int = 2) -> dict[str, Any]:
+def text_batch(lengths: list[int], limit: int | None = None, answer: int = 2) -> Batch:
     return PackedCollator(limit)([text_sample(index, length, answer) for index, length in enumerate(lengths)])
 
 
@@ -60,12 +58,12 @@ def test_microbatches_keep_both_limits_and_hold_the_row_in_order(microbatch_size
         lengths = [draw.randint(3, 90) for _ in range(20)]
         batch = text_batch(lengths, limit=100)
         microbatches = split_batch(batch, microbatch_size)
-        assert all(len(part["input_ids"]) <= 100 for part in microbatches)
-        assert all(1 <= len(part["sample_ids"]) <= microbatch_size for part in microbatches)
+        assert all(len(part.input_ids) <= 100 for part in microbatches)
+        assert all(1 <= len(part.sample_ids) <= microbatch_size for part in microbatches)
         for key in ("sample_ids", "input_ids", "targets"):
-            assert torch.equal(torch.cat([part[key] for part in microbatches]), batch[key])
+            assert torch.equal(torch.cat([getattr(part, key) for part in microbatches]), getattr(batch, key))
         if microbatch_size == 20:
-            assert [len(part["sample_ids"]) for part in microbatches] == batch["samples_per_bin"]
+            assert [len(part.sample_ids) for part in microbatches] == batch.samples_per_bin
 
 
 def test_a_batch_without_a_token_limit_is_one_microbatch() -> None:
@@ -74,38 +72,7 @@ def test_a_batch_without_a_token_limit_is_one_microbatch() -> None:
 
 def test_a_batch_that_was_split_can_be_split_again() -> None:
     (part, *_) = split_batch(text_batch([10] * 6), 4)
-    assert [part["sample_ids"].tolist() for part in split_batch(part, 3)] == [[0, 1, 2], [3]]
-
-
-def test_bins_are_capped_at_a_number_of_samples() -> None:
-    assert cap_bins([5, 2, 1, 4], 2) == [2, 2, 1, 2, 1, 2, 2]
-
-
-def test_cuts_reach_any_number_of_bins_up_to_the_number_of_samples() -> None:
-    draw = random.Random(0)
-    for _ in range(50):
-        lengths = [draw.randint(1, 50) for _ in range(draw.randint(1, 12))]
-        batch = text_batch(lengths, limit=draw.randint(50, 200))
-        bins, borders = batch["samples_per_bin"], batch["cu_seq_lens"].tolist()
-        for num_bins in range(len(bins), len(lengths) + 1):
-            counts = add_cuts(bins, borders, num_bins)
-            assert len(counts) == num_bins
-            assert min(counts) >= 1
-            assert set(accumulate(bins)) <= set(accumulate(counts))  # every old border is still one
-
-
-def test_cuts_go_through_the_middle_of_the_largest_bin() -> None:
-    borders = [0, *accumulate([30, 30, 10, 40, 20, 20])]
-    assert add_cuts([2, 4], borders, 2) == [2, 4]
-    assert add_cuts([2, 4], borders, 3) == [2, 2, 2]  # 60 | 10 40 | 20 20, not 60 | 10 | 80
-    assert add_cuts([2, 4], borders, 4) == [1, 1, 2, 2]
-    borders = [0, *accumulate([500, 10, 20, 40])]
-    assert add_cuts([1, 3], borders, 3) == [1, 2, 1]  # a single sample stays whole, however long
-
-
-def test_more_bins_than_samples_is_an_error_that_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="this rank has 2 samples, another needs 3 microbatches; set drop_last"):
-        add_cuts([1, 1], [0, 5, 9], 3)
+    assert [part.sample_ids.tolist() for part in split_batch(part, 3)] == [[0, 1, 2], [3]]
 
 
 # ---------------------------------------------------------------------------------------------- two ranks
@@ -124,7 +91,7 @@ def rank_answers(rank: int, port: int, folder: Path, tokenizer: Any, all_done: A
     found: dict[str, Any] = {}
     for name, batch in batches.items():
         try:
-            found[name] = [part["sample_ids"].tolist() for part in split_batch(batch, 4)]
+            found[name] = [part.sample_ids.tolist() for part in split_batch(batch, 4)]
         except EmptyBatchError as error:
             found[name] = str(error)
     try:
@@ -165,7 +132,7 @@ def two_ranks(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def test_ranks_with_different_bins_make_equally_many_microbatches(two_ranks: list) -> None:
     first, second = (found["one bin against three"] for found in two_ranks)
-    assert len(text_batch([30] * 4, limit=100)["samples_per_bin"]) == 2
+    assert len(text_batch([30] * 4, limit=100).samples_per_bin) == 2
     assert len(first) == len(second) == 3
     assert first == [[0], [2], [1, 3]]  # its row is 0 2 | 1 3
     assert sorted(sample_id for part in second for sample_id in part) == [0, 1, 2, 3]
@@ -227,7 +194,7 @@ def stream(
     try:
         while True:
             for batch in spec.dataloader:
-                yield dataset, sorted(batch["sample_ids"].tolist())
+                yield dataset, sorted(batch.sample_ids.tolist())
             yield dataset, []
     finally:
         spec.dataloader._iterator = None  # ends the workers; the garbage collector would wait 5 s for each
@@ -307,27 +274,27 @@ def test_a_resumed_run_can_be_resumed(undisturbed: Epochs, shards: Path, tokeniz
 
 def test_canonical_nodes_that_do_not_divide_the_samples_repeat_some(shards: Path, tokenizer: Any) -> None:
     spec = build_loader(shards, tokenizer, {"num_canonical_nodes": 8})
-    found = [sample_id for batch in spec.dataloader for sample_id in batch["sample_ids"].tolist()]
+    found = [sample_id for batch in spec.dataloader for sample_id in batch.sample_ids.tolist()]
     assert len(found) == 24  # 8 nodes of 3
     assert set(found) == set(range(NUM_RECORDS))
 
 
 def test_drop_last_leaves_the_smaller_batch_out(shards: Path, tokenizer: Any, undisturbed: Epochs) -> None:
     spec = build_loader(shards, tokenizer, drop_last=True)
-    assert [sorted(batch["sample_ids"].tolist()) for batch in spec.dataloader] == undisturbed[0][:-1]
+    assert [sorted(batch.sample_ids.tolist()) for batch in spec.dataloader] == undisturbed[0][:-1]
 
 
 def test_samples_and_tokens_are_counted_for_composer(shards: Path, tokenizer: Any) -> None:
-    for loss_average, weight in (("token", lambda batch: len(batch["targets"])), ("sample", lambda batch: BATCH_SIZE)):
+    for loss_average, weight in (("token", lambda batch: len(batch.targets)), ("sample", lambda batch: BATCH_SIZE)):
         spec = build_loader(shards, tokenizer, loss_average=loss_average, max_tokens_per_microbatch=600)
         batch = next(iter(spec.dataloader))
         assert spec.get_num_samples_in_batch(batch) == BATCH_SIZE
-        assert spec.get_num_tokens_in_batch(batch) == len(batch["input_ids"]) > 100
+        assert spec.get_num_tokens_in_batch(batch) == len(batch.input_ids) > 100
         loss_tokens = spec.get_num_tokens_in_batch(batch, token_type="loss_generating")
-        assert loss_tokens == pytest.approx(weight(batch)) == pytest.approx(float(batch["target_weights"].sum()))
+        assert loss_tokens == pytest.approx(weight(batch)) == pytest.approx(float(batch.target_weights.sum()))
         parts = spec.split_batch(batch, BATCH_SIZE)
         assert sum(spec.get_num_samples_in_batch(part) for part in parts) == BATCH_SIZE
-        assert sum(spec.get_num_tokens_in_batch(part) for part in parts) == len(batch["input_ids"])
+        assert sum(spec.get_num_tokens_in_batch(part) for part in parts) == len(batch.input_ids)
         part_tokens = [spec.get_num_tokens_in_batch(part, token_type="loss_generating") for part in parts]
         assert sum(part_tokens) == pytest.approx(loss_tokens)
 

@@ -1,242 +1,94 @@
-"""Claims about what a training step asks of the device: microbatches are cut on the CPU, and nothing waits."""
+"""Claims about microbatches in numbers: few, even bins within the limit, and cuts at samples' borders."""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from itertools import accumulate
 
 import pytest
-import torch
-from composer import Trainer
-from composer.core import DataSpec
-from composer.devices import DeviceCPU
-from composer.models import ComposerModel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
 
-from composer_path import IGNORE_INDEX, IMAGE_TOKEN_ID
-from composer_path.batches.collator import PackedCollator
-from composer_path.batches.dataset import Sample
-from composer_path.batches.microbatches import slice_batch, split_batch
-from composer_path.models.composer_model import ComposerPathMLLM
-from composer_path.weights.assembly import assemble_model
-
-NUM_IMAGE_TOKENS = 4
+from composer_path.batches.microbatches import add_cuts, cap_bins, fewest_bins
 
 
-def samples(count: int = 6, seed: int = 0) -> list[Sample]:
-    """With no image, one or two."""
-    draw = random.Random(seed)
-    made = []
-    for index in range(count):
-        images, answer = index % 3, draw.randint(2, 9)
-        placeholders = torch.full((NUM_IMAGE_TOKENS * images,), IMAGE_TOKEN_ID)
-        input_ids = torch.cat([placeholders, torch.arange(5 + draw.randint(1, 30) + answer) % 64])
-        made.append(
-            Sample(
-                sample_id=index,
-                input_ids=input_ids,
-                labels=torch.where(torch.arange(len(input_ids)) < len(input_ids) - answer, IGNORE_INDEX, input_ids),
-                pixel_values=torch.zeros((images, 3, 32, 32), dtype=torch.uint8),
-                is_he=torch.zeros(images, dtype=torch.bool),
-                source="all",
-                problem=None,
-            )
-        )
-    return made
+def first_fit_decreasing(lengths: Sequence[int], limit: int) -> int:
+    """Number of bins, computed here on its own."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        for at, room in enumerate(rooms):
+            if length <= room:
+                rooms[at] -= length
+                break
+        else:
+            rooms.append(limit - length)
+    return len(rooms)
 
 
-def on_device(value: Any) -> Any:
-    """A batch on a device that can't be read: whatever asked it for a number would fail."""
-    return {key: item.to("meta") if isinstance(item, torch.Tensor) else item for key, item in value.items()}
+@pytest.mark.parametrize("longest", [100, 400, 1000, 1300])  # the last: some samples are longer than the limit
+def test_bins_keep_the_limit_and_are_as_few_as_first_fit_decreasing_finds(longest: int) -> None:
+    draw = random.Random(longest)
+    for _ in range(100):
+        lengths = [draw.randint(1, longest) for _ in range(draw.randint(1, 40))]
+        bins = fewest_bins(lengths, 1000)
+        assert sorted(index for indices in bins for index in indices) == list(range(len(lengths)))
+        assert all(sum(lengths[index] for index in indices) <= 1000 or len(indices) == 1 for indices in bins)
+        if max(lengths) <= 1000:
+            assert len(bins) >= math.ceil(sum(lengths) / 1000)
+        assert len(bins) <= first_fit_decreasing(lengths, 1000)
+        assert bins == sorted(sorted(indices) for indices in bins)
 
 
-# ------------------------------------------------------------------------------------------------ Composer's order
+def test_bins_are_evened_out() -> None:
+    bins = fewest_bins([100] * 16, 900)  # tightly packed it would be 9 and 7
+    assert [len(indices) for indices in bins] == [8, 8]
+    draw = random.Random(0)
+    for _ in range(100):
+        lengths = [draw.randint(1, 100) for _ in range(64)]
+        totals = [sum(lengths[index] for index in indices) for indices in fewest_bins(lengths, 2000)]
+        assert max(totals) - min(totals) <= max(lengths)
 
 
-class Line(ComposerModel):
-    """The least that Composer trains."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(1, 1)
-
-    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        return self.layer(batch["input_ids"].float()[:, None]).sum()
-
-    def loss(self, outputs: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        return outputs
+def test_evening_out_never_breaks_the_limit() -> None:
+    lengths = [5, 5, 4, 4, 3, 3, 3]  # the emptiest bin first would end at 11
+    assert [sum(lengths[index] for index in indices) for indices in fewest_bins(lengths, 9)] == [9, 9, 9]
 
 
-class Watched(DeviceCPU):
-    """Notes when a batch is moved, and to which samples it belongs."""
-
-    def __init__(self, events: list[Any]) -> None:
-        self.events = events
-
-    def batch_to_device(self, batch: Any) -> Any:
-        self.events.append(batch["sample_ids"].tolist())
-        return super().batch_to_device(batch)
+def test_a_sample_longer_than_the_limit_has_a_bin_of_its_own() -> None:
+    assert fewest_bins([3, 20, 4], 10) == [[0, 2], [1]]
 
 
-def test_composer_cuts_a_batch_before_it_moves_it_and_moves_each_microbatch_when_its_turn_has_come() -> None:
-    events: list[Any] = []
-
-    def split(batch: dict[str, Any], size: int | float) -> list[dict[str, Any]]:
-        events.append("split")
-        return split_batch(batch, size)
-
-    loader = DataLoader([*samples()], batch_size=6, collate_fn=PackedCollator(100))  # type: ignore[arg-type]
-    spec = DataSpec(
-        loader,
-        split_batch=split,
-        get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
-        get_num_tokens_in_batch=lambda batch: {
-            "total": len(batch["input_ids"]),
-            "loss_generating": len(batch["targets"]),
-        },
-    )
-    (batch,) = loader
-    expected = [part["sample_ids"].tolist() for part in split_batch(batch, 6)]
-    assert len(expected) > 1
-    model = Line()
-    trainer = Trainer(
-        model=model,
-        train_dataloader=spec,
-        max_duration="1ba",
-        device=Watched(events),
-        optimizers=torch.optim.SGD(model.parameters()),
-        accumulate_train_batch_on_tokens=True,
-        device_train_microbatch_size=6,
-        progress_bar=False,
-    )
-    trainer.fit()
-    trainer.close()
-    assert events == ["split", *expected]
+def test_no_limit_is_one_bin_in_the_given_order() -> None:
+    assert fewest_bins([5, 900, 1], None) == [[0, 1, 2]]
 
 
-def test_evaluation_cuts_before_it_moves_too() -> None:
-    events: list[Any] = []
-
-    def split(batch: dict[str, Any], size: int | float) -> list[dict[str, Any]]:
-        events.append("split")
-        return split_batch(batch, size)
-
-    loader = DataLoader([*samples()], batch_size=6, collate_fn=PackedCollator(100))  # type: ignore[arg-type]
-    spec = DataSpec(
-        loader,
-        split_batch=split,
-        get_num_samples_in_batch=lambda batch: len(batch["num_images"]),
-        get_num_tokens_in_batch=lambda batch: len(batch["input_ids"]),
-    )
-    model = Watching()
-    optimizer = torch.optim.SGD(model.parameters())
-    trainer = Trainer(model=model, optimizers=optimizer, device=Watched(events), progress_bar=False)
-    trainer.eval(spec)
-    trainer.close()
-    assert events[0] == "split" and len(events) > 2
+def test_bins_are_capped_at_a_number_of_samples() -> None:
+    assert cap_bins([5, 2, 1, 4], 2) == [2, 2, 1, 2, 1, 2, 2]
 
 
-class Watching(Line):
-    """With what an evaluation asks for."""
-
-    def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> torch.Tensor:
-        return self(batch)
-
-
-# ------------------------------------------------------------------------------------------------ nothing waits
-
-
-class Reads(TorchDispatchMode):
-    """Counts operations that hand a device's content to Python."""
-
-    READING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "equal", "_to_copy")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        leaves = any(tensor.is_meta for tensor in tensors)
-        to_cpu = name == "_to_copy" and torch.device((kwargs or {}).get("device") or "meta").type == "cpu"
-        if leaves and name in self.READING and (name != "_to_copy" or to_cpu):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
+def test_cuts_reach_any_number_of_bins_up_to_the_number_of_samples() -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        lengths = [draw.randint(1, 50) for _ in range(draw.randint(1, 12))]
+        found = fewest_bins(lengths, draw.randint(50, 200))
+        bins = [len(indices) for indices in found]
+        borders = [0, *accumulate(lengths[index] for indices in found for index in indices)]
+        for num_bins in range(len(bins), len(lengths) + 1):
+            counts = add_cuts(bins, borders, num_bins)
+            assert len(counts) == num_bins
+            assert min(counts) >= 1
+            assert set(accumulate(bins)) <= set(accumulate(counts))  # every old border is still one
 
 
-def test_the_counter_counts() -> None:
-    with Reads() as reads:
-        for read in (torch.Tensor.item, torch.Tensor.nonzero, torch.Tensor.cpu):
-            with pytest.raises((RuntimeError, NotImplementedError)):
-                read(torch.ones(1, device="meta"))
-    assert len(reads.found) == 3
+def test_cuts_go_through_the_middle_of_the_largest_bin() -> None:
+    borders = [0, *accumulate([30, 30, 10, 40, 20, 20])]
+    assert add_cuts([2, 4], borders, 2) == [2, 4]
+    assert add_cuts([2, 4], borders, 3) == [2, 2, 2]  # 60 | 10 40 | 20 20, not 60 | 10 | 80
+    assert add_cuts([2, 4], borders, 4) == [1, 1, 2, 2]
+    borders = [0, *accumulate([500, 10, 20, 40])]
+    assert add_cuts([1, 3], borders, 3) == [1, 2, 1]  # a single sample stays whole, however long
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[ComposerPathMLLM]:
-    """A tiny model in half precision on a device that can't be read, with the attention of a GPU."""
-    model = assemble_model(
-        vision_encoder={
-            "name": "timm/vit_tiny_patch16_224",
-            "image_size": 32,
-            "kwargs": {"embed_dim": 24, "depth": 1, "num_heads": 2},
-        },
-        projector={"pooler": {"dim": 16, "num_queries": NUM_IMAGE_TOKENS, "num_heads": 2}, "mlp": {"depth": 1}},
-        language_model={
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "vocab_size": 64,
-            }
-        },
-        trainable=["projector", "language_model"],
-    )
-    yield ComposerPathMLLM(model.to(torch.bfloat16).to("meta"))
-
-
-def test_a_step_asks_the_device_for_nothing(model: ComposerPathMLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, loss and backward of every microbatch, one of them without an image."""
-    from transformers.modeling_utils import AttentionInterface
-
-    from composer_path.models.attention import packed_torch_flash
-
-    # This device knows no autocast, which is off here.
-    monkeypatch.setattr(torch, "autocast", lambda **keywords: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device_type: False)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "packed_sdpa", packed_torch_flash)
-    parts = split_batch(PackedCollator(70)(samples(9)), 3)
-    assert len(parts) >= 3
-    parts.append(slice_batch(PackedCollator()(samples(1)), 0, 1))
-    assert len(parts[-1]["pixel_values"]) == 0
-    with Reads() as reads:
-        for part in parts:
-            batch = on_device(part)
-            loss = model.loss(model(batch), batch)
-            assert loss.is_meta
-            loss.backward()
-    assert reads.found == []
-    assert all(parameter.grad is not None for parameter in model.model.projector.parameters())
-
-
-def test_cutting_leaves_page_locked_what_was_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no page-locked memory here; whether it is asked for can be seen nevertheless."""
-    asked: list[bool] = []
-    empty_like = torch.empty_like
-
-    def note(tensor: torch.Tensor, pin_memory: bool = False) -> torch.Tensor:
-        asked.append(pin_memory)
-        return empty_like(tensor)
-
-    batch = PackedCollator()(samples())
-    monkeypatch.setattr(torch, "empty_like", note)
-    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
-    slice_batch(batch, 2, 5)
-    assert asked == [True] * 3  # borders, supervised_index, image_index: all that isn't a view
+def test_more_bins_than_samples_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ValueError, match="this rank has 2 samples, another needs 3 microbatches; set drop_last"):
+        add_cuts([1, 1], [0, 5, 9], 3)

@@ -17,7 +17,7 @@ from streaming import MDSWriter
 from tiny_shards import end_workers
 
 from composer_path import Conversation
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.loader import WholeEpochLoader, end_with_parent
 from composer_path.records.conversation import Turn
@@ -77,7 +77,7 @@ Epochs = list[list[list[int]]]
 def read(loader: WholeEpochLoader, num_epochs: int, state: dict[str, Any] | None = None) -> Epochs:
     if state is not None:
         loader.dataset.load_state_dict(state)
-    epochs = [[batch["sample_ids"].tolist() for batch in loader] for _ in range(num_epochs)]
+    epochs = [[batch.sample_ids.tolist() for batch in loader] for _ in range(num_epochs)]
     end_workers(loader)
     return epochs
 
@@ -196,9 +196,9 @@ def test_each_stream_has_its_own_template_system_message_name_and_weight(root: P
         assert torch.equal(sample["input_ids"], expected.input_ids)
         assert sample["source"] == name
     batch = PackedCollator()([caption, chat])
-    weights = [0.25] * int(batch["num_targets"][0]) + [1.0] * int(batch["num_targets"][1])
-    assert batch["target_weights"].tolist() == weights
-    assert batch["loss_weight"] == sum(weights)
+    weights = [0.25] * int(batch.num_targets[0]) + [1.0] * int(batch.num_targets[1])
+    assert batch.target_weights.tolist() == weights
+    assert batch.loss_weight == sum(weights)
 
 
 @pytest.mark.parametrize(

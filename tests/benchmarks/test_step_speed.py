@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from benchmarks import packed_step, step_speed
 from benchmarks.measure import UnequalError, require_equal
 from benchmarks.step_speed import BASELINE, OURS, VARIANTS, Variant, compare, frozen_against_trained
-from composer_path.batches.microbatches import Batch, split_batch
+from composer_path.batches.batch import Batch, split_batch
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,8 @@ def chosen(*names: str) -> dict[str, Variant]:
 def without_borders(batch: Batch, size: int) -> list[Batch]:
     """Microbatches whose samples see each other."""
     parts = split_batch(batch, size)
-    ends = [part["cu_seq_lens"][[0, -1]] for part in parts]
-    return [part | {"cu_seq_lens": end, "max_seq_len": int(end[-1])} for part, end in zip(parts, ends, strict=True)]
+    ends = [part.cu_seq_lens[[0, -1]] for part in parts]
+    return [replace(part, cu_seq_lens=end, max_seq_len=int(end[-1])) for part, end in zip(parts, ends, strict=True)]
 
 
 def test_packed_instructions_are_at_least_1_2_times_as_fast_as_padded_ones() -> None:

@@ -12,7 +12,7 @@ from composer.core import State
 from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.callbacks import BatchReport
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from composer.core import State
@@ -11,8 +9,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 
 from composer_path import ComposerPathMLLM
-from composer_path.batches.collator import PackedCollator
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import Batch, PackedCollator, split_batch
 from composer_path.callbacks import SourceReport
 from composer_path.weights.assembly import assemble_model
 
@@ -45,7 +42,7 @@ def adapter() -> ComposerPathMLLM:
     )
 
 
-def make_batch() -> dict[str, Any]:
+def make_batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     samples = []
     for index, (source, answers) in enumerate(zip(SOURCES, ANSWERS, strict=True)):
@@ -86,9 +83,7 @@ def test_each_sources_loss_is_the_mean_over_its_answer_tokens(adapter: ComposerP
         state.timestamp = state.timestamp.to_next_batch(len(SOURCES))
         report.batch_end(state, logger)
     losses = adapter(batch).detach()
-    owners = [
-        source for source, count in zip(batch["sources"], batch["num_targets"], strict=True) for _ in range(count)
-    ]
+    owners = [source for source, count in zip(batch.sources, batch.num_targets, strict=True) for _ in range(count)]
     for source in ("captions", "chats"):
         expected = losses[[owner == source for owner in owners]].mean().item()
         logged = memory.data[f"source/{source}/loss"]

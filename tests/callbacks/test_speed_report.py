@@ -12,7 +12,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import InMemoryLogger, Logger
 
 from composer_path import ComposerPathMLLM
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator
 from composer_path.callbacks import SpeedReport
 from composer_path.models.execution import choose_execution
 from composer_path.weights.assembly import assemble_model

@@ -173,6 +173,12 @@ def test_a_mistake_is_named_with_what_to_do(demo: Path, override: str, line: str
     assert any(line in problem for problem in problems), problems
 
 
+def test_a_microbatch_of_the_longest_samples_size_is_accepted_and_one_token_less_is_not(demo: Path) -> None:
+    load_config(demo, ["train_loader.max_tokens_per_microbatch=512"])
+    (problem,) = problems_of(demo, "train_loader.max_tokens_per_microbatch=511")
+    assert "found 511, less than train_loader.dataset.max_seq_len 512" in problem
+
+
 def test_an_evaluation_interval_needs_held_out_data_unless_they_are_switched_off(demo: Path, tmp_path: Path) -> None:
     config = OmegaConf.load(demo)
     del config["eval_loader"]

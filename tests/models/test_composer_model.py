@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from composer_path import ComposerPathMLLM
-from composer_path.batches.collator import LOSS_AVERAGES, PackedCollator
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.models.composer_model import TokenLoss
 from composer_path.models.path_mllm import token_losses
 from composer_path.weights.assembly import assemble_model
@@ -60,12 +59,12 @@ def samples() -> list[dict[str, Any]]:
     return made
 
 
-def logits_of(adapter: ComposerPathMLLM, row: dict[str, Any]) -> torch.Tensor:
+def logits_of(adapter: ComposerPathMLLM, row: Batch) -> torch.Tensor:
     keys = ("input_ids", "position_ids", "cu_seq_lens", "max_seq_len", "pixel_values", "image_index")
-    return adapter.model(**{key: row[key] for key in keys}, logits_index=row["supervised_index"])
+    return adapter.model(**{key: getattr(row, key) for key in keys}, logits_index=row.supervised_index)
 
 
-@pytest.mark.parametrize("loss_average", LOSS_AVERAGES)
+@pytest.mark.parametrize("loss_average", get_args(LossAverage))
 @pytest.mark.parametrize("limit", [20, 40, 1000])
 def test_microbatch_losses_times_their_share_sum_to_the_weighted_mean(
     adapter: ComposerPathMLLM, samples: list[dict[str, Any]], loss_average: str, limit: int
@@ -75,13 +74,13 @@ def test_microbatch_losses_times_their_share_sum_to_the_weighted_mean(
     for sample, answers in zip(samples, ANSWERS, strict=True):
         if answers:
             row = PackedCollator()([sample])
-            losses = F.cross_entropy(logits_of(adapter, row), row["targets"], reduction="none")
+            losses = F.cross_entropy(logits_of(adapter, row), row.targets, reduction="none")
             total += weigh[loss_average](answers) * losses.sum().item()
             weights += weigh[loss_average](answers) * answers
     batch = PackedCollator(limit, loss_average)(samples)
     parts = split_batch(batch, len(samples))
     assert (len(parts) > 1) == (limit < 1000)
-    loss = sum(adapter.loss(adapter(part), part).item() * part["loss_weight"] / batch["loss_weight"] for part in parts)
+    loss = sum(adapter.loss(adapter(part), part).item() * part.loss_weight / batch.loss_weight for part in parts)
     assert loss == pytest.approx(total / weights, rel=1e-5)
 
 
@@ -89,7 +88,7 @@ def test_a_microbatch_without_answers_has_loss_0_and_finite_gradients(
     adapter: ComposerPathMLLM, samples: list[dict[str, Any]]
 ) -> None:
     row = PackedCollator()([samples[3]])
-    assert len(row["targets"]) == 0
+    assert len(row.targets) == 0
     loss = adapter.loss(adapter(row), row)
     loss.backward()
     assert loss.item() == 0.0
@@ -108,7 +107,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_however_they_are_batched(
             adapter.update_metric(row, adapter.eval_forward(row), metric)
         values.append(metric.compute().item())
     row = PackedCollator()(samples)
-    expected = F.cross_entropy(logits_of(adapter, row), row["targets"]).item()
+    expected = F.cross_entropy(logits_of(adapter, row), row.targets).item()
     assert values == pytest.approx([expected] * 3, rel=1e-6)
 
 

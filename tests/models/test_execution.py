@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import Batch, PackedCollator
 from composer_path.models.attention import fill_row
 from composer_path.models.execution import choose_execution
 from composer_path.weights.assembly import assemble_model
@@ -49,7 +49,7 @@ def build(trainable: list[str], **config: Any) -> PathMLLM:
     )
 
 
-def row() -> dict[str, Any]:
+def row() -> Batch:
     generator = torch.Generator().manual_seed(0)
     samples = []
     for index, (length, images) in enumerate([(30, 1), (17, 0), (44, 2), (19, 1), (21, 1)]):
@@ -208,8 +208,7 @@ def test_ligers_layers_are_equal_to_rounding_of_bf16() -> None:
 
     def loss_of(**levers: str) -> float:
         model = choose_execution(build(STAGES["stage 1"]).to("cuda", torch.bfloat16), **levers)
-        batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in row().items()}
-        return ComposerPathMLLM(model)(batch).float().mean().item()
+        return ComposerPathMLLM(model)(row().to("cuda")).float().mean().item()
 
     assert loss_of(fusion="liger") == pytest.approx(loss_of(), rel=1e-2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from composer_path import ComposerPathMLLM, PathMLLM, load_reference_model
-from composer_path.batches.collator import PackedCollator
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import Batch, PackedCollator, split_batch
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.reference import to_reference
 
@@ -55,7 +55,7 @@ def random_sample(sample_id: int, length: int, num_images: int, num_labels: int,
     return sample(sample_id, ids, labels, pixels)
 
 
-def golden_batch(golden: Path, limit: int | None = None) -> dict[str, Any]:
+def golden_batch(golden: Path, limit: int | None = None) -> Batch:
     """The reference's batch as one row: placeholders expanded, padding removed, cut as the reference cut it."""
     batch = load_file(golden / "model" / "batch.safetensors")
     samples = []
@@ -71,9 +71,9 @@ def golden_batch(golden: Path, limit: int | None = None) -> dict[str, Any]:
     return PackedCollator()(samples)
 
 
-def every_logit(model: PathMLLM, batch: dict[str, Any]) -> torch.Tensor:
+def every_logit(model: PathMLLM, batch: Batch) -> torch.Tensor:
     keys = ("input_ids", "position_ids", "cu_seq_lens", "max_seq_len", "pixel_values", "image_index")
-    return model(*(batch[key] for key in keys))
+    return model(*(getattr(batch, key) for key in keys))
 
 
 def reference_model(golden: Path) -> PathMLLM:
@@ -91,8 +91,8 @@ def test_logits_loss_and_every_gradient_equal_the_reference(golden: Path, name: 
     adapter = ComposerPathMLLM(model)
     batch = golden_batch(golden, limit)
     logits = every_logit(model, batch).detach()
-    for at in range(len(batch["num_images"])):
-        start, stop = batch["cu_seq_lens"][at : at + 2].tolist()
+    for at in range(len(batch.num_images)):
+        start, stop = batch.cu_seq_lens[at : at + 2].tolist()
         theirs = expected[f"{name}.logits"][at, : stop - start]
         assert relative(logits[start:stop], theirs) < 1e-5  # measured 6.2e-7
     loss = adapter.loss(adapter(batch), batch)
@@ -147,11 +147,11 @@ def test_a_row_of_samples_equals_one_sample_at_a_time(kind: str, images: str) ->
     adapter = ComposerPathMLLM(model)
     row = PackedCollator()(samples)
 
-    def losses_and_gradients(batches: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
+    def losses_and_gradients(batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
         adapter.zero_grad()
         total = 0.0
         for batch in batches:
-            loss = adapter.loss(adapter(batch), batch) * (batch["loss_weight"] / row["loss_weight"])
+            loss = adapter.loss(adapter(batch), batch) * (batch.loss_weight / row.loss_weight)
             loss.backward()
             total += loss.item()
         return total, {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
@@ -184,14 +184,14 @@ def test_logits_are_computed_only_where_a_label_is(golden: Path) -> None:
     model = reference_model(golden)
     batch = golden_batch(golden)
     keys = ("input_ids", "position_ids", "cu_seq_lens", "max_seq_len", "pixel_values", "image_index")
-    some = model(*(batch[key] for key in keys), logits_index=batch["supervised_index"])
-    assert some.shape[0] == len(batch["targets"]) < len(batch["input_ids"])
-    torch.testing.assert_close(some, every_logit(model, batch)[batch["supervised_index"]])
+    some = model(*(getattr(batch, key) for key in keys), logits_index=batch.supervised_index)
+    assert some.shape[0] == len(batch.targets) < len(batch.input_ids)
+    torch.testing.assert_close(some, every_logit(model, batch)[batch.supervised_index])
 
 
 def test_counts_of_placeholders_and_vectors_that_differ_are_both_named(golden: Path) -> None:
     batch = golden_batch(golden)
-    batch["image_index"] = batch["image_index"][:-1]
+    batch = replace(batch, image_index=batch.image_index[:-1])
     with pytest.raises(ValueError, match=r"383 image placeholders for 384 image vectors \(3 images of 128\)"):
         ComposerPathMLLM(reference_model(golden))(batch)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from tiny_run import Witness, convert_shards, load_tiny_config, run
 
-from composer_path.batches.collator import PackedCollator
+from composer_path.batches.batch import PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.microbatches import split_batch
 from composer_path.config.reading import plain
 from composer_path.conversion.destination import publish
 from composer_path.images.features import FeaturesError, features_in_index
@@ -135,7 +134,7 @@ def loss_and_gradients(model: ComposerPathMLLM, dataset: Any, indices: list[int]
     batch = PackedCollator(400)([dataset[index] for index in indices])
     loss = 0.0
     for part in split_batch(batch, 4):
-        of_part = model.loss(model(part), part) * (part["loss_weight"] / batch["loss_weight"])
+        of_part = model.loss(model(part), part) * (part.loss_weight / batch.loss_weight)
         of_part.backward()
         loss += float(of_part)
     return loss, {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}

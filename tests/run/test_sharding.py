@@ -14,7 +14,7 @@ import torch
 from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_tiny_config, road, run, weights_of
 
 from composer_path import ComposerPathMLLM, PathMLLM
-from composer_path.batches.microbatches import split_batch
+from composer_path.batches.batch import split_batch
 from composer_path.config.reading import plain
 from composer_path.models.language_model import cast_parameters
 from composer_path.run import sharding
@@ -216,7 +216,7 @@ def test_bf16_under_fsdp_on_one_rank_is_a_bf16_model_with_fp32_masters(
     gradients = {name: torch.zeros_like(p) for name, p in masters.items()}
     parts = split_batch(batch, batch_size)
     for part in parts:
-        (adapter.loss(adapter(part), part) * (part["loss_weight"] / batch["loss_weight"])).backward()
+        (adapter.loss(adapter(part), part) * (part.loss_weight / batch.loss_weight)).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 gradients[name] += parameter.grad.float()
