@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,14 @@ def _complete(config: DictConfig, section: Section, path: str, problems: list[st
             part = _chosen(child, node) if isinstance(node, Choice) else node
         except OmegaConfBaseException:
             continue  # said when it is resolved
+        if (
+            OmegaConf.is_interpolation(config, name)
+            and isinstance(child, Mapping)
+            and any(_resolvers(parse(raw[name])))
+        ):
+            problems.append(f"{where}: found {raw[name]}; a section is written out, or another section's: ${{name}}")
         if not isinstance(child, DictConfig) or part is None:
             continue
-        if OmegaConf.is_interpolation(config, name) and any(_resolvers(parse(raw[name]))):
-            problems.append(f"{where}: found {raw[name]}; a section is written out, or another section's: ${{name}}")
         _complete(child, part, where, problems)
 
 
