@@ -55,13 +55,13 @@ def _check_time(value: str | int, units: tuple[str, ...], zero: bool) -> None:
 _AS_TIME = "write a whole number and a unit, as in 1ep, 500ba, or a share of the run, as in 0.03dur"
 
 
-def check_above_zero(value: float) -> None:
+def check_above_zero(value: float | int) -> None:
     """A number that may not be 0."""
     if value <= 0:
         raise ValueError(f"found {value}; it must be above 0")
 
 
-def check_beta(value: float) -> None:
+def check_beta(value: float | int) -> None:
     """How much of a moment AdamW keeps."""
     if not 0 <= value < 1:
         raise ValueError(f"found {value}; it must be at least 0 and below 1")

@@ -355,7 +355,6 @@ def test_fsdp_1_without_a_gpu_is_refused() -> None:
         ("fp32", {"param_dtype": "bf16", "reduce_dtype": "fp32"}, torch.bfloat16),
         ("amp_bf16", {"param_dtype": "fp32"}, torch.float32),
         ("amp_bf16", {"reduce_dtype": "fp32"}, torch.bfloat16),
-        (None, None, torch.float32),
     ],
 )
 def test_frozen_weights_are_held_in_the_dtype_of_products(
@@ -370,7 +369,6 @@ def test_frozen_weights_are_held_in_the_dtype_of_products(
     [
         ("cuda", {"precision": "amp_bf16", "parallelism_config": {"fsdp": {}}}, "amp_bf16", None),
         ("cpu", {"precision": "fp32", "parallelism_config": {"fsdp": {}}}, "fp32", None),
-        ("cpu", {"precision": "amp_bf16"}, "fp32", None),
         ("cpu", {"precision": "amp_bf16", "parallelism_config": None}, "fp32", None),
         (
             "cpu",
