@@ -100,7 +100,7 @@ def test_each_mistake_is_one_line_and_exit_code_2(
         "processor_config.json": ["ask", tmp_path, "--image", TILE, QUESTION],
         "give a question, or --chat": ["ask", folder, "--image", TILE],
         "give a question, or --chat to": ["ask", folder, "--image", TILE, " "],
-        "notes.txt': unreadable-image": ["ask", folder, "--image", text, QUESTION],
+        "notes.txt': an image must decode": ["ask", folder, "--image", text, QUESTION],
         "none.jpg': there is no such file": ["ask", folder, "--image", "none.jpg", QUESTION],
         "1 image tags and the conversation 2 images": [
             "ask",
