@@ -21,13 +21,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from composer_path.images.file import (
-    MAX_PIXELS,
-    decode_pixels,
-    open_image,
-    orientation_of,
-    to_rgb,
-)
+from composer_path.images.file import MAX_PIXELS, decode_pixels, open_image, orientation_of, to_rgb
 from composer_path.images.square import Fit, Square, is_square, pack_square, unpack_square
 from composer_path.records.rules import ImageError
 
@@ -162,9 +156,7 @@ def load_image(
 
 
 def normalize_image(
-    images: UInt8[Tensor, "*batch 3 height width"],
-    mean: Sequence[float] = IMAGE_MEAN,
-    std: Sequence[float] = IMAGE_STD,
+    images: UInt8[Tensor, "*batch 3 height width"], mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
 ) -> Float[Tensor, "*batch 3 height width"]:
     """Turn 8-bit pixels into what a vision encoder takes: (pixel / 255 - mean) / std in float32.
 

@@ -78,11 +78,7 @@ def load_reference_model(
 
 
 def save_reference_model(
-    model: PathMLLM,
-    folder: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    max_shard_size: str = "5GB",
+    model: PathMLLM, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, max_shard_size: str = "5GB"
 ) -> None:
     """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
 

@@ -111,10 +111,7 @@ def _shards_of(index: Path) -> list[str]:
 
 
 def check_tensors(
-    source: str,
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    may_be_missing: Iterable[str] = (),
+    source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], may_be_missing: Iterable[str] = ()
 ) -> None:
     """Names and shapes must be the same.
 
