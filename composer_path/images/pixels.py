@@ -100,17 +100,12 @@ class ImagePreparation:
 
         Raises:
             ImageError: As `load`, and for a square that is damaged.
-            ResizedMismatch: The shards were resized for another size, fit or padding colour. Not an ImageError, because
-                no other sample is better.
+            ResizedMismatch: The shards were resized for another size, fit or padding colour: no other sample is better.
         """
         return unpack_square(data, self.square) if is_square(data) else self.load(bytes(data))
 
     def resize(self, data: bytes) -> bytes:
-        """Make the finished square that `--resize` stores in place of the file.
-
-        Raises:
-            ImageError: As `load`.
-        """
+        """Make the finished square that `--resize` stores in place of the file."""
         return pack_square(self.load(data), self.square)
 
     def _fit_with_pil(self, image: Image.Image) -> Pixels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +186,7 @@ class PathMLLM(nn.Module):
         generate: Any = self.language_model.generate
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
-    def trainable(self, modules: Sequence[ModuleName]) -> Self:
+    def trainable(self, modules: Sequence[ModuleName]) -> PathMLLM:
         """Train the named modules only; the others lose their gradients."""
         if unknown := sorted(set(modules) - set(MODULES)):
             raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")

@@ -56,4 +56,6 @@ def assemble_model(
         llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
-    return PathMLLM(vision, adapter, llm).trainable(trainable)
+    model = PathMLLM(vision, adapter, llm)
+    model.trainable(trainable)
+    return model
