@@ -124,9 +124,9 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = Tru
     2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
     3. Anything else (EXIF-rotated, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the decoded pixels.
 
-    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. `decode` also decodes what is kept bit for
-    bit, which finds damage inside its compressed data; without it only the structure is read, from the header to the
-    end marker. Raises as `check_image`.
+    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. With `decode` also what is kept bit for
+    bit is decoded, which finds damage inside its compressed data; without, only the structure is read, from the header
+    to the end marker. Raises as `check_image`.
     """
     data = bytes(data)
     image = open_image(data, max_pixels)
