@@ -47,8 +47,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         return path, path.absolute().parent.parent / CONFIG
     newest = path / PLACES["checkpoints"] / NEWEST
     if not newest.exists():
-        raise ValueError(
-            f"run '{path}': found no checkpoint at '{newest}'; trainer.save_interval says when a run saves, or name a "
-            "checkpoint itself"
-        )
+        fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
+        raise ValueError(f"run '{path}': found no checkpoint at '{newest}'; {fix}")
     return newest, path / CONFIG

@@ -15,12 +15,8 @@ from composer_path.commands.verb import add_yaml, at_least_1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The YAML, whose tokenizer, template and encoder decide lengths, and where to write."""
     add_yaml(parser)
-    parser.add_argument(
-        "--loader",
-        choices=("train_loader", "eval_loader"),
-        action="append",
-        help="which sets (default: those of the loaders that are balanced, else train_loader's)",
-    )
+    which = "which sets (default: those of the loaders that are balanced, else train_loader's)"
+    parser.add_argument("--loader", choices=("train_loader", "eval_loader"), action="append", help=which)
     parser.add_argument("--out", metavar="DIR_OR_URI", help="in place of LOADER.lengths or beside each set")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
     parser.add_argument(

@@ -24,16 +24,14 @@ _CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The set, and what to do with it."""
     parser.add_argument("shards", metavar="DIR_OR_URI", help="where index.json lies: a folder, s3://..., gs://...")
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     summary = actions.add_parser("summary", help="the data card, and counts of sources, text lengths and image sizes")
-    summary.set_defaults(action=summarize)
 
     showing = actions.add_parser("show", help="print one record WITH ITS TEXT and write its images as files")
     showing.add_argument("which", metavar="ID|N", help="its position in the set, from 0, or its id as it is stored")
     showing.add_argument("--id", action="store_true", help="take a number for an id, too")
     showing.add_argument("--out", default=".", metavar="DIR", help="folder for the images (default: this one)")
-    showing.set_defaults(action=show)
 
     verifying = actions.add_parser("verify", help="every object, sample and image; a list of what is bad")
     verifying.add_argument("--template", help="also check that every record has labels under this prompt template")
@@ -41,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument("--max-seq-len", type=int, help="for --template: cut as training does (default: no cut)")
     verifying.add_argument("--image-tokens", type=int, default=1, help="for --template: of an image (default: 1)")
     verifying.add_argument("--image-position", choices=("front", "inline"), default="front", help="for --template")
-    verifying.set_defaults(action=verify)
 
     choosing = actions.add_parser("filter", help="write the records that fit all conditions as a new set")
     choosing.set_defaults(num_samples=None, seed=0)
@@ -52,18 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for choice in (choosing, drawing):
         choice.add_argument("--out", required=True, metavar="DIR_OR_URI", help="where to; nothing may lie there")
         choice.add_argument("words", nargs="+" if choice is choosing else "*", metavar="CONDITION", help=conditions)
-        choice.set_defaults(action=choose)
     for one in (summary, verifying, choosing, drawing):
         one.add_argument("--workers", type=at_least_1, default=os.cpu_count() or 1, help="processes (default: cores)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
-    if options.action is verify and (options.template is None) != (options.tokenizer is None):
+    if options.action == "verify" and (options.template is None) != (options.tokenizer is None):
         raise ValueError("--template and --tokenizer go together; give both or none")
     from composer_path.shards.view import ShardView
 
-    return options.action(ShardView(options.shards), options)
+    action = {"summary": summarize, "show": show, "verify": verify, "filter": choose, "sample": choose}
+    return action[options.action](ShardView(options.shards), options)
 
 
 def summarize(view: ShardView, options: argparse.Namespace) -> int:
