@@ -36,18 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def start(options: Namespace) -> int:
-    """Check a YAML, and unless only that is wanted, train as it says.
-
-    Args:
-        options: `yaml`, `words` (overrides), `check` (only that) and `files` (look at files then, too).
+    """Check a YAML and the files that it names, and train; with `check` do the former alone, and files only if told.
 
     Raises:
         ConfigError: Lists all mistakes.
     """
     config = load_config(options.yaml, options.words)
     if options.files or not options.check:
-        problems = check_files(plain(config))
-        if problems:
+        if problems := check_files(plain(config)):
             raise ConfigError(options.yaml, problems)
         for line in samples_left_out(plain(config)):
             print(f"{options.yaml}: {line}", file=sys.stderr)
@@ -68,16 +64,13 @@ def train(
     algorithms: Sequence[Algorithm] = (),
     loggers: Sequence[LoggerDestination] = (),
 ) -> Trainer:
-    """Train as the configuration says.
+    """Train as a configuration says; returns the Trainer, after the last step.
 
     Args:
         config: From `load_config`.
         callbacks: Objects beside those that the configuration names.
         algorithms: Likewise.
         loggers: Likewise.
-
-    Returns:
-        The Trainer, after the last step.
     """
     import torch
     from composer import Trainer
@@ -120,20 +113,15 @@ def train(
         most = held_out.dataloader.batch_size
         evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=most)]
     report = RunReport(run_folder, count_parameters(model))
-    of_the_run = {
-        "run_folder": run_folder,
-        "model": model,
-        "trained_only": trained_only,
-        "tokenizer": tokenizer,
-        "text": train_loader.dataloader.dataset.text,
-        "images": train_loader.dataloader.dataset.images,
-    }
+    dataset = train_loader.dataloader.dataset
+    prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
+    of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = Trainer(
         model=ComposerPathMLLM(model),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
         optimizers=build_optimizer(model, **settings["optimizer"]),
-        schedulers=build_named("scheduler", settings["scheduler"].pop("name"), settings["scheduler"]),
+        schedulers=build_named("scheduler", **settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
             ResumableCheckpoints(trained_only),
@@ -168,10 +156,7 @@ def build_model(settings: Mapping[str, Any]) -> PathMLLM:
 
 
 def build_loader(
-    section: Mapping[str, Any],
-    model: PathMLLM,
-    tokenizer: PreTrainedTokenizerBase,
-    algorithms: Iterable[str] = (),
+    section: Mapping[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase, algorithms: Iterable[str] = ()
 ) -> DataSpec:
     """A loader that prepares samples for this model and suits the algorithms."""
     from composer_path.batches.loader import build_dataloader

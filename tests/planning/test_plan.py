@@ -102,9 +102,10 @@ def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
     model = _empty_model(settings, "off")
     block = sum(p.numel() for p in model.language_model.model.layers[0].parameters())
     root = 2 * 4000 * 512 + 512
-    found = standing_bytes(model, {"version": 2}, "adamw", 8).gathered
+    fsdp = {"version": 2, "reshard_after_forward": True}
+    found = standing_bytes(model, fsdp, "adamw", 8).gathered
     assert found == pytest.approx(2 * (root + 2 * block) + 6 * (root + block))
-    kept = standing_bytes(model, {"version": 2, "reshard_after_forward": False}, "adamw", 8).gathered
+    kept = standing_bytes(model, fsdp | {"reshard_after_forward": False}, "adamw", 8).gathered
     assert kept - found == pytest.approx(2 * (sum(p.numel() for p in model.parameters()) - root - 2 * block))
 
 
