@@ -30,7 +30,8 @@ from composer_path.shards.lengths import (
     write_lengths,
 )
 from composer_path.shards.view import ShardView
-from composer_path.storage.places import StorageError, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import open_place
 
 if TYPE_CHECKING:
     from composer_path.records.vocabulary import Tokenizer
