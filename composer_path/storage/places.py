@@ -28,9 +28,7 @@ from composer_path.storage.transfer import Answer, Limits, fetch
 _CHUNK_BYTES = 4 * 2**20
 # Seconds between the attempts of one request: a store that rests for a minute costs no conversion.
 _PAUSES = (1, 2, 4, 8, 16, 30)
-
-# There what is missing is an object, and the place is as it should be.
-_OF_OBJECTS = ("read", "delete from")
+_OF_OBJECTS = ("read", "delete from")  # there what is missing is an object, and the place is as it should be
 
 Result = TypeVar("Result")
 
