@@ -92,7 +92,7 @@ def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> 
     """Convert or merge, print what came of it, and return the exit code."""
     from composer_path.conversion.progress import ConvertProgress
     from composer_path.conversion.rejections import ConvertError, explained
-    from composer_path.storage.places import StorageError, shown
+    from composer_path.storage.errors import StorageError, shown
 
     progress = ConvertProgress(sys.stderr)
     try:

@@ -32,7 +32,8 @@ from composer_path.shards.lengths import (
     write_lengths,
 )
 from composer_path.shards.view import ShardView
-from composer_path.storage.places import StorageError, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import open_place
 
 LOADERS = ("train_loader", "eval_loader")
 Progress = Callable[[int], None]  # gets the number of shards that are done

@@ -18,7 +18,8 @@ from composer_path.records.conversation import Conversation
 from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.shards.index import CARD_NAME, INDEX_NAME
 from composer_path.shards.mds import PAGE, DamagedShard, Entry, MdsFile, ShardError, name_of, open_mds, stored_info
-from composer_path.storage.places import Bucket, StorageError, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket, open_place
 
 _WHOLE = 2**32  # bytes: more than a sample can have
 
