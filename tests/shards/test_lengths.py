@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from composer_path.records.prompts import get_template
+from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.lengths import (
     LengthsError,
@@ -162,11 +163,12 @@ def test_templates_differ_by_name_and_by_every_setting() -> None:
 
 def test_a_key_holds_no_text(tokenizer: Any) -> None:
     template = get_template({"name": "llava_llama_2", "system": "You look at slides of Mr. Miller."})
-    key = lengths_key(b"{}", tokenizer, template, 8, 512, "front")
+    text = TextPreparation(template, 8, 512, "front")
+    key = lengths_key(b"{}", tokenizer, text)
     assert "Miller" not in str(key)
-    assert key == lengths_key(b"{}", tokenizer, template, 8, 512, "front")
+    assert key == lengths_key(b"{}", tokenizer, text)
 
 
 def test_images_of_different_lengths_are_refused(tokenizer: Any) -> None:
     with pytest.raises(LengthsError, match="the same number of tokens for every image"):
-        lengths_key(b"{}", tokenizer, get_template("plain"), lambda index: 4, 512, "front")
+        lengths_key(b"{}", tokenizer, TextPreparation(get_template("plain"), lambda index: 4, 512, "front"))
