@@ -39,11 +39,7 @@ def in_threads(
 ) -> Iterator[Result]:
     """Map in several threads; in this one if `workers` is 1.
 
-    Args:
-        function: What to do with an item.
-        items: Taken one by one, as results are asked for.
-        workers: Threads.
-        ahead: Items on their way at once; None for three times the threads.
+    Items are taken one by one, as results are asked for; `ahead` of them (three times the threads) are on their way.
     """
     if workers <= 1:
         yield from map(function, items)
@@ -59,23 +55,16 @@ def in_processes(
     report: Report | None = None,
     fork: bool = False,
 ) -> Iterator[Result]:
-    """Map in several processes; in this one if `workers` is 1.
+    """Map in several processes; in this one if `workers` is 1. Raises `ProcessKilled` if one was killed.
 
-    Args:
-        function: What to do with an item; called with the item, and with a `Report` where one is given here.
-        items: Taken one by one, as results are asked for; all at once to fork.
-        workers: Processes.
-        report: Called now and then with what all processes have done.
-        fork: Start processes that have all modules and items in memory, where imports and sending items would take
-            seconds. Only where no thread was started: a fork of a process with threads (torch, a notebook) can hang.
-
-    Raises:
-        ProcessKilled: A process was killed.
+    Items are taken one by one, as results are asked for. Where a `report` is given, `function` gets one of its own
+    beside the item, and `report` is called now and then with what all processes have done. `fork` takes all items at
+    once, and starts processes that have them and all modules in memory, where imports and sending items would take
+    seconds: only where no thread was started, as a fork of a process with threads (torch, a notebook) can hang.
     """
-    at_hand: list[Item] | None = None
-    if fork:
-        items = at_hand = list(items)
-        workers = min(workers, len(at_hand))
+    at_hand = list(items) if fork else None
+    if at_hand is not None:
+        items, workers = at_hand, min(workers, len(at_hand))
     if workers <= 1:
         yield from (function(item) if report is None else function(item, report) for item in items)
         return
@@ -133,8 +122,8 @@ def _next(pending: deque[Future[Result]], tell: Callable[[], None]) -> Result:
     while not pending[0].done():
         wait([pending[0]], timeout=_SECONDS)
         tell()
-        for other in pending:
-            if other.done() and other.exception() is not None:
+        for other in filter(Future.done, pending):
+            if other.exception() is not None:
                 other.result()
     tell()
     return pending.popleft().result()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,13 +31,7 @@ from composer_path.conversion.options import ConvertOptions
 from composer_path.conversion.partition import ConvertJob, PartitionDone, read_marker, verify_partition
 from composer_path.conversion.record_file import RawRecord
 from composer_path.conversion.rejections import ConvertError, Rejections
-from composer_path.conversion.summary import (
-    ConvertSummary,
-    card_after,
-    card_before,
-    count_repeated_images,
-    rejected_by_rule,
-)
+from composer_path.conversion.summary import ConvertSummary, card_before, count_repeated_images, rejected_by_rule
 from composer_path.parallel import in_threads
 from composer_path.shards.columns import FORMAT_VERSION
 from composer_path.shards.index import INDEX_NAME, MANIFEST_NAME, is_ours, part_name, publish
@@ -102,7 +97,14 @@ def convert(
             # Once it is clear that nothing will be written, the rest is only looked through.
             yield replace(job, check_only=chosen.on_error == "fail" and len(rejections) > 0), partition
 
-    count = _Counter(partial(report, "converting"), sum(partition.num_records for partition in mine))
+    num_records, num_bytes, total = 0, 0, sum(partition.num_records for partition in mine)
+
+    def count(more_records: int, more_bytes: int) -> None:
+        nonlocal num_records, num_bytes
+        num_records, num_bytes = num_records + more_records, num_bytes + more_bytes
+        report("converting", num_records, total, num_bytes)
+
+    count(0, 0)
     spark = chosen.engine == "spark"
     results = run_with_spark(tasks(), chosen.master, count) if spark else run_locally(tasks(), workers, count)
     summary = ConvertSummary(part=chosen.part if parts > 1 else None)
@@ -135,14 +137,8 @@ def convert(
 def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None) -> ConvertSummary:
     """Publish a data set that was converted in parts: all must be there, and every file is read back.
 
-    Args:
-        out: Where the parts were written.
-        workers: Files that are read at once.
-        progress: Called now and then.
-
-    Raises:
-        ConvertError: A part is missing, or there are no parts.
-        StorageError: A file isn't what its part has written.
+    `workers` files are read at once. A `ConvertError` says that parts are missing, a `StorageError` that a file isn't
+    what its part has written.
     """
     place = open_place(os.fspath(out))
     if INDEX_NAME in place.files():
@@ -151,12 +147,12 @@ def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None
     if manifest is None:
         raise ConvertError(f"{place}: must hold parts to merge, found none; write them with convert.py --part i/N")
     dones: list[PartitionDone] = []
-    missing: dict[int, int] = {}
+    missing: Counter[int] = Counter()  # partitions of each part
     parts, total = manifest.parts, manifest.num_partitions
     for index in range(total):
         done = read_marker(place, part_name(index), manifest.fingerprint)
         if done is None:
-            missing[index % parts + 1] = missing.get(index % parts + 1, 0) + 1
+            missing[index % parts + 1] += 1
         else:
             dones.append(done)
     if missing:
@@ -176,22 +172,9 @@ def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None
     return summary
 
 
-class _Counter:
-    """Adds up what is done, and says it together with what there is to do."""
-
-    def __init__(self, report: Callable[[int, int | None, int], None], total: int) -> None:
-        self._report, self._total = report, total
-        self._records = self._bytes = 0
-        self(0, 0)
-
-    def __call__(self, records: int, num_bytes: int) -> None:
-        self._records, self._bytes = self._records + records, self._bytes + num_bytes
-        self._report(self._records, self._total, self._bytes)
-
-
 def _publish(place: Folder | Bucket, dones: list[PartitionDone], manifest: Manifest, summary: ConvertSummary) -> None:
     summary.repeated_images = count_repeated_images(place, dones)
-    publish(place, dones, card_after(manifest.card, summary, manifest.num_partitions))
+    publish(place, dones, {**manifest.card, **summary.counts(), "partitions": manifest.num_partitions})
 
 
 def _take_back(place: Folder | Bucket, names: set[str], parts: int) -> None:

@@ -17,21 +17,14 @@ from composer_path.storage.places import Bucket, Folder, check_readable, is_remo
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Which conversion the partitions belong to, kept beside them while it runs.
-
-    Attributes:
-        fingerprint: Hash of the input and of every option that shapes the shards.
-        parts: Into how many it is divided.
-        num_partitions: Of all parts.
-        card: What of the data card is known before it has run.
-    """
+    """Which conversion the partitions belong to, kept beside them while it runs."""
 
     format: str = "composer_path"
     format_version: int = FORMAT_VERSION
-    fingerprint: str
-    parts: int
-    num_partitions: int
-    card: dict[str, Any]
+    fingerprint: str  # hash of the input and of every option that shapes the shards
+    parts: int  # into how many it is divided
+    num_partitions: int  # of all parts
+    card: dict[str, Any]  # what of the data card is known before it has run
 
 
 def read_manifest(place: Folder | Bucket) -> Manifest | None:
@@ -43,11 +36,7 @@ def read_manifest(place: Folder | Bucket) -> Manifest | None:
 
 
 def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder | Bucket:
-    """Check that there is something to read and a place to write, and return the place.
-
-    Raises:
-        ConvertError: There isn't.
-    """
+    """Check that there is something to read and a place to write, and return the place."""
     if is_remote(data):
         folder, _, name = data.rpartition("/")
         try:
@@ -79,15 +68,8 @@ def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder
 def prepare(place: Folder | Bucket, manifest: Manifest, *, resume: bool, overwrite: bool, own: Collection[str]) -> None:
     """Make sure that nothing foreign lies at the destination, and note which conversion this is.
 
-    Args:
-        place: The destination.
-        manifest: Of this conversion.
-        resume: Take over what the same conversion has left.
-        overwrite: Delete what any conversion has left.
-        own: Names of the partitions that this process will write; of all if there is one part.
-
-    Raises:
-        ConvertError: Files lie there that may not be touched.
+    To resume takes over what the same conversion has left, to overwrite deletes what any has left. `own` are the names
+    of the partitions that this process will write: of all, if there is one part.
     """
     files = place.files()
     several = manifest.parts > 1

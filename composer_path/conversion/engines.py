@@ -26,25 +26,14 @@ _ROUNDS_PER_SLOT = 4
 
 
 def run_locally(tasks: Iterable[Task], workers: int, report: Report) -> Iterator[PartitionResult]:
-    """Convert partitions in processes of this machine; yields the results in the order of the tasks.
-
-    Raises:
-        StorageError: A place failed.
-        ProcessKilled: A process was killed.
-    """
+    """Convert partitions in processes of this machine; yields the results in the order of the tasks."""
     return in_processes(_convert, tasks, workers, report)
 
 
 def run_with_spark(tasks: Iterable[Task], master: str | None, report: Report) -> Iterator[PartitionResult]:
-    """Convert partitions on Spark; yields the results in the order of the tasks.
+    """Convert partitions on Spark; yields the results in the order of the tasks, and reports each round's.
 
-    Args:
-        tasks: What to convert.
-        master: Spark's address; None takes what spark-submit or Spark's own configuration says.
-        report: Called with what each round has done.
-
-    Raises:
-        ConvertError: Spark isn't installed, or a task failed for good.
+    `master` is Spark's address; None takes what spark-submit or Spark's own configuration says.
     """
     try:
         from pyspark.sql import SparkSession

@@ -12,6 +12,8 @@ import json
 import os
 import secrets
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,17 +40,12 @@ IDENTIFYING_KEYS = {
 class KeyedHashes:
     """Hashes identifying values and remembers which value each hash stands for.
 
-    Args:
-        key: The secret, from `read_or_make_key`. Who has it can test whether a name they guess is in the
-            shards: keep it as safe as the names themselves.
-
-    Attributes:
-        values: (kind, value) -> hash, of all that were hashed.
+    Who has the key can test whether a name they guess is in the shards: keep it as safe as the names themselves.
     """
 
     def __init__(self, key: bytes) -> None:
         self._key = key
-        self.values: dict[tuple[str, str], str] = {}
+        self.values: dict[tuple[str, str], str] = {}  # (kind, value) -> hash
 
     def hash(self, kind: str, value: str) -> str:
         """Return the hash of `value`, 32 hexadecimal digits: HMAC-SHA256 of kind and value, cut.
@@ -62,21 +59,18 @@ class KeyedHashes:
             self.values[kind, value] = digest
         return digest
 
-    def hash_meta(self, meta: Any) -> Any:
+    def hash_meta(self, value: Any, kind: str | None = None) -> Any:
         """Return a copy of a `meta` object with the values under `IDENTIFYING_KEYS` hashed.
 
         A list is hashed item by item, an object as a whole, because its keys may be names.
         """
-        return self._hash_nested(meta, kind=None)
-
-    def _hash_nested(self, value: Any, kind: str | None) -> Any:
         if isinstance(value, list):
-            return [self._hash_nested(item, kind) for item in value]
+            return [self.hash_meta(item, kind) for item in value]
         if kind is not None and value is not None:
             text = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
             return self.hash(kind, text)
         if isinstance(value, dict):
-            return {key: self._hash_nested(item, _kind_of(key)) for key, item in value.items()}
+            return {key: self.hash_meta(item, _kind_of(key)) for key, item in value.items()}
         return value
 
 
@@ -119,26 +113,17 @@ def _kind_of(key: str) -> str | None:
 
 
 def read_or_make_key(key_file: Path) -> bytes:
-    """Read the secret key; made, readable by its owner only, where the file does not exist.
-
-    Raises:
-        ConvertError: The file holds no key.
-    """
-    try:
-        # O_EXCL: of two conversions that start together one makes the key and the other reads it.
-        with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(32) + "\n")
-    except FileExistsError:
-        pass
-    key, tries = b"", 20
-    while not key and tries:  # the other one may not have written it yet
-        try:
-            key = bytes.fromhex(key_file.read_text("ascii").strip())
-        except ValueError:
-            break
-        if not key:
+    """Read the secret key; made, readable by its owner only, where the file does not exist."""
+    # Of two conversions that start together one makes the key and the other reads it.
+    opener = partial(os.open, mode=0o600)
+    with suppress(FileExistsError), open(key_file, "x", encoding="ascii", opener=opener) as file:
+        file.write(secrets.token_hex(32) + "\n")
+    key = b""
+    with suppress(ValueError):
+        for _ in range(20):  # the other one may not have written it yet
+            if key := bytes.fromhex(key_file.read_text("ascii").strip()):
+                break
             time.sleep(0.05)
-            tries -= 1
     if len(key) < 32:
         raise ConvertError(
             f"{key_file}: a key must be 64 hexadecimal digits, found something else; put the right file "

@@ -31,26 +31,15 @@ _NUM_KEPT_SLIDES = 2
 
 @dataclass(frozen=True)
 class StoredImage:
-    """What is stored of an image.
+    """What is stored of an image."""
 
-    Attributes:
-        data: An image file free of metadata, or a finished square.
-        hash: Xxh64 of `data`, by which equal images are counted.
-        mpp: Micrometres per pixel as a slide's file says it, else None.
-    """
-
-    data: bytes
-    hash: int
-    mpp: float | None = None
+    data: bytes  # an image file free of metadata, or a finished square
+    hash: int  # xxh64 of `data`, by which equal images are counted
+    mpp: float | None = None  # micrometres per pixel as a slide's file says it
 
 
 class ImageSource:
-    """The image folder of a conversion.
-
-    Args:
-        images: Folder, or an address in a bucket.
-        options: How images are checked, and whether finished squares are stored in place of the files.
-    """
+    """The image folder of a conversion, or its address in a bucket."""
 
     def __init__(self, images: str, options: ConvertOptions) -> None:
         self._images, self._max_pixels = images, options.max_pixels
@@ -63,18 +52,19 @@ class ImageSource:
     def load(self, image: str | SlideRegion) -> StoredImage:
         """Read an image and make of it what is stored.
 
-        Raises:
-            RecordError: It isn't there or can't be used.
-            StorageError: The bucket doesn't answer, which is no fault of the record.
+        A `RecordError` says that it isn't there or can't be used, a `StorageError` that the bucket doesn't answer.
         """
         name = str(image)
         with self._lock:
-            stored = self._stored.get(name)
-            if stored is not None:
+            if (stored := self._stored.get(name)) is not None:
                 self._stored.move_to_end(name)
         if stored is None:
             stored = self._load(image)
-            self._remember(name, stored)
+            with self._lock:
+                self._num_bytes += _size(stored) if name not in self._stored else 0
+                self._stored[name] = stored
+                while self._num_bytes > _CACHE_BYTES:
+                    self._num_bytes -= _size(self._stored.popitem(last=False)[1])
         if isinstance(stored, RecordError):
             raise stored
         return stored
@@ -139,14 +129,6 @@ class ImageSource:
             yield slide.path
         finally:
             _give_slide_back(slide)
-
-    def _remember(self, name: str, stored: StoredImage | RecordError) -> None:
-        with self._lock:
-            if name not in self._stored:
-                self._num_bytes += _size(stored)
-            self._stored[name] = stored
-            while self._num_bytes > _CACHE_BYTES:
-                self._num_bytes -= _size(self._stored.popitem(last=False)[1])
 
 
 def _size(stored: StoredImage | RecordError) -> int:

@@ -33,25 +33,15 @@ _ID_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8"), ("li
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive records of the input that one process converts.
+    """Consecutive records of the input, from one byte of it to another, that one process converts."""
 
-    Attributes:
-        index: Its number from 0.
-        start: First byte of the first record in the input.
-        end: Byte after the last record.
-        first_position: The first record's.
-        first_line: The first record's line in a JSONL file, None for a list.
-        num_records: Good and bad.
-        duplicates: Position -> place of the earlier record with the same id.
-    """
-
-    index: int
+    index: int  # from 0
     start: int
     end: int
     first_position: int
-    first_line: int | None
-    num_records: int
-    duplicates: dict[int, str] = field(default_factory=dict)
+    first_line: int | None  # None for a list
+    num_records: int  # good and bad
+    duplicates: dict[int, str] = field(default_factory=dict)  # position -> place of the earlier one with the same id
 
     @property
     def name(self) -> str:
@@ -60,20 +50,7 @@ class Partition:
 
 
 class InputScan:
-    """What the first reading found.
-
-    Args:
-        data: A file, or an address in a bucket.
-        partition_size: Records of a partition; None chooses by number and kind of records.
-        report: Called with the number of records read.
-
-    Attributes:
-        num_records: Good and bad.
-        num_bytes: Size of the file.
-        sha256: Of the file.
-        partition_size: Records of a partition.
-        problem: What is wrong with the file as a whole, if anything is.
-    """
+    """What the first reading found; `problem` is what is wrong with the file as a whole, if anything is."""
 
     def __init__(
         self, data: str | Path, partition_size: int | None = None, report: Callable[[int], None] = lambda count: None

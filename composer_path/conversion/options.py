@@ -24,7 +24,7 @@ _UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 @no_type_check  # a wrong word gets an error of its own, also where types are checked as the tests do
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Options of a conversion.
+    """Options of a conversion; a `ConvertError` says that one is wrong, or that two don't go together.
 
     Attributes:
         on_error: `fail` writes nothing if any record breaks a rule; `skip` writes the good ones and lists the others.
@@ -46,9 +46,6 @@ class ConvertOptions:
         part: `2/8` converts the second eighth; `merge` publishes when all are there.
         engine: `local`, or `spark` to have Spark's executors convert the partitions.
         master: Spark's address, for example `spark://host:7077` or `local[4]`.
-
-    Raises:
-        ConvertError: One is wrong, or two don't go together.
     """
 
     on_error: OnError = "fail"
@@ -72,10 +69,8 @@ class ConvertOptions:
         for name, choice in _CHOICES.items():
             known, value = get_args(choice), getattr(self, name)
             if value not in known:
-                flag = name.replace("_", "-")
-                raise ConvertError(f"--{flag}: must be {known[0]!r} or {known[1]!r}, found {value!r}")
-        unknown = [name for name in self.hashes if name not in HASHES]
-        if unknown:
+                raise ConvertError(f"--{name.replace('_', '-')}: must be {known[0]!r} or {known[1]!r}, found {value!r}")
+        if unknown := [name for name in self.hashes if name not in HASHES]:
             raise ConvertError(f"hashes: must be checksums such as xxh64 or sha256, found {unknown}")
         for option, number in (("--workers", self.workers), ("--partition-size", self.partition_size)):
             if number is not None and number < 1:

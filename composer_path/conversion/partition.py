@@ -41,31 +41,22 @@ _BUCKET_THREADS = 16
 
 # A record without its content, its id, and what is wrong with it.
 Problem = tuple[RawRecord, str | None, RecordError]
+# A record, what it says and shows if it can be read, what is wrong with it, and the stamps of its images' files.
+_Loaded = tuple[RawRecord, Conversation | None, list[StoredImage], list[RecordError], bytes]
 
 
 @dataclass(frozen=True)
 class ConvertJob:
-    """What is the same for every partition of a conversion.
-
-    Attributes:
-        data: File of records.
-        images: Folder of images.
-        out: Where the data set goes.
-        options: How it is to be done.
-        fingerprint: Hash of the input and of every option that shapes the shards.
-        key: Secret key of the hashes, None to keep identifiers plainly.
-        threads: For images, in each process.
-        check_only: Write nothing, only list problems.
-    """
+    """What is the same for every partition of a conversion."""
 
     data: str
     images: str
     out: str
     options: ConvertOptions
-    fingerprint: str
-    key: bytes | None = field(repr=False)
-    threads: int = 1
-    check_only: bool = False
+    fingerprint: str  # hash of the input and of every option that shapes the shards
+    key: bytes | None = field(repr=False)  # None to keep identifiers plainly
+    threads: int = 1  # for images, in each process
+    check_only: bool = False  # write nothing, only list problems
 
     def writes_on(self, problems: list[Problem]) -> bool:
         """Whether there is still something to write of a partition in which these problems were found."""
@@ -74,58 +65,43 @@ class ConvertJob:
 
 @dataclass(kw_only=True)
 class PartitionDone(Part):
-    """A partition's marker: counts, problems and files; no text, no id.
-
-    Attributes:
-        fingerprint: Of the conversion.
-        stamp: Hash of size and time of every image.
-        counts: Of each of `COUNTS`.
-        sources: The same counts for the records of each source.
-        unknown_keys: Key that nothing reads -> number of records that have it.
-        problems: Position, line, rule, found, fix and place of each.
-    """
+    """A partition's marker: counts, problems and files; no text, no id."""
 
     fingerprint: str
-    stamp: str
-    counts: dict[str, int]
-    sources: dict[str, dict[str, int]]
-    unknown_keys: dict[str, int]
-    problems: list[list[Any]]
+    stamp: str = ""  # hash of size and time of every image
+    counts: dict[str, int] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)  # the same counts for the records of each source
+    unknown_keys: dict[str, int] = field(default_factory=Counter)  # key that nothing reads -> records that have it
+    problems: list[list[Any]] = field(default_factory=list)  # position, line, rule, found, fix and place of each
 
 
 @dataclass
 class PartitionResult:
-    """What became of a partition.
-
-    Attributes:
-        partition: The partition.
-        done: Its marker; None if it wasn't written.
-        problems: In order.
-        values: (kind, value) -> hash, of all identifiers that were hashed.
-        resumed: An earlier run had converted it.
-    """
+    """What became of a partition."""
 
     partition: Partition
-    done: PartitionDone | None
+    done: PartitionDone | None  # None if it wasn't written
     problems: list[Problem]
-    values: dict[tuple[str, str], str]
-    resumed: bool = False
+    values: dict[tuple[str, str], str]  # (kind, value) -> hash, of all identifiers that were hashed
+    resumed: bool = False  # an earlier run had converted it
 
 
 def convert_partition(job: ConvertJob, partition: Partition, report: Report) -> PartitionResult:
     """Convert one partition, or take it over from an earlier run.
 
     It is taken over if all its files are as they were written, and the images still have the size and the time that
-    they had then.
-
-    Raises:
-        StorageError: A place can't be read or written. Nothing says then that the partition is done.
+    they had then. After a `StorageError` nothing says that the partition is done.
     """
     place = open_place(job.out)
     if job.options.resume:
         done = read_marker(place, partition.name, job.fingerprint)
-        if done is not None and done.stamp == _stamp(job, partition) and _is_whole(place, done):
-            return _take_over(job, partition, done, report)
+        if done is not None and done.stamp == _stamp(job, partition):
+            try:
+                verify_partition(place, done)
+            except StorageError:
+                pass  # damaged since: it is made again
+            else:
+                return _take_over(job, partition, done, report)
     return _Conversion(job, partition, place, report).run()
 
 
@@ -139,21 +115,9 @@ def read_marker(place: Folder | Bucket, name: str, fingerprint: str) -> Partitio
 
 
 def verify_partition(place: Folder | Bucket, done: PartitionDone) -> None:
-    """Read every file of a partition back.
-
-    Raises:
-        StorageError: One isn't there or differs.
-    """
+    """Read every file of a partition back; a `StorageError` says that one isn't there or differs."""
     for file in done.files:
         verify(place, f"{done.name}/{file['name']}", file["bytes"], file["xxh64"])
-
-
-def _is_whole(place: Folder | Bucket, done: PartitionDone) -> bool:
-    try:
-        verify_partition(place, done)
-    except StorageError:  # damaged since: it is made again
-        return False
-    return True
 
 
 def _stamp(job: ConvertJob, partition: Partition) -> str:
@@ -173,41 +137,39 @@ class _Conversion:
         self._job, self._partition, self._report = job, partition, report
         self._images, self._stamps = ImageSource(job.images, job.options), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
-        self._writer = ShardWriter(place, partition.name, COLUMNS, job.options.size_bytes, job.options.hashes)
-        self._counts = Counter(dict.fromkeys(COUNTS, 0))
-        self._sources: dict[str, Counter[str]] = {}
-        self._unknown_keys: Counter[str] = Counter()
+        self._writer = writer = ShardWriter(place, partition.name, COLUMNS, job.options.size_bytes, job.options.hashes)
+        self._done = PartitionDone(
+            fingerprint=job.fingerprint, partition=partition.index, files=writer.files, shards=writer.shards
+        )
         self._problems: list[Problem] = []
         self._image_hashes: list[int] = []
 
     def run(self) -> PartitionResult:
-        job, partition, writer = self._job, self._partition, self._writer
+        job, writer = self._job, self._writer
         try:
             threads = max(job.threads, _BUCKET_THREADS) if is_remote(job.images) else job.threads
-            for record, loaded, problems, stamps in in_threads(self._load, _records(job, partition), threads):
-                self._stamps.update(stamps)
-                self._add(record, loaded, problems)
-            done = None
-            if job.writes_on(self._problems):
+            for loaded in in_threads(self._load, _records(job, self._partition), threads):
+                self._add(*loaded)
+            written = job.writes_on(self._problems)
+            if written:
                 writer.finish()
                 if self._image_hashes:
                     writer.write_file(IMAGE_HASHES_NAME, np.array(self._image_hashes, "<u8").tobytes())
-                done = self._marker()
-                writer.write_marker(DONE_NAME, (json.dumps(vars(done), sort_keys=True) + "\n").encode())
+                self._done.stamp = self._stamps.hexdigest()
+                self._done.sources = dict(sorted(self._done.sources.items()))
+                writer.write_marker(DONE_NAME, (json.dumps(vars(self._done), sort_keys=True) + "\n").encode())
         finally:
             writer.close()
         values = self._hashed.values if self._hashed is not None else {}
-        return PartitionResult(partition, done, self._problems, values)
+        return PartitionResult(self._partition, self._done if written else None, self._problems, values)
 
-    def _load(
-        self, record: RawRecord
-    ) -> tuple[RawRecord, tuple[Conversation, list[StoredImage]] | None, list[RecordError], bytes]:
+    def _load(self, record: RawRecord) -> _Loaded:
         """Check a record by itself and read its images; runs in a thread."""
         if isinstance(record.value, RecordError):
-            return record, None, [record.value], b""
+            return record, None, [], [record.value], b""
         problems = problems_of(record.value)
         if problems:
-            return record, None, problems, b""
+            return record, None, [], problems, b""
         conversation = Conversation.from_record(record.value)
         # Before they are read: what changes while it is read shall be noticed, too.
         stamps = b"".join(self._images.stamp(image) for image in conversation.images)
@@ -217,55 +179,41 @@ class _Conversion:
                 stored.append(self._images.load(image))
             except RecordError as error:
                 problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
-        return record, (conversation, stored), problems, stamps
+        return record, conversation, stored, problems, stamps
 
     def _add(
         self,
         record: RawRecord,
-        loaded: tuple[Conversation, list[StoredImage]] | None,
+        conversation: Conversation | None,
+        stored: list[StoredImage],
         problems: list[RecordError],
+        stamps: bytes,
     ) -> None:
-        self._unknown_keys.update(unknown_keys_of(record.value))
-        place = self._partition.duplicates.get(record.position or 0)
-        if place is not None:
+        done = self._done
+        self._stamps.update(stamps)
+        for key in unknown_keys_of(record.value):
+            done.unknown_keys[key] += 1
+        if (place := self._partition.duplicates.get(record.position or 0)) is not None:
             problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
-        self._problems += [(_without_value(record), id_of(record.value), problem) for problem in problems]
-        if problems or loaded is None:
+        for error in problems:
+            self._problems.append((_without_value(record), id_of(record.value), error))
+            done.problems.append([record.position, record.line, error.rule, error.found, error.fix, error.where])
+        if problems or conversation is None:
             self._report(1, 0)
             return
-        conversation, stored = loaded
         sample = make_sample(record, conversation, stored, self._hashed)
-        num_bytes = sum(len(image.data) for image in stored)
         if self._job.writes_on(self._problems):
             self._writer.write(sample)
-        self._count(conversation, num_bytes)
-        self._image_hashes += [image.hash for image in stored]
-        self._report(1, num_bytes)
-
-    def _count(self, conversation: Conversation, num_bytes: int) -> None:
-        num_images, num_turns = conversation.num_images, len(conversation.turns)
+        num_images, num_bytes = len(stored), sum(len(image.data) for image in stored)
         odd = (int(conversation.image_without_tag), conversation.dropped_turns)
-        added = dict(zip(COUNTS, (1, num_images, int(not num_images), num_turns, *odd, num_bytes), strict=True))
-        self._counts.update(added)
         source = conversation.metadata.get("source", "")
         source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
-        self._sources.setdefault(source, Counter()).update(added)
-
-    def _marker(self) -> PartitionDone:
-        return PartitionDone(
-            fingerprint=self._job.fingerprint,
-            partition=self._partition.index,
-            stamp=self._stamps.hexdigest(),
-            counts=dict(self._counts),
-            sources={name: dict(counts) for name, counts in sorted(self._sources.items())},
-            unknown_keys=dict(self._unknown_keys),
-            problems=[
-                [record.position, record.line, error.rule, error.found, error.fix, error.where]
-                for record, _, error in self._problems
-            ],
-            files=self._writer.files,
-            shards=self._writer.shards,
-        )
+        for counts in (done.counts, done.sources.setdefault(source, Counter())):
+            counted = (1, num_images, int(not num_images), len(conversation.turns), *odd, num_bytes)
+            for name, count in zip(COUNTS, counted, strict=True):
+                counts[name] += count
+        self._image_hashes += [image.hash for image in stored]
+        self._report(1, num_bytes)
 
 
 _DUPLICATE_FIX = "give it its own id, or leave the key out"
@@ -310,18 +258,17 @@ def unknown_keys_of(value: object) -> list[str]:
 def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, report: Report) -> PartitionResult:
     """Rebuild from the records what a marker doesn't hold because it identifies: ids of bad ones, and hashes."""
     errors: dict[int, list[RecordError]] = {}
-    for position, _line, rule, found, fix, where in done.problems:
-        errors.setdefault(position, []).append(RecordError(rule, found, fix, where))
+    for position, _line, *words in done.problems:
+        errors.setdefault(position, []).append(RecordError(*words))
     problems: list[Problem] = []
     hashed = KeyedHashes(job.key) if job.key is not None else None
     for record in _records(job, partition):
-        found_errors = errors.get(record.position or 0, [])
-        problems += [(_without_value(record), id_of(record.value), error) for error in found_errors]
-        if not found_errors and hashed is not None:
+        found = errors.get(record.position or 0, [])
+        problems += [(_without_value(record), id_of(record.value), error) for error in found]
+        if not found and hashed is not None:
             make_sample(record, Conversation.from_record(record.value), [], hashed)
         report(1, 0)
-    values = hashed.values if hashed is not None else {}
-    return PartitionResult(partition, done, problems, values, resumed=True)
+    return PartitionResult(partition, done, problems, {} if hashed is None else hashed.values, resumed=True)
 
 
 def _without_value(record: RawRecord) -> RawRecord:
@@ -329,14 +276,9 @@ def _without_value(record: RawRecord) -> RawRecord:
 
 
 def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
-    count = 0
-    try:
-        for record in read_range(
-            job.data, partition.start, partition.end, partition.first_position, partition.first_line
-        ):
-            count += 1
-            yield record
-    except RecordError:  # a list is decoded at once
-        count = -1
+    count, first = 0, (partition.first_position, partition.first_line)
+    for record in read_range(job.data, partition.start, partition.end, *first):
+        count += 1
+        yield record
     if count != partition.num_records:
         raise StorageError("--data: changed while it was converted; leave it alone and convert again with --overwrite")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,21 +16,13 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One element of the input file, not checked yet.
+    """One element of the input file, not checked yet."""
 
-    Attributes:
-        position: Its number from 0, blank lines not counted; None for a problem of the whole file.
-        line: Its line from 1 in a JSONL file, else None.
-        value: The decoded JSON, or the problem that kept it from being decoded.
-        start: Its first byte in the file.
-        end: The byte after its last one (after the line's end in a JSONL file).
-    """
-
-    position: int | None
-    line: int | None
-    value: Any
-    start: int = 0
-    end: int = 0
+    position: int | None  # from 0, blank lines not counted; None for a problem of the whole file
+    line: int | None  # from 1 in a JSONL file, else None
+    value: Any  # the decoded JSON, or the problem that kept it from being decoded
+    start: int = 0  # its first byte in the file
+    end: int = 0  # the byte after its last one (after the line's end in a JSONL file)
 
     @property
     def where(self) -> str:
@@ -50,24 +41,21 @@ def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
     """Yield the records of a JSON list (read whole) or of a JSONL file (read line by line).
 
     What the file is shows in its first character, not in its name: '[' begins a list. Lines that can't be
-    decoded are yielded as problems, so that all of them are found in one pass.
-
-    Args:
-        path: A file, or an address in a bucket.
-        hash: A hashlib object that is fed the whole file on the way.
+    decoded are yielded as problems, so that all of them are found in one pass. `hash`, an object with `update`, is fed
+    the whole file on the way.
     """
-    hash = hash or hashlib.md5(usedforsecurity=False)
     with open_file(path) as file:
         start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
         file.seek(0)
         if start == b"[":
             data = file.read()
-            hash.update(data)
+            if hash is not None:
+                hash.update(data)
             yield from _read_list(data)
             return
-        if Path(path).suffix != ".jsonl" and isinstance(_decode(file.readline(), first_line=1), RecordError):
+        if Path(path).suffix != ".jsonl" and isinstance(_decode(file.readline()), RecordError):
             file.seek(0)
-            if isinstance(_decode(file.read(), first_line=1), dict):
+            if isinstance(_decode(file.read()), dict):
                 # Records wrapped in an object over many lines: one problem, not one for each line.
                 fix = "write the records as a list, [{...}, {...}]"
                 error = RecordError("invalid-json", "one object over several lines", fix)
@@ -80,12 +68,7 @@ def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
 def read_range(path: str | Path, start: int, end: int, position: int, line: int | None) -> Iterator[RawRecord]:
     """Yield the records between two bytes of a file, as a first reading of it has found them.
 
-    Args:
-        path: A file, or an address in a bucket.
-        start: First byte of the first record.
-        end: Byte after the last record.
-        position: The first record's.
-        line: The first record's line in a JSONL file, None for a list.
+    Position and line are the first record's; without a line it is a list, which yields nothing if it doesn't decode.
     """
     with open_file(path) as file:
         file.seek(start)
@@ -93,20 +76,13 @@ def read_range(path: str | Path, start: int, end: int, position: int, line: int 
             yield from _read_lines(file, None, start, end, position, line)
             return
         elements = file.read(end - start).rstrip(b" \t\r\n").removesuffix(b",")
-        for index, value in enumerate(decode_json(b"[" + elements + b"]")):
-            yield RawRecord(position + index, None, value)
+        values = _decode(b"[" + elements + b"]")
+        for index, value in enumerate([] if isinstance(values, RecordError) else values, start=position):
+            yield RawRecord(index, None, value)
 
 
 def decode_json(data: bytes, first_line: int = 1) -> Any:
-    """Decode UTF-8 JSON, with errors that give the line and never the text.
-
-    Args:
-        data: A whole JSON file, or one line of a JSONL file.
-        first_line: Number of the first line of `data` in its file, from 1.
-
-    Raises:
-        RecordError: 'not-utf8' or 'invalid-json'.
-    """
+    """Decode UTF-8 JSON; a `RecordError` (not-utf8, invalid-json) gives the line and never the text."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -147,7 +123,7 @@ def _read_lines(
 
 
 def _read_list(data: bytes) -> Iterator[RawRecord]:
-    values = _decode(data, first_line=1)
+    values = _decode(data)
     if isinstance(values, RecordError):
         yield RawRecord(None, None, values)
         return
@@ -172,7 +148,7 @@ def _places_in_list(data: bytes) -> Iterator[tuple[int, int]]:
         at = counted = stop
 
 
-def _decode(data: bytes, first_line: int) -> Any:
+def _decode(data: bytes, first_line: int = 1) -> Any:
     try:
         return decode_json(data, first_line)
     except RecordError as error:

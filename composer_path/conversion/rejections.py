@@ -19,11 +19,7 @@ _NUM_KEPT = 1000
 
 
 class ConvertError(ValueError):
-    """The input can't be converted; the message lists the problems, without any text, name or id.
-
-    Attributes:
-        rejections: The problems, when records were at fault.
-    """
+    """The input can't be converted; lists the problems (`rejections`, if records are at fault), without text or ids."""
 
     def __init__(self, message: str, rejections: Rejections | None = None) -> None:
         super().__init__(message)
@@ -31,12 +27,7 @@ class ConvertError(ValueError):
 
 
 def explained(error: Exception, place: str) -> str:
-    """Word an error for people; the system's own say only "No space left on device".
-
-    Args:
-        error: What ended a command.
-        place: Where it wrote to, named if the error names no file.
-    """
+    """Word an error for people: the system's own say only "No space left on device", perhaps without a file."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     where = error.filename if error.filename is not None else place
@@ -44,19 +35,11 @@ def explained(error: Exception, place: str) -> str:
 
 
 class Rejections:
-    """The problems of one input file, in the file's order.
-
-    Args:
-        name: Of the input file, for messages.
-        file: Where to list every problem, with ids, readable by its owner only; appears with `save`.
-
-    Attributes:
-        problems: (place, id or None, error) of the first thousand; a record may have several.
-        num_problems: Of all.
-    """
+    """The problems of the input file of a name, in its order; `file`, if one is wanted, lists all of them with ids."""
 
     def __init__(self, name: str, file: Path | None = None) -> None:
         self.name, self.file = name, file
+        # Place, id and error of the first thousand; a record may have several.
         self.problems: list[tuple[RawRecord, str | None, RecordError]] = []
         self.num_problems = 0
         self._by_rule: Counter[str] = Counter()
@@ -98,7 +81,7 @@ class Rejections:
         return "\n".join([*lines, f"rejected by rule: {counts}"])
 
     def save(self) -> None:
-        """Write the list, if there is anything in it."""
+        """Write the list, readable by its owner only, if there is anything in it."""
         listing = self._listing
         if listing is not None and self.file is not None:
             listing.seek(0)

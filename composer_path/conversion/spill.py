@@ -31,12 +31,10 @@ class SpilledRows:
 
     def groups(self) -> Iterator[bytes]:
         """Yield the rows of each group joined, in the order in which they were added."""
+        for file in self._files:
+            file.seek(0)
         for index, buffer in enumerate(self._buffers):
-            spilled = b""
-            if self._files:
-                self._files[index].seek(0)
-                spilled = self._files[index].read()
-            yield spilled + bytes(buffer)
+            yield (self._files[index].read() if self._files else b"") + bytes(buffer)
 
     def close(self) -> None:
         """Give the disk space back."""

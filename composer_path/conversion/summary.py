@@ -23,47 +23,26 @@ _NUM_SOURCES = 1000
 
 @dataclass
 class ConvertSummary:
-    """What a conversion wrote; `str` gives it as a table. Holds no text, name or id.
-
-    Attributes:
-        records: Records written.
-        images: Images written; one that several records show counts each time.
-        text_only: Records without an image.
-        turns: Turns written, human and assistant.
-        without_tag: Records with one image and no tag; the image stands before the first question.
-        dropped_turns: Leading assistant turns that were dropped.
-        image_bytes: Bytes of the images as stored.
-        repeated_images: Images that equal an earlier one byte for byte.
-        rejected: Records left out.
-        rejected_by_rule: Rule -> records that break it.
-        unknown_keys: Key of records that nothing reads -> records that have it.
-        sources: Source -> the first seven counts for its records; "" for records without one.
-        shards: Shard files.
-        bytes: Size of the shard files.
-        resumed: Partitions that an earlier run had converted.
-        part: "1/4" if this was one part of several and there is no index yet.
-        rejected_file: Where the rejected records are listed, if any were.
-        mapping_file: Where hashes lead back to values, unless identifiers were kept.
-    """
+    """What a conversion wrote; `str` gives it as a table. Holds no text, name or id."""
 
     records: int = 0
-    images: int = 0
-    text_only: int = 0
-    turns: int = 0
-    without_tag: int = 0
-    dropped_turns: int = 0
-    image_bytes: int = 0
-    repeated_images: int = 0
-    rejected: int = 0
-    rejected_by_rule: dict[str, int] = field(default_factory=dict)
-    unknown_keys: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    shards: int = 0
-    bytes: int = 0
-    resumed: int = 0
-    part: str | None = None
-    rejected_file: Path | None = None
-    mapping_file: Path | None = None
+    images: int = 0  # one that several records show counts each time
+    text_only: int = 0  # records without an image
+    turns: int = 0  # human and assistant
+    without_tag: int = 0  # records with one image and no tag; the image stands before the first question
+    dropped_turns: int = 0  # leading assistant turns
+    image_bytes: int = 0  # of the images as stored
+    repeated_images: int = 0  # that equal an earlier one byte for byte
+    rejected: int = 0  # records left out
+    rejected_by_rule: dict[str, int] = field(default_factory=dict)  # rule -> records that break it
+    unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nothing reads -> records that have it
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source, "" for none -> the first seven counts
+    shards: int = 0  # files
+    bytes: int = 0  # of the shard files
+    resumed: int = 0  # partitions that an earlier run had converted
+    part: str | None = None  # "1/4" if this was one part of several and there is no index yet
+    rejected_file: Path | None = None  # where the rejected records are listed, if any were
+    mapping_file: Path | None = None  # where hashes lead back to values, unless identifiers were kept
 
     def add(self, done: PartitionDone) -> None:
         """Add what a partition's marker says."""
@@ -78,21 +57,22 @@ class ConvertSummary:
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
+    def counts(self) -> dict[str, Any]:
+        """Return what the data card holds of it."""
+        odd = ("repeated_images", "rejected", "rejected_by_rule", "unknown_keys", "sources", "shards", "bytes")
+        return {name: getattr(self, name) for name in (*COUNTS, *odd)}
+
     def __str__(self) -> str:
         """One line for each figure; those about oddities only when there are any."""
-        rows: list[tuple[str, object]] = [
-            ("records", self.records),
-            ("images", self.images),
-            ("text-only records", self.text_only),
-            ("turns", self.turns),
-        ]
-        odd = [
-            ("images that equal an earlier one", self.repeated_images),
-            ("records with one image and no tag", self.without_tag),
-            ("leading assistant turns dropped", self.dropped_turns),
-            ("records rejected", self.rejected),
-        ]
-        rows += [row for row in odd if row[1]]
+        rows: list[tuple[str, object]] = [("records", self.records), ("images", self.images)]
+        rows += [("text-only records", self.text_only), ("turns", self.turns)]
+        odd = {
+            "images that equal an earlier one": self.repeated_images,
+            "records with one image and no tag": self.without_tag,
+            "leading assistant turns dropped": self.dropped_turns,
+            "records rejected": self.rejected,
+        }
+        rows += [(name, count) for name, count in odd.items() if count]
         rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
         rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
         rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
@@ -107,24 +87,9 @@ class ConvertSummary:
 def card_before(options: dict[str, Any], source: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """Return what of the data card is known before the conversion has run."""
     columns = {name: {"encoding": COLUMNS[name], "meaning": COLUMN_MEANINGS[name]} for name in COLUMNS}
-    card: dict[str, Any] = {
-        "format": "composer_path",
-        "format_version": FORMAT_VERSION,
-        "composer_path": __version__,
-        "fingerprint": fingerprint,
-        "source": source,
-        "options": options,
-        "columns": columns,
-    }
-    if options["resized"] is not None:
-        card["resized"] = options["resized"]
-    return card
-
-
-def card_after(card: dict[str, Any], summary: ConvertSummary, num_partitions: int) -> dict[str, Any]:
-    """Complete the data card with the counts."""
-    names = [*COUNTS, "repeated_images", "rejected", "rejected_by_rule", "unknown_keys", "sources", "shards", "bytes"]
-    return {**card, **{name: getattr(summary, name) for name in names}, "partitions": num_partitions}
+    versions = {"format": "composer_path", "format_version": FORMAT_VERSION, "composer_path": __version__}
+    card = {**versions, "fingerprint": fingerprint, "source": source, "options": options, "columns": columns}
+    return card if options["resized"] is None else {**card, "resized": options["resized"]}
 
 
 def rejected_by_rule(dones: Iterable[PartitionDone]) -> tuple[int, dict[str, int]]:
@@ -143,8 +108,7 @@ def count_repeated_images(place: Folder | Bucket, dones: Iterable[PartitionDone]
     rows = SpilledRows()
     for done in dones:
         if any(file["name"] == IMAGE_HASHES_NAME for file in done.files):
-            hashes = np.frombuffer(place.read(f"{done.name}/{IMAGE_HASHES_NAME}"), "<u8")
-            for hash in hashes.tolist():
+            for hash in np.frombuffer(place.read(f"{done.name}/{IMAGE_HASHES_NAME}"), "<u8").tolist():
                 rows.add(hash, hash.to_bytes(8, "little"))
     counts = (np.frombuffer(group, "<u8") for group in rows.groups())
     repeated = sum(len(hashes) - len(np.unique(hashes)) for hashes in counts)

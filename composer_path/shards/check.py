@@ -15,13 +15,12 @@ from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
 from composer_path.images.file import check_image
 from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
-from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
 from composer_path.records.rules import ImageError
 from composer_path.shards.index import CARD_NAME, DONE_NAME, IMAGE_HASHES_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths
 from composer_path.shards.mds import DamagedShard, MdsFile, ShardError, name_of, open_mds, stored_info
-from composer_path.shards.view import ShardView, to_sample
+from composer_path.shards.view import ShardView, over_shards, to_sample
 from composer_path.storage.places import Bucket
 from composer_path.stream.stored_file import file_hash, pick_hash
 
@@ -37,19 +36,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """One thing that is wrong."""
 
-    Attributes:
-        file: Name in the set.
-        rule: A short slug.
-        found: What was found; never text, a name or an id.
-        position: The sample's, if one is meant.
-    """
-
-    file: str
-    rule: str
-    found: str
-    position: int | None = None
+    file: str  # name in the set
+    rule: str  # a short slug
+    found: str  # never text, a name or an id
+    position: int | None = None  # the sample's, if one is meant
 
     def __str__(self) -> str:
         """Where, the rule, what was found."""
@@ -59,20 +51,12 @@ class Problem:
 
 @dataclass
 class CheckResult:
-    """What a check looked at and found.
-
-    Attributes:
-        shards: Shards read.
-        samples: Samples decoded.
-        images: Images decoded.
-        without_hash: Shards for which the index has no checksum.
-        problems: In the set's order.
-    """
+    """What a check looked at and found; problems are in the set's order."""
 
     shards: int = 0
     samples: int = 0
     images: int = 0
-    without_hash: int = 0
+    without_hash: int = 0  # shards for which the index has no checksum
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, other: CheckResult) -> None:
@@ -90,12 +74,7 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class LabelCounter:
-    """Counts the tokens of a conversation that are learned, as training would.
-
-    Args:
-        encoder: Of the language model's tokenizer.
-        text: How training tokenizes.
-    """
+    """Counts the tokens of a conversation that are learned, as training would."""
 
     encoder: TextEncoder
     text: TextPreparation
@@ -110,21 +89,12 @@ def check_shards(
 ) -> CheckResult:
     """Check every object's size and checksum, that every sample and image decodes, and that every sample has labels.
 
-    Args:
-        view: The set.
-        workers: Processes.
-        count_labels: Tokens of a conversation that are learned, see `LabelCounter`; None leaves labels unchecked.
-        progress: Called with the number of shards after each.
-
-    Returns:
-        All that is wrong; nothing is raised for a damaged set.
+    Labels are checked if `count_labels` is given, see `LabelCounter`; `progress` is called with the number of shards
+    after each. Nothing is raised for a damaged set.
     """
     result = CheckResult(problems=_set_problems(view))
-    tasks = [(view, number, count_labels) for number in range(len(view.shards))]
-    for number, part in enumerate(in_processes(_check_shard, tasks, workers, fork=True), start=1):
+    for part in over_shards(_check_shard, view, count_labels, workers, progress):
         result.add(part)
-        if progress is not None:
-            progress(number)
     return result
 
 
@@ -144,7 +114,8 @@ def _set_problems(view: ShardView) -> list[Problem]:
         part = name.removesuffix(DONE_NAME)
         known |= {name, part + IMAGE_HASHES_NAME}
         try:
-            beside = {part + file["name"]: (file["bytes"], file["xxh64"]) for file in _marked_files(view, name)}
+            marked = json.loads(view.place.read(name))["files"]
+            beside = {part + file["name"]: (file["bytes"], file["xxh64"]) for file in marked}
         except (ValueError, KeyError, TypeError):
             problems.append(Problem(name, "damaged", "it isn't what convert.py writes there"))
             continue
@@ -165,11 +136,6 @@ def _feature_set(view: ShardView) -> FeatureSet | None:
         return None
 
 
-def _marked_files(view: ShardView, name: str) -> list[dict[str, Any]]:
-    """The files that a partition's marker lists."""
-    return json.loads(view.place.read(name))["files"]
-
-
 def _shown_name(name: str) -> str:
     """A stray file may be called after a patient; ours never are."""
     return name if name.endswith((".mds", ".json")) and len(name) < 60 else "(another file)"
@@ -181,8 +147,7 @@ def _check_shard(task: tuple[ShardView, int, LabelCount | None]) -> CheckResult:
     name = name_of(shard)
     try:
         with _on_disk(view, stored_info(shard)["basename"]) as path:
-            problem = _file_problem(path, shard, result)
-            if problem is not None:
+            if (problem := _file_problem(path, shard, result)) is not None:
                 result.problems.append(Problem(name, *problem))
             with open(path, "rb") as file:
                 _check_samples(view, number, open_mds(file, shard), count_labels, result)
@@ -197,8 +162,7 @@ def _check_shard(task: tuple[ShardView, int, LabelCount | None]) -> CheckResult:
 
 def _file_problem(path: Path, shard: dict[str, Any], result: CheckResult) -> tuple[str, str] | None:
     """Rule and finding, if it isn't the file of the index."""
-    info = stored_info(shard)
-    size = path.stat().st_size
+    info, size = stored_info(shard), path.stat().st_size
     if size != info["bytes"]:
         return "size", f"{size} bytes, the index says {info['bytes']}"
     expected = pick_hash(info.get("hashes") or {})
@@ -229,10 +193,8 @@ def _check_samples(
             result.images += 1
             if (problem := _image_problem(image, wanted, features)) is not None:
                 result.problems.append(Problem(name, *problem, position))
-        if count_labels is None:
-            continue
         try:
-            if not count_labels(sample.conversation):
+            if count_labels is not None and not count_labels(sample.conversation):
                 result.problems.append(Problem(name, "no-labels", "no token of an answer is left to learn", position))
         except TemplateError as error:
             result.problems.append(Problem(name, "template", str(error), position))

@@ -27,11 +27,7 @@ def packed_parts(images: Sequence[bytes]) -> list[bytes]:
 
 
 def unpack_images(data: bytes) -> list[bytes]:
-    """Split what `pack_images` joined.
-
-    Raises:
-        ValueError: The sizes don't add up, so the value is damaged or of another format.
-    """
+    """Split what `pack_images` joined; a `ValueError` says that the value is damaged or of another format."""
     return [bytes(image) for image in image_views(data)]
 
 

@@ -33,16 +33,10 @@ _LENGTHS = re.compile(r"lengths-[0-9a-f]{16}\.npz")
 
 @dataclass(kw_only=True)
 class Part:
-    """Shards of a set that lie in a folder of their own.
+    """Shards of a set that lie in a folder of their own."""
 
-    Attributes:
-        partition: Its number from 0.
-        files: Name in its folder, bytes and xxh64 of each file, its marker excepted.
-        shards: Its entries of the index.
-    """
-
-    partition: int
-    files: list[dict[str, Any]]
+    partition: int  # from 0
+    files: list[dict[str, Any]]  # name in its folder, bytes and xxh64 of each file, its marker excepted
     shards: list[Entry]
 
     @property
@@ -69,16 +63,9 @@ def is_lengths(name: str) -> bool:
 def publish(
     place: Folder | Bucket, parts: Iterable[Part], card: dict[str, Any], index_keys: Mapping[str, Any] | None = None
 ) -> None:
-    """Write data card and index of parts whose files have been verified, the index last.
+    """Write data card and index of parts whose files have been verified, in their order, the index last.
 
-    Args:
-        place: Where the set lies.
-        parts: In order.
-        card: The data card.
-        index_keys: What else stands in the index.
-
-    Raises:
-        StorageError: A file isn't there or has another size; there is no index then.
+    A `StorageError` says that a file isn't there or has another size; there is no index then.
     """
     expected: dict[str, int | None] = {MANIFEST_NAME: None, CARD_NAME: None, INDEX_NAME: None}
     shards: list[Entry] = []
@@ -105,11 +92,7 @@ def write_json(place: Folder | Bucket, name: str, value: Mapping[str, Any], dura
 
 
 def empty_place(url: str) -> Folder | Bucket:
-    """Return the place of a new set.
-
-    Raises:
-        ShardError: Something lies there.
-    """
+    """Return the place of a new set, where nothing may lie."""
     place = open_place(url)
     if place.files():
         raise ShardError(f"{place}: must be empty, found files; choose another place")
@@ -118,13 +101,7 @@ def empty_place(url: str) -> Folder | Bucket:
 
 @contextmanager
 def new_set(place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> Iterator[ShardWriter]:
-    """Write a set into an empty place, up to `publish_new`; nothing is left there after a failure.
-
-    Args:
-        place: See `empty_place`.
-        size_limit: Size of a shard in bytes.
-        hashes: Checksums kept in the index.
-    """
+    """Write a set into an `empty_place`, up to `publish_new`; nothing is left there after a failure."""
     writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes)
     try:
         with closing(writer):  # a shard on its way arrives before all are deleted
@@ -140,11 +117,7 @@ def publish_new(
 ) -> None:
     """Write the last shard of a new set, wait until all are verified, then write data card and index.
 
-    Args:
-        place: Where the set lies.
-        writer: What `new_set` gave.
-        card: The data card, without counts of files.
-        index_keys: What else stands in the index.
+    The card comes without counts of files.
     """
     writer.finish()
     num_bytes = sum(shard["raw_data"]["bytes"] for shard in writer.shards)

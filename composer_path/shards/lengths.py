@@ -34,25 +34,15 @@ class LengthsError(ValueError):
 
 @dataclass(frozen=True)
 class LengthsKey:
-    """What the lengths of a set depend on; other lengths belong to another key.
+    """What the lengths of a set depend on; other lengths belong to another key."""
 
-    Attributes:
-        index: Hash of the set's index, which holds the shards' names, sizes and checksums.
-        tokenizer: Hash of the tokenizer, see `tokenizer_hash`.
-        template: The prompt template's name and a hash of its settings.
-        num_image_tokens: Placeholders of an image.
-        max_seq_len: Where samples are cut, tokens.
-        image_position: `front` or `inline`.
-        format: Of the file.
-    """
-
-    index: str
-    tokenizer: str
-    template: str
-    num_image_tokens: int
-    max_seq_len: int | None
+    index: str  # hash of the set's index, which holds the shards' names, sizes and checksums
+    tokenizer: str  # see `tokenizer_hash`
+    template: str  # see `template_hash`
+    num_image_tokens: int  # placeholders of an image
+    max_seq_len: int | None  # where samples are cut, tokens
     image_position: str
-    format: int = FORMAT
+    format: int = FORMAT  # of the file
 
     @property
     def file_name(self) -> str:
@@ -61,14 +51,8 @@ class LengthsKey:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What another key says otherwise; hashes are named only."""
-        ours = asdict(self)
-        found = []
-        for name, value in ours.items():
-            theirs = other.get(name)
-            if theirs != value:
-                told = name in ("num_image_tokens", "max_seq_len", "image_position", "format")
-                found.append(f"{name} ({theirs} there, {value} here)" if told else _NAMES[name])
-        return found
+        found = [(name, other.get(name), value) for name, value in asdict(self).items() if other.get(name) != value]
+        return [_NAMES.get(name) or f"{name} ({theirs} there, {ours} here)" for name, theirs, ours in found]
 
 
 _NAMES = {"index": "the set (its index.json)", "tokenizer": "tokenizer", "template": "template"}
@@ -76,17 +60,11 @@ _NAMES = {"index": "the set (its index.json)", "tokenizer": "tokenizer", "templa
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Counts of each sample of a set, in the set's order; a sample that can't be used is one token without an answer.
+    """Counts of each sample of a set, in its order; a sample that can't be used is one token without an answer."""
 
-    Attributes:
-        tokens: Tokens, placeholders included.
-        answer_tokens: Those with a label.
-        images: Images that were not cut away.
-    """
-
-    tokens: Int32[np.ndarray, " samples"]
-    answer_tokens: Int32[np.ndarray, " samples"]
-    images: Int32[np.ndarray, " samples"]
+    tokens: Int32[np.ndarray, " samples"]  # placeholders included
+    answer_tokens: Int32[np.ndarray, " samples"]  # those with a label
+    images: Int32[np.ndarray, " samples"]  # that were not cut away
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -94,16 +72,7 @@ class SampleLengths:
 
 
 def lengths_key(index: bytes, tokenizer: Tokenizer, text: TextPreparation) -> LengthsKey:
-    """The key of a set's lengths.
-
-    Args:
-        index: The content of its index.json.
-        tokenizer: Of the language model.
-        text: How its samples are tokenized.
-
-    Raises:
-        LengthsError: Images take different numbers of tokens.
-    """
+    """The key of a set's lengths; `index` is the content of its index.json."""
     if not isinstance(text.num_image_tokens, int):
         raise LengthsError("balance: needs the same number of tokens for every image; leave balance out")
     return LengthsKey(
@@ -142,11 +111,7 @@ def template_hash(template: PromptTemplate) -> str:
 
 
 def write_lengths(place: Folder | Bucket, key: LengthsKey, lengths: SampleLengths) -> str:
-    """Write the lengths of a set, whole or not at all; returns the file's name.
-
-    Raises:
-        OSError: The place can't be written.
-    """
+    """Write the lengths of a set, whole or not at all; returns the file's name."""
     file = io.BytesIO()
     arrays = {name: getattr(lengths, name) for name in _COLUMNS}
     np.savez_compressed(file, key=np.frombuffer(json.dumps(asdict(key)).encode(), np.uint8), **arrays)
@@ -155,15 +120,9 @@ def write_lengths(place: Folder | Bucket, key: LengthsKey, lengths: SampleLength
 
 
 def read_lengths(place: Folder | Bucket, key: LengthsKey, num_samples: int | None = None) -> SampleLengths:
-    """Read the lengths of a set.
+    """Read the lengths of a set from beside it, or from a folder of such files; `num_samples` if it is known.
 
-    Args:
-        place: Where the file lies: beside the set, or a folder of such files.
-        key: What they must have been measured for.
-        num_samples: How many the set holds, if known.
-
-    Raises:
-        LengthsError: There are none for this key (with what differs, if there are others), or they are damaged.
+    A `LengthsError` says that there are none for this key (and what differs, if there are others), or damaged ones.
     """
     try:
         data = place.read(key.file_name)

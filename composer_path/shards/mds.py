@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,11 @@ class DamagedShard(ShardError):
 
 @dataclass(frozen=True)
 class MdsFormat:
-    """What the files of a set share, and how samples become such a file.
+    """What the files of a set share, and how samples become such a file."""
 
-    Attributes:
-        columns: Encoding of each column: bytes, json or str.
-        size_limit: Size of a file in bytes.
-        hashes: Checksums kept in the index, of `HASHES`.
-    """
-
-    columns: Mapping[str, str]
-    size_limit: int
-    hashes: Sequence[str]
+    columns: Mapping[str, str]  # encoding of each: bytes, json or str
+    size_limit: int  # of a file, in bytes
+    hashes: Sequence[str]  # checksums kept in the index, of `HASHES`
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -86,11 +80,7 @@ class MdsFormat:
         return 4 + 4 * (num_samples + 1) + len(self._settings_bytes) + sample_bytes
 
     def encode(self, sample: Mapping[str, Any]) -> list[bytes]:
-        """Return a sample's parts; a value may be a list of parts, which are never copied.
-
-        Raises:
-            ValueError: The sample is too large for any file.
-        """
+        """Return a sample's parts; a value may be a list of parts, which are never copied."""
         sizes: list[int] = []
         parts: list[bytes] = []
         for name in self._settings["column_names"]:
@@ -116,15 +106,10 @@ class MdsFormat:
 
 
 class MdsFile:
-    """An MDS file for reading, sample by sample.
+    """An MDS file for reading, sample by sample; a `DamagedShard` names it.
 
-    Args:
-        pread: Reads from it.
-        size: Its size in bytes.
-        name: For errors.
-        num_samples: As its index says.
-        columns: Name and encoding of each column, in the file's order.
-        page: Bytes of a sample that are read at once; what lies behind them is read value by value.
+    Size (in bytes), number of samples and columns (name and encoding, in the file's order) are as its index says.
+    `page` are the bytes of a sample that are read at once; what lies behind them is read value by value.
     """
 
     def __init__(
@@ -136,11 +121,7 @@ class MdsFile:
         self._places: tuple[int, ...] | None = None
 
     def check(self) -> None:
-        """Read the places of all samples at once, and compare them with the index and the file.
-
-        Raises:
-            DamagedShard: They don't fit.
-        """
+        """Read the places of all samples at once, and compare them with the index and the file."""
         count = self._num_samples
         header = self._pread(4 * (count + 2), 0)
         num_samples, *places = struct.unpack(f"<{count + 2}I", header) if len(header) == 4 * (count + 2) else (-1, 0)
@@ -149,14 +130,9 @@ class MdsFile:
         self._places = tuple(places)
 
     def read(self, number: int, wanted: Mapping[str, int | None] | None = None) -> dict[str, Any]:
-        """Return a sample's columns, decoded.
+        """Return the columns of a sample, by its number from 0, decoded.
 
-        Args:
-            number: The sample's, from 0.
-            wanted: Columns to read and how many bytes of each, None for the whole value; None for all columns.
-
-        Raises:
-            DamagedShard: The bytes aren't a sample.
+        `wanted` are columns to read and how many bytes of each, None for the whole value; None for all columns.
         """
         begin, end = self._place(number)
         pread, header = self._pread, self._sizes.size
@@ -164,10 +140,7 @@ class MdsFile:
         sizes = self._sizes.unpack_from(head) if len(head) >= header else ()
         if header + sum(sizes) != end - begin or not sizes:
             raise self._damage(number, f"columns of {sum(sizes)} bytes in a sample of {end - begin}")
-        starts = [header]
-        for size in sizes:
-            starts.append(starts[-1] + size)
-        columns = {}
+        starts, columns = accumulate(sizes, initial=header), {}
         for (name, decode), (start, stop) in zip(self._columns, pairwise(starts), strict=True):
             if wanted is not None:
                 if name not in wanted:
@@ -199,16 +172,7 @@ class MdsFile:
 
 
 def open_mds(file: io.IOBase, entry: Entry, page: int = PAGE) -> MdsFile:
-    """Return the MDS file in an open file, decompressed if need be, with its header checked.
-
-    Args:
-        file: As it is stored; a compressed one is read whole.
-        entry: Its entry of the index.
-        page: See `MdsFile`.
-
-    Raises:
-        DamagedShard: It isn't what the index says.
-    """
+    """Return the MDS file in an open file with its header checked; a compressed one is read whole."""
     source = _decompressed(file, entry) if entry.get("zip_data") else file
 
     def pread(size: int, place: int) -> bytes:

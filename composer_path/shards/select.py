@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
-from composer_path.parallel import in_processes
 from composer_path.shards.index import empty_place, new_set, publish_new
 from composer_path.shards.mds import HASHES, ShardError, name_of
 from composer_path.shards.summary import ShardSummary
-from composer_path.shards.view import ShardView, StoredSample, to_sample
+from composer_path.shards.view import ShardView, StoredSample, over_shards, to_sample
 
 # A condition may ask for these, for `meta.KEY`, and for the numbers of images and turns.
 KEYS = ("id", "source", "organ", "stain", "magnification", "mpp", "patient", "slide")
@@ -27,12 +26,7 @@ _IDENTIFYING = ("id", "patient", "slide", "meta")
 _KEPT = ("format", "format_version", "composer_path", "source", "options", "columns", "resized", "features")
 _SIZE_LIMIT = 2**26
 _CONDITION = re.compile(r"([A-Za-z_][\w.-]*)\s*(!=|<=|>=|=|<|>)(.*)", re.DOTALL)
-_ORDERS: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+_ORDERS: dict[str, Any] = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
@@ -48,11 +42,7 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """Read a condition.
-
-        Raises:
-            ValueError: It isn't one; the message never repeats a value.
-        """
+        """Read a condition; an error never repeats a value."""
         match = _CONDITION.fullmatch(text.strip())
         if match is None:
             raise ValueError("a condition must look like stain=H&E, source!=cmu or mpp<0.6 (put it in quotes)")
@@ -99,28 +89,13 @@ def select_samples(
 ) -> ShardSummary:
     """Write the samples that fit every condition, or some of them drawn by chance, as a set of their own.
 
-    Samples are copied bit for bit and keep their order. The new set has an index only when all of it is verified.
-
-    Args:
-        view: The set to choose from.
-        out: Folder or address for the new one; nothing may lie there.
-        conditions: All must fit.
-        num_samples: How many to draw; None for all that fit.
-        seed: Of the draw; the same seed draws the same samples of the same set.
-        workers: Processes that look for those that fit.
-
-    Returns:
-        What the new set holds.
-
-    Raises:
-        ShardError: The set can't be read, too few samples fit, or something lies at `out`.
-        StorageError: The new set can't be written.
+    Samples are copied bit for bit and keep their order. The new set has an index only when all of it is verified. The
+    same seed draws the same samples of the same set.
     """
     place = empty_place(out)
     positions: Iterable[int] = range(len(view))
     if conditions:
-        tasks = [(view, number, tuple(conditions)) for number in range(len(view.shards))]
-        positions = [position for part in in_processes(_fitting, tasks, workers, fork=True) for position in part]
+        positions = itertools.chain.from_iterable(over_shards(_fitting, view, tuple(conditions), workers))
     positions = list(positions)
     if num_samples is not None:
         if not 0 < num_samples <= len(positions):
@@ -148,20 +123,13 @@ def _fitting(task: tuple[ShardView, int, tuple[Condition, ...]]) -> list[int]:
 
 
 def _read(view: ShardView, positions: Sequence[int]) -> Iterator[tuple[StoredSample, dict[str, Any]]]:
-    wanted: dict[int, list[int]] = defaultdict(list)
-    for position in positions:
-        wanted[view.shard_of(position)].append(position)
-    for number, inside in wanted.items():
+    for number, inside in itertools.groupby(positions, view.shard_of):
         for position, columns in view.records(number, inside):
             yield to_sample(position, name_of(view.shards[number]), columns), columns
 
 
 def _card(
-    view: ShardView,
-    summary: ShardSummary,
-    conditions: Sequence[Condition],
-    num_samples: int | None,
-    seed: int,
+    view: ShardView, summary: ShardSummary, conditions: Sequence[Condition], num_samples: int | None, seed: int
 ) -> dict[str, Any]:
     """The new set's data card: what still holds of the old one's, new counts, and how it was chosen."""
     chosen: dict[str, Any] = {"records": len(view), "conditions": [str(condition) for condition in conditions]}

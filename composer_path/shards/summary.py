@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from composer_path.images.features import is_features
 from composer_path.images.file import open_image
 from composer_path.images.square import is_square, square_of
-from composer_path.parallel import in_processes
 from composer_path.records.rules import ImageError
-from composer_path.shards.view import ShardView, StoredSample
+from composer_path.shards.view import ShardView, StoredSample, over_shards
 
 
 @dataclass
 class ShardSummary:
-    """What a set holds, counted; `str` gives it as a table. Holds no text, name or id.
-
-    Attributes:
-        records: Samples.
-        images: Images in them.
-        text_only: Samples without an image.
-        turns: Turns, human and assistant.
-        sources: Source -> samples; "" for those without one.
-        stains: Stain -> samples, where one is given.
-        question_chars: Characters of a human turn -> turns.
-        answer_chars: Characters of an assistant turn -> turns.
-        image_sizes: (width, height) -> images.
-        image_kinds: File format, "resized" or "features" -> images; "unreadable" for none of them.
-        image_bytes: Bytes of all images.
-    """
+    """What a set holds, counted; `str` gives it as a table. Holds no text, name or id."""
 
     records: int = 0
     images: int = 0
-    text_only: int = 0
-    turns: int = 0
-    sources: Counter[str] = field(default_factory=Counter)
-    stains: Counter[str] = field(default_factory=Counter)
-    question_chars: Counter[int] = field(default_factory=Counter)
-    answer_chars: Counter[int] = field(default_factory=Counter)
-    image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    image_kinds: Counter[str] = field(default_factory=Counter)
+    text_only: int = 0  # records without an image
+    turns: int = 0  # human and assistant
+    sources: Counter[str] = field(default_factory=Counter)  # source -> samples; "" for those without one
+    stains: Counter[str] = field(default_factory=Counter)  # stain -> samples, where one is given
+    question_chars: Counter[int] = field(default_factory=Counter)  # characters of a human turn -> turns
+    answer_chars: Counter[int] = field(default_factory=Counter)  # characters of an assistant turn -> turns
+    image_sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) -> images
+    image_kinds: Counter[str] = field(default_factory=Counter)  # see `_look` -> images
     image_bytes: int = 0
 
     def count(self, sample: StoredSample) -> None:
@@ -84,22 +71,15 @@ class ShardSummary:
 
 
 def summarize(view: ShardView, workers: int = 1, progress: Callable[[int], None] | None = None) -> ShardSummary:
-    """Count what a set holds; every shard is read once. `progress` is called with the number of shards after each.
-
-    Raises:
-        ShardError: A shard can't be read.
-    """
+    """Count what a set holds; every shard is read once, and `progress` called with their number after each."""
     total = ShardSummary()
-    tasks = [(view, number) for number in range(len(view.shards))]
-    for number, part in enumerate(in_processes(_summarize_shard, tasks, workers, fork=True), start=1):
+    for part in over_shards(_summarize_shard, view, None, workers, progress):
         total.add(part)
-        if progress is not None:
-            progress(number)
     return total
 
 
-def _summarize_shard(task: tuple[ShardView, int]) -> ShardSummary:
-    view, number = task
+def _summarize_shard(task: tuple[ShardView, int, None]) -> ShardSummary:
+    view, number, _ = task
     summary = ShardSummary()
     for sample in view.samples(number):
         summary.count(sample)
@@ -107,7 +87,7 @@ def _summarize_shard(task: tuple[ShardView, int]) -> ShardSummary:
 
 
 def _look(data: bytes) -> tuple[str, tuple[int, int] | None]:
-    """An image's kind and size, from its header."""
+    """An image's kind (file format, "resized", "features" or "unreadable") and size, from its header."""
     try:
         if is_features(data):
             return "features", None
@@ -124,9 +104,7 @@ def _spread(lengths: Counter[int]) -> str:
     """Least, median and greatest of a counted number."""
     if not lengths:
         return "none"
-    half, passed = (sum(lengths.values()) + 1) // 2, 0
-    for length in sorted(lengths):
-        passed += lengths[length]
-        if passed >= half:
-            break
-    return f"{min(lengths)} to {max(lengths)}, median {length}"
+    ordered = sorted(lengths)
+    passed = list(accumulate(lengths[length] for length in ordered))
+    median = ordered[bisect_left(passed, (passed[-1] + 1) // 2)]
+    return f"{ordered[0]} to {ordered[-1]}, median {median}"

@@ -6,14 +6,16 @@ For looking at data, not for training: shards are read where they lie, one sampl
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.shards.index import CARD_NAME, INDEX_NAME
@@ -21,27 +23,19 @@ from composer_path.shards.mds import PAGE, DamagedShard, Entry, MdsFile, ShardEr
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, open_place
 
+Result = TypeVar("Result")
 _WHOLE = 2**32  # bytes: more than a sample can have
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """One sample of a shard, decoded.
+    """One sample of a shard, decoded."""
 
-    Attributes:
-        position: Its number in the set, from 0.
-        shard: Its shard's name in the index.
-        id: As stored: a keyed hash unless ids were kept.
-        conversation: Turns and system message.
-        images: The stored files, or finished squares.
-        metadata: As stored.
-    """
-
-    position: int
-    shard: str
-    id: str
+    position: int  # in the set, from 0
+    shard: str  # its name in the index
+    id: str  # as stored: a keyed hash unless ids were kept
     conversation: Conversation
-    images: tuple[bytes, ...]
+    images: tuple[bytes, ...]  # the stored files, or finished squares
     metadata: Mapping[str, Any]
 
     @property
@@ -51,20 +45,10 @@ class StoredSample:
 
 
 class ShardView:
-    """A set of shards.
+    """The set of shards at a folder or an address (`s3://bucket/folder`).
 
-    Args:
-        url: Folder or address (`s3://bucket/folder`) of `index.json`.
-
-    Attributes:
-        place: Where it lies.
-        shards: The index's entries, in order.
-        card: What `dataset.json` holds; empty if there is none.
-        features: What the index says of stored features; None for a set of images.
-        starts: Position of each shard's first sample; one more at the end, the number of samples.
-
-    Raises:
-        ShardError: There is no index, or it isn't one of shards that convert.py wrote.
+    All that reads raises a `ShardError` if something isn't there or can't be read, a `DamagedShard` if a shard isn't
+    what the index says.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -82,28 +66,18 @@ class ShardView:
                 "content; write shards with data_prep/convert.py"
             )
         self.shards: list[Entry] = shards
-        self.features: dict[str, Any] | None = index.get("features")
+        self.features: dict[str, Any] | None = index.get("features")  # None for a set of images
         card = self._read_json(CARD_NAME)
         self.card: dict[str, Any] = card if isinstance(card, dict) else {}
-        self.starts = [0]
-        for shard in shards:
-            self.starts.append(self.starts[-1] + shard["samples"])
+        # Position of each shard's first sample; one more at the end, the number of samples.
+        self.starts = [0, *itertools.accumulate(shard["samples"] for shard in shards)]
 
     def __len__(self) -> int:
         """Number of samples, as the index says."""
         return self.starts[-1]
 
     def records(self, number: int, wanted: Iterable[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield position and decoded columns of a shard's samples, in order.
-
-        Args:
-            number: The shard's, from 0.
-            wanted: Positions in the set, all of this shard; None for all of them.
-
-        Raises:
-            ShardError: The shard can't be read.
-            DamagedShard: It isn't what the index says.
-        """
+        """Yield position and decoded columns of a shard's samples, in order: of all, or at positions in the set."""
         start = self.starts[number]
         positions = range(start, self.starts[number + 1]) if wanted is None else wanted
         with self._open_shard(number, _WHOLE) as file:
@@ -111,27 +85,19 @@ class ShardView:
                 yield position, file.read(position - start)
 
     def texts(self, number: int) -> Iterator[tuple[Any, int]]:
-        """Yield the conversation column and the number of images of a shard's samples; images are passed over.
-
-        Raises:
-            ShardError: The shard can't be read, or isn't what the index says (`DamagedShard`).
-        """
+        """Yield the conversation column and the number of images of a shard's samples; images are passed over."""
         with self._open_shard(number, PAGE) as file:
             for index in range(self.shards[number]["samples"]):
                 columns = file.read(index, {"conversation": None, "images": 4})
                 yield columns["conversation"], int.from_bytes(columns["images"], "little")
 
     def samples(self, number: int) -> Iterator[StoredSample]:
-        """Yield a shard's samples, in order; raises as `records`."""
+        """Yield a shard's samples, in order."""
         name = name_of(self.shards[number])
         return (to_sample(position, name, columns) for position, columns in self.records(number))
 
     def sample(self, position: int) -> StoredSample:
-        """Read the sample at a position, from 0; of a bucket's shard only this part is fetched.
-
-        Raises:
-            ShardError: There is none, or it can't be read.
-        """
+        """Read the sample at a position, from 0; of a bucket's shard only this part is fetched."""
         if not 0 <= position < len(self):
             raise ShardError(f"{self.place}: positions go from 0 to {len(self) - 1}, found {position}")
         number = self.shard_of(position)
@@ -143,11 +109,7 @@ class ShardView:
         return bisect_right(self.starts, position) - 1
 
     def find(self, record_id: str) -> StoredSample:
-        """Read the first sample with this id as it is stored; all shards may have to be read.
-
-        Raises:
-            ShardError: No sample has it.
-        """
+        """Read the first sample with this id as it is stored; all shards may have to be read."""
         for number, shard in enumerate(self.shards):
             for position, columns in self.records(number):
                 if columns["id"] == record_id:
@@ -157,18 +119,13 @@ class ShardView:
 
     @contextmanager
     def open_file(self, name: str) -> Iterator[io.IOBase]:
-        """Open a file of the set for reading.
-
-        Raises:
-            ShardError: It isn't there, or can't be read.
-        """
-        with self._explained(name):
-            if isinstance(self.place, Bucket):
-                with self.place.open(name) as file:
-                    yield file
-            else:
-                with open(self.place.path / name, "rb") as file:
-                    yield file
+        """Open a file of the set for reading."""
+        place = self.place
+        with (
+            self._explained(name),
+            place.open(name) if isinstance(place, Bucket) else open(place.path / name, "rb") as f,
+        ):
+            yield f
 
     @contextmanager
     def _open_shard(self, number: int, page: int) -> Iterator[MdsFile]:
@@ -199,12 +156,26 @@ class ShardView:
             raise ShardError(f"{self.place}: {name}: {error.strerror or type(error).__name__}") from None
 
 
-def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSample:
-    """Make a sample of a shard's decoded columns.
+def over_shards(
+    function: Callable[[tuple[ShardView, int, Any]], Result],
+    view: ShardView,
+    given: Any,
+    workers: int,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Result]:
+    """Call a function with (view, number of a shard, what is given) for all shards, in processes; results in order.
 
-    Raises:
-        DamagedShard: They aren't what convert.py writes.
+    `progress` is called with the number of shards after each.
     """
+    tasks = [(view, number, given) for number in range(len(view.shards))]
+    for number, result in enumerate(in_processes(function, tasks, workers, fork=True), start=1):
+        yield result
+        if progress is not None:
+            progress(number)
+
+
+def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSample:
+    """Make a sample of a shard's decoded columns, if they are what a conversion writes (else a `DamagedShard`)."""
     try:
         images = unpack_images(columns["images"])
         conversation = Conversation.from_shard(columns["conversation"], len(images))

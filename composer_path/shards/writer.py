@@ -14,18 +14,9 @@ from composer_path.storage.places import Bucket, Folder
 
 
 class ShardWriter:
-    """Cuts samples into shards of a size and writes each one whole.
+    """Cuts samples into shards of a size and writes each one whole, into a folder within a set's place.
 
-    Args:
-        place: Where the data set lies.
-        prefix: Folder within it for these shards.
-        columns: Encoding of each column: bytes, json or str.
-        size_limit: Size of a shard in bytes; one sample that is larger gets its own shard.
-        hashes: Checksums kept in the index, see `HASHES`.
-
-    Attributes:
-        shards: Index entries of the shards written so far.
-        files: Name below the prefix, bytes and xxh64 of each file written so far.
+    One sample that is larger than `size_limit`, in bytes, gets its own shard.
     """
 
     def __init__(
@@ -35,18 +26,13 @@ class ShardWriter:
         self._format = MdsFormat(columns, size_limit, hashes)
         self._samples: list[list[bytes]] = []
         self._num_bytes = 0  # of the samples
-        self.shards: list[Entry] = []
-        self.files: list[dict[str, Any]] = []
+        self.shards: list[Entry] = []  # written so far
+        self.files: list[dict[str, Any]] = []  # name below the prefix, bytes and xxh64 of each written so far
         self._sender = ThreadPoolExecutor(1)  # one shard travels while the next one is made
         self._sending: Future[None] | None = None
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Add a sample. A value may be a list of parts, which are never copied.
-
-        Raises:
-            StorageError: An earlier shard could not be written.
-            ValueError: The sample is too large for any shard.
-        """
+        """Add a sample; see `MdsFormat.encode`. A `StorageError` may be an earlier shard's."""
         parts = self._format.encode(sample)
         num_bytes = sum(map(len, parts))
         size = self._format.file_size(len(self._samples) + 1, self._num_bytes + num_bytes)
@@ -96,11 +82,7 @@ class ShardWriter:
 
 
 def verify(place: Folder | Bucket, name: str, size: int, xxh64: str) -> None:
-    """Read a file back and compare it with what was written.
-
-    Raises:
-        StorageError: It isn't there or differs.
-    """
+    """Read a file back and compare it with what was written; a `StorageError` says that it isn't there or differs."""
     try:
         found_size, found_hash = place.digest(name)
     except FileNotFoundError:
