@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_path.commands.verb import mistakes, parse
-from composer_path.config.files import check_files, samples_left_out
-from composer_path.config.reading import ConfigError, load_config, plain
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -41,6 +39,9 @@ def start(options: Namespace) -> int:
     Raises:
         ConfigError: Lists all mistakes.
     """
+    from composer_path.config.files import check_files, samples_left_out
+    from composer_path.config.reading import ConfigError, load_config, plain
+
     config = load_config(options.yaml, options.words)
     if options.files or not options.check:
         if problems := check_files(plain(config)):
@@ -77,6 +78,7 @@ def train(
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
+    from composer_path.config.reading import plain
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import load_tokenizer
