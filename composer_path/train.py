@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_path.commands.verb import run_verb
-from composer_path.config.files import check_lengths, check_start
+from composer_path.config.files import check_files, samples_left_out
 from composer_path.config.reading import ConfigError, load_config, plain
 
 if TYPE_CHECKING:
@@ -43,12 +43,14 @@ def start(options: Namespace) -> int:
     """
     config = load_config(options.yaml, options.words)
     if options.files or not options.check:
-        problems = check_start(plain(config)) or check_lengths(plain(config))
+        problems = check_files(plain(config))
         if problems:
             raise ConfigError(options.yaml, problems)
+        for line in samples_left_out(plain(config)):
+            print(f"{options.yaml}: {line}", file=sys.stderr)
     if options.check:
-        unseen = "" if options.files else "; files were not looked for (--files does)"
-        print(f"{options.yaml}: no mistake found{unseen}")
+        seen = ", nor in its files" if options.files else "; files were not looked for (--files does)"
+        print(f"{options.yaml}: no mistake found{seen}")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("composer_path").setLevel(logging.INFO)

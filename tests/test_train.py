@@ -352,5 +352,7 @@ def test_the_command_lists_mistakes_and_builds_nothing(
     printed = capsys.readouterr().err
     assert "usage" in printed and "optimizer.lrr" in printed and "trainer.max_duration" in printed
     assert main([yaml, f"save_root={tmp_path}", "--check"]) == 0
-    assert "no mistake found" in capsys.readouterr().out
+    assert "no mistake found; files were not looked for (--files does)" in capsys.readouterr().out
+    assert main([yaml, f"save_root={tmp_path}", "variables.shards=nowhere", "--check", "--files"]) == 2
+    assert "train_loader.dataset.local: found no index.json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterat
     yield from _of_the_model(get)
     yield from _of_what_is_trained(get)
     yield from _of_the_trainer(get, given)
+    yield from _of_what_is_exported(get)
     for name in LOADERS:
         if isinstance(get(name), Mapping):
             yield from _of_a_loader(get, name)
@@ -41,11 +42,8 @@ def _of_the_model(get: Get) -> Iterator[str]:
         yield f"model.language_model: found {found} of path (weights) and config (random); give one of them"
     size, patch = get("model.vision_encoder.image_size"), _patch_size(get)
     if isinstance(size, int) and patch and size % patch:
-        near = max(1, size // patch) * patch
-        yield (
-            f"model.vision_encoder.image_size: found {size}, which is no multiple of the patch size {patch}; take "
-            f"{near} or {near + patch}"
-        )
+        found, near = f"found {size}, which is no multiple of the patch size {patch}", max(1, size // patch) * patch
+        yield f"model.vision_encoder.image_size: {found}; take {near} or {near + patch}"
 
 
 def _patch_size(get: Get) -> int | None:
@@ -80,22 +78,32 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
             if name not in rates:
                 yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
-        yield (
-            "execution.vision_chunk: saves nothing where vision_encoder is trained (its activations are kept anyway); "
-            "remove it"
-        )
+        why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
+        yield f"execution.vision_chunk: {why}; remove it"
 
 
 def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
-    if isinstance(get("trainer"), Mapping) and get("trainer.save_interval") is None and get("trainer.autoresume"):
-        yield (
-            "trainer.autoresume: has nothing to go on from while save_interval is null; give an interval or remove this"
-        )
+    if (get("trainer") or {}).get("save_interval", "") is None and get("trainer.autoresume"):
+        fix = "give an interval or remove this"
+        yield f"trainer.autoresume: has nothing to go on from while save_interval is null; {fix}"
     trainer = given.get("trainer")
     if "eval_loader" not in given and isinstance(trainer, Mapping):
         for key in ("eval_interval", "eval_subset_num_batches"):
             if trainer.get(key) is not None:
                 yield f"trainer.{key}: does nothing without the section eval_loader; add it or remove this"
+
+
+def _of_what_is_exported(get: Get) -> Iterator[str]:
+    """The template that the trained model will be asked with must be known before it is trained."""
+    from composer_path.batches.mixture import asking_template
+
+    streams = get("train_loader.dataset.streams")
+    if isinstance(streams, Mapping) and all(isinstance(keywords, Mapping) for keywords in streams.values()):
+        try:
+            asking_template(get("train_loader.dataset.template"), streams)
+        except ValueError as error:
+            if str(error).startswith("template: "):  # else the stream's own template is wrong, which is reported
+                yield f"train_loader.dataset.{error}"
 
 
 def _of_a_loader(get: Get, name: str) -> Iterator[str]:
@@ -109,16 +117,11 @@ def _of_a_loader(get: Get, name: str) -> Iterator[str]:
         )
     most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len")
     if isinstance(most, int) and isinstance(longest, int) and most < longest:
-        yield (
-            f"{name}.max_tokens_per_microbatch: found {most}, less than {name}.dataset.max_seq_len {longest}: one "
-            "sample may not fit; raise the one or lower the other"
-        )
+        found, fix = f"found {most}, less than {name}.dataset.max_seq_len {longest}", "raise the one or lower the other"
+        yield f"{name}.max_tokens_per_microbatch: {found}: one sample may not fit; {fix}"
     batch, copies = get(f"{name}.global_batch_size"), get(f"{name}.dataset.replication")
     if isinstance(batch, int) and batch % ranks:
-        near = max(1, batch // ranks) * ranks
-        yield (
-            f"{name}.global_batch_size: found {batch}, which {ranks} ranks don't divide; take {near}, or another "
-            "number of ranks"
-        )
+        fix = f"take {max(1, batch // ranks) * ranks}, or another number of ranks"
+        yield f"{name}.global_batch_size: found {batch}, which {ranks} ranks don't divide; {fix}"
     if isinstance(copies, int) and copies > 0 and ranks % copies:
         yield f"{name}.dataset.replication: found {copies}, which doesn't divide the {ranks} ranks; leave it out"

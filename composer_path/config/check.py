@@ -118,8 +118,8 @@ def _check_value(value: Any, key: Key, path: str, problems: list[str]) -> Any:
         elif key.at_least is not None and number < key.at_least:
             problems.append(f"{path}: found {number}; it must be at least {key.at_least}")
     try:
-        for item in items if key.check is not None else []:
-            if item is not None:
+        for item in items:
+            if item is not None and key.check is not None:
                 key.check(item)
     except ValueError as error:
         problems.append(f"{path}: {str(error).splitlines()[0]}")

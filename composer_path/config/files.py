@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,66 +11,97 @@ from typing import Any
 
 from composer_path.storage.places import is_remote
 
+Settings = Mapping[str, Any]
+LOADERS = ("train_loader", "eval_loader")
+INDEX = "index.json"
 
-def check_start(settings: Mapping[str, Any]) -> list[str]:
-    """Problems of files that a configuration names, one a line: key, what was found, what to do.
 
-    Only rank 0 looks for weights, since only rank 0 reads them.
+def check_files(settings: Settings) -> list[str]:
+    """Problems of the files that a configuration names, and of what is in them: all that can be seen unbuilt.
 
     Args:
         settings: The configuration as plain mappings.
+
+    Returns:
+        One a line: key, what was found, what to do.
     """
-    problems = [*_missing_shards(settings), *_earlier_results(settings)]
-    tokenizer = settings["tokenizer"]["path"]
-    if not Path(tokenizer).exists():
-        problems.append(f"tokenizer.path: found no '{tokenizer}'; give a folder or file of a tokenizer")
-    if os.environ.get("RANK", "0") == "0":
+    loaders = {name: settings[name] for name in LOADERS if settings[name] is not None}
+    problems: list[str] = []
+    for name, loader in loaders.items():
+        missing = list(_missing_shards(name, loader))
+        problems += missing or [*_epoch_problems(name, loader), *_feature_problems(settings, name, loader)]
+    problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
+    if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
+    if not problems and any(loader["balance"] for loader in loaders.values()):
+        from composer_path.planning.measured_lengths import lengths_problems
+
+        problems += lengths_problems(settings)
     return problems
 
 
-def check_lengths(settings: Mapping[str, Any]) -> list[str]:
-    """Problems of the measured lengths that balanced loaders need, one a line; nothing is looked up without such.
+def samples_left_out(settings: Settings) -> list[str]:
+    """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0.
 
     Args:
-        settings: The configuration as plain mappings, of which `check_start` found no problem.
+        settings: The configuration as plain mappings, of which `check_files` found no problem.
     """
-    if not any((settings.get(section) or {}).get("balance") for section in ("train_loader", "eval_loader")):
-        return []
-    from composer_path.planning.measured_lengths import lengths_problems
-
-    return lengths_problems(settings)
-
-
-def _missing_shards(settings: Mapping[str, Any]) -> Iterator[str]:
-    for section in ("train_loader", "eval_loader"):
-        dataset = (settings.get(section) or {}).get("dataset") or {}
-        places = {f"{section}.dataset": dataset}
-        places |= {
-            f"{section}.dataset.streams.{name}": stream for name, stream in (dataset.get("streams") or {}).items()
-        }
-        for where, keywords in places.items():
-            if keywords.get("local") is None or keywords.get("remote") or is_remote(keywords["local"]):
-                continue  # an index that lies elsewhere is fetched
-            folder = Path(keywords["local"], keywords.get("split") or "")
-            if not (folder / "index.json").is_file():
-                yield (
-                    f"{where}.local: found no index.json in '{folder}'; write shards there with "
-                    f"data_prep/convert.py --out {folder}, or name the folder that has them"
-                )
+    told = []
+    for name in LOADERS if os.environ.get("RANK", "0") == "0" else ():
+        samples, _, left_out = (_epoch(settings[name]) if settings[name] else None) or (0, 0, 0)
+        if left_out:
+            told.append(f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out ({_why(settings[name])})")
+    return told
 
 
-def _missing_weights(model: Mapping[str, Any]) -> Iterator[str]:
+def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | None]]:
+    """Each set of a loader: its path in the YAML, its keywords, and its index; None where that is fetched."""
+    dataset = loader["dataset"]
+    streams = {f"{name}.dataset.streams.{key}": stream for key, stream in (dataset["streams"] or {}).items()}
+    for where, keywords in (streams or {f"{name}.dataset": dataset}).items():
+        fetched = keywords["remote"] or is_remote(keywords["local"])
+        split = keywords["split"] or dataset["split"] or ""
+        yield where, keywords, None if fetched else Path(keywords["local"], split, INDEX)
+
+
+def _missing_shards(name: str, loader: Settings) -> Iterator[str]:
+    for where, _, index in _sets(name, loader):
+        if index is not None and not index.is_file():
+            yield (
+                f"{where}.local: found no {INDEX} in '{index.parent}'; write shards there with "
+                f"data_prep/convert.py --out {index.parent}, or name the folder that has them"
+            )
+
+
+def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
+    path = settings["tokenizer"]["path"]
+    if not Path(path).expanduser().exists():
+        yield f"tokenizer.path: found no '{path}'; give a folder or file of a tokenizer"
+        return
+    sets = [each for name, loader in loaders.items() for each in _sets(name, loader)]
+    templates = [(where, keywords["template"]) for where, keywords, _ in sets]
+    asking = [where for where, one in templates if "chat_template" in (one, isinstance(one, dict) and one["name"])]
+    if asking:
+        from composer_path.records.vocabulary import load_tokenizer
+
+        if not getattr(load_tokenizer(**settings["tokenizer"]), "chat_template", None):
+            hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
+            yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"
+
+
+def _missing_weights(model: Settings) -> Iterator[str]:
+    # Stage 1 has nothing before it that could have made a projector.
+    first = "give null to start from random weights" if model["trainable"] == ["projector"] else None
+    fixes = {"projector": first or "run stage 1 first, or give its projector.safetensors"}
     for name, key in (("vision_encoder", "weights"), ("projector", "weights"), ("language_model", "path")):
-        path = (model.get(name) or {}).get(key)
+        path = model[name][key]
         if path is not None and not Path(path).exists():
-            hint = "run stage 1 first, or give its projector.safetensors" if name == "projector" else "check the path"
-            yield f"model.{name}.{key}: found no '{path}'; {hint}"
+            yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"
 
 
-def _earlier_results(settings: Mapping[str, Any]) -> Iterator[str]:
+def _earlier_results(settings: Settings) -> Iterator[str]:
     trainer = settings["trainer"]
-    if trainer.get("autoresume") or trainer.get("save_overwrite") or trainer.get("load_path"):
+    if trainer["autoresume"] or trainer["save_overwrite"] or trainer["load_path"]:
         return
     folder = Path(settings["save_root"], trainer["run_name"])
     if any((folder / "checkpoints").glob("*")):
@@ -76,3 +109,75 @@ def _earlier_results(settings: Mapping[str, Any]) -> Iterator[str]:
             f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; choose another run_name or "
             "save_root, or go on where it was with trainer.autoresume=true"
         )
+
+
+def _epoch_problems(name: str, loader: Settings) -> Iterator[str]:
+    try:
+        samples, steps, _ = _epoch(loader) or (1, 1, 0)
+    except ValueError as error:  # Streaming's: weights that don't go together
+        yield f"{name}.dataset: {error}"
+        return
+    if not steps:
+        yield (
+            f"{name}.global_batch_size: found {loader['global_batch_size']}, for which the {samples:,} samples of an "
+            f"epoch are too few ({_why(loader)}): it would have no step; lower it or change that"
+        )
+
+
+def _why(loader: Settings) -> str:
+    method = loader["dataset"]["batching_method"]
+    return "drop_last wants whole batches" if method == "random" else f"batching_method {method} wants whole batches"
+
+
+def _epoch(loader: Settings) -> tuple[int, int, int] | None:
+    """Samples of an epoch, its steps (at least), and the samples in none; None where a set's size isn't known here."""
+    import numpy as np
+    from streaming import Stream
+    from streaming.base.util import number_abbrev_to_int
+
+    dataset, batch, ranks = loader["dataset"], loader["global_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
+    streams, counts = [], []
+    for _, keywords, index in _sets("", loader):
+        if index is None:
+            return None
+        counts.append(sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"]))
+        weights = {key: keywords.get(key) for key in ("proportion", "repeat", "choose")}
+        streams.append(Stream(local=str(index.parent), **weights))
+    if not sum(counts):
+        return 0, 0, 0
+    epoch_size = number_abbrev_to_int(dataset["epoch_size"]) if dataset["epoch_size"] else None
+    samples = Stream.apply_weights(streams, np.array(counts), epoch_size, dataset["shuffle_seed"])
+    sizes, method = np.array([stream.choose for stream in streams]), dataset["batching_method"]
+    if method == "random":
+        steps = math.ceil(samples / ranks) // (batch // ranks) if loader["drop_last"] else -(-samples // batch)
+    elif method == "stratified":  # each batch has its part of each stream; those nearest to one more get what is left
+        parts = np.floor(batch * sizes / samples).astype(int)
+        parts[np.argsort(parts - batch * sizes / samples)[: batch - parts.sum()]] += 1
+        steps = min(size // part if part else 0 for size, part in zip(sizes, parts, strict=True))
+    else:  # whole batches of one stream each, of a rank's size where they are dealt out to ranks
+        part = batch // ranks if method == "device_per_stream" else batch
+        steps = sum(sizes // part) * part // batch if min(sizes) >= part else 0
+    return samples, int(steps), max(0, int(samples - steps * batch))
+
+
+def _feature_problems(settings: Settings, name: str, loader: Settings) -> Iterator[str]:
+    """Stored features that this run can't use; whether the weights are theirs is seen when the encoder is built."""
+    from composer_path.images.features import FeaturesError, common_features
+    from composer_path.run.names import named_classes
+
+    found = {where: index.read_bytes() for where, _, index in _sets(name, loader) if index is not None}
+    try:
+        stored = common_features(found) if found else None
+    except FeaturesError as error:
+        yield f"{name}.dataset: {error}"
+        return
+    if stored is None:
+        return
+    if "vision_encoder" in settings["model"]["trainable"]:
+        yield f"model.trainable: vision_encoder can't learn from {name}, which holds its features; train on images"
+    for algorithm in settings["algorithms"] if name == "train_loader" else ():
+        if getattr(named_classes("algorithms")[algorithm], "changes_images", False):
+            yield f"algorithms.{algorithm}: changes images, and {name} holds features of them; leave out one of the two"
+    for key in ("fit", "decoder"):
+        if (here := loader["dataset"][key]) != (stored_with := getattr(stored, key)):
+            yield f"{name}.dataset.{key}: found {here}; the features there were made with {stored_with}: take that"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from composer_path.config.sections import config_schema
 
 # An environment variable is read only where the YAML names it; oc.decode makes a number of its text.
 RESOLVERS = {"oc.env", "oc.decode"}
+ANYTHING = Key()
 
 
 class ConfigError(ValueError):
@@ -72,31 +73,40 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def _complete(config: DictConfig, section: Section, path: str, problems: list[str]) -> None:
     """Fill in what a section, and those in it, leave out."""
+    raw: Any = OmegaConf.to_container(config, resolve=False)
     for key, node in section.keys.items():
-        left_out = key not in config.keys()  # noqa: SIM118  (`in config` says no of a value left at ???)
         if isinstance(node, Key):
-            if left_out and not node.required and node.default is not ABSENT:
+            if key not in raw and not node.required and node.default is not ABSENT:
                 config[key] = node.default
-        elif left_out and not node.required and node.left_out != "absent":
-            config[key] = {} if node.left_out == "empty" else None
-        elif not left_out and not node.required and node.left_out != "null" and config._get_node(key)._is_none():
-            config[key] = {}
-    for key in list(config):
-        node = section.keys.get(str(key), section.members)
-        where = join(path, key)
-        try:
-            child = config[key] if isinstance(node, Section | Choice) else None
-            if isinstance(node, Choice) and isinstance(child, DictConfig):
-                if node.selector not in child.keys() and node.default is not None:  # noqa: SIM118
-                    child[node.selector] = node.default
-                node = {str(name): one for name, one in node.sections.items()}.get(str(child[node.selector]))
-        except (OmegaConfBaseException, KeyError):
-            continue  # said when it is resolved
-        if not isinstance(child, DictConfig) or not isinstance(node, Section):
+        elif raw.get(key) is None and not node.required and (key in raw or node.left_out != "absent"):
+            config[key] = None if node.left_out == "null" else {}
+    for name in map(str, config):
+        node, where = section.keys.get(name, section.members or ANYTHING), join(path, name)
+        if isinstance(node, Key):
             continue
-        if OmegaConf.is_interpolation(config, key) and set(_resolvers(parse(str(config._get_node(key)._value())))):
-            problems.append(f"{where}: found a section in a single value; write it here, or name another section")
-        _complete(child, node, where, problems)
+        try:
+            child = config[name]
+            part = _chosen(child, node) if isinstance(node, Choice) else node
+        except OmegaConfBaseException:
+            continue  # said when it is resolved
+        if (
+            OmegaConf.is_interpolation(config, name)
+            and isinstance(child, Mapping)
+            and any(_resolvers(parse(raw[name])))
+        ):
+            problems.append(f"{where}: found {raw[name]}; a section is written out, or another section's: ${{name}}")
+        if not isinstance(child, DictConfig) or part is None:
+            continue
+        _complete(child, part, where, problems)
+
+
+def _chosen(config: Any, choice: Choice) -> Section | None:
+    """The section that a choice's selector names; None where it names none."""
+    if not isinstance(config, DictConfig):
+        return None
+    if config.get(choice.selector) is None and choice.default is not None:
+        config[choice.selector] = choice.default
+    return {str(name): section for name, section in choice.sections.items()}.get(str(config.get(choice.selector)))
 
 
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:

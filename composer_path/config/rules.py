@@ -4,64 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-# What ends or comes round: iterations don't, as nothing here says how long one is.
-_UNITS = ("ep", "ba", "sp", "tok", "dur", "sec")
 
+def check_time(value: str | int | float, units: tuple[str, ...], zero: bool = False) -> None:
+    """A time in Composer's words.
 
-def check_max_duration(value: str | int) -> None:
-    """How long a run is: Composer takes no clock time, and a share would be of itself."""
-    _check_time(value, _UNITS[:4], zero=False)
-
-
-def check_interval(value: str | int) -> None:
-    """How often something happens."""
-    _check_time(value, _UNITS, zero=False)
-
-
-def check_eval_interval(value: str | int) -> None:
-    """The same; Composer's word for never is 0."""
-    if value != 0:
-        check_interval(value)
-
-
-def check_console_interval(value: str | int) -> None:
-    """The same; Composer's console counts epochs and batches only."""
-    _check_time(value, _UNITS[:2], zero=False)
-
-
-def check_moment(value: str | int) -> None:
-    """When something happens, or how long it lasts, within a run."""
-    _check_time(value, _UNITS[:5], zero=True)
-
-
-def _check_time(value: str | int, units: tuple[str, ...], zero: bool) -> None:
+    Args:
+        value: Text, or a number of epochs.
+        units: What it may be counted in.
+        zero: Whether it may be 0.
+    """
     from composer.core import Time
 
-    if isinstance(value, bool | float):
-        return  # no time: another rule's
+    if isinstance(value, float):
+        return  # a share, where an algorithm also takes a number
     try:
         time = Time.from_input(value, "ep")
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"found {value}, which is no time; {_AS_TIME}") from None
+        fix = "write a whole number and a unit, as in 1ep, 500ba, or a share of the run, as in 0.03dur"
+        raise ValueError(f"found {value}, which is no time; {fix}") from None
     if time.unit.value not in units:
         raise ValueError(f"found {value}; its unit must be one of {', '.join(units)}")
     if not (0 < time.value < math.inf or (zero and time.value == 0)):
         raise ValueError(f"found {value}; it must be {'at least' if zero else 'above'} 0")
 
 
-_AS_TIME = "write a whole number and a unit, as in 1ep, 500ba, or a share of the run, as in 0.03dur"
+# Iterations never end here, as nothing says how long one is; Composer's runs and schedulers know no clock.
+check_max_duration = partial(check_time, units=("ep", "ba", "sp", "tok"))
+check_moment = partial(check_time, units=("ep", "ba", "sp", "tok", "dur"), zero=True)
+check_interval = partial(check_time, units=("ep", "ba", "sp", "tok", "dur", "sec"))
+check_eval_interval = partial(check_interval, zero=True)  # 0 is Composer's word for never
+check_console_interval = partial(check_time, units=("ep", "ba"))
 
 
-def check_above_zero(value: float) -> None:
+def check_above_zero(value: int | float) -> None:
     """A number that may not be 0."""
     if value <= 0:
         raise ValueError(f"found {value}; it must be above 0")
 
 
-def check_beta(value: float) -> None:
+def check_beta(value: int | float) -> None:
     """How much of a moment AdamW keeps."""
     if not 0 <= value < 1:
         raise ValueError(f"found {value}; it must be at least 0 and below 1")
@@ -72,9 +57,7 @@ def check_bytes(value: str | int) -> None:
     from streaming.base.util import bytes_to_int
 
     if _count(bytes_to_int, value) < 2**20:
-        raise ValueError(
-            f"found {value}, which is no size or too small for any shard; give number and unit, as in 10gb"
-        )
+        raise ValueError(f"found {value}, which is no size or too small; give a number and a unit, as in 10gb")
 
 
 def check_epoch_size(value: str | int) -> None:
@@ -96,22 +79,17 @@ def check_run_name(name: str) -> None:
     """The name of a folder below save_root."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(
-            f"found '{name}', which isn't a folder below save_root; give a name without '..' or a first '/'"
-        )
-
-
-def check_address(url: str) -> None:
-    """Where shards are fetched from."""
-    from composer_path.storage.places import check_readable
-
-    check_readable(url)
+        raise ValueError(f"found '{name}', which is no folder below save_root; give a name without '..' or a first '/'")
 
 
 def check_place(place: str) -> None:
-    """A folder, or an address in its place."""
-    if "://" in place:
-        check_address(place)
+    """A folder, or an address that something here can read."""
+    from composer_path.storage.places import StorageError, check_readable
+
+    try:
+        check_readable(place)
+    except StorageError as error:
+        raise ValueError(str(error)) from None
 
 
 def check_template(template: str | dict[str, Any] | None) -> None:

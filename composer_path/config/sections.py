@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, get_args
 
 from composer_path.config import rules
 from composer_path.config.schema import Choice, Key, Node, Section, key_of, section_of
 from composer_path.run.names import named_classes
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
 
 
 @cache
@@ -27,17 +29,17 @@ def config_schema() -> Section:
             "train_loader": _loader(required=True),
             "eval_loader": _loader(required=False),
             "optimizer": _optimizer(),
-            "scheduler": Choice(
-                "name",
-                {name: section_of(cls) for name, cls in named_classes("scheduler").items()},
-                required=True,
-            ),
+            "scheduler": _scheduler(),
             "algorithms": _named_sections("algorithms"),
             "callbacks": _named_sections("callbacks"),
             "loggers": _named_sections("loggers"),
             "trainer": _trainer(),
         }
     )
+
+
+def _scheduler() -> Choice:
+    return Choice("name", {name: section_of(cls) for name, cls in named_classes("scheduler").items()}, required=True)
 
 
 def _tokenizer() -> Section:
@@ -55,17 +57,16 @@ def _model() -> Section:
     from composer_path.weights.projector_file import build_projector
     from composer_path.weights.vision_file import build_vision_encoder
 
-    from_parts = {key: "leave it out; it is read from the built parts" for key in ("in_dim", "out_dim")}
-    decided = {key: "leave it out; it follows from trainer.precision and the sharding" for key in ("dtype", "empty")}
-    counts: dict[str, Any] = {key: {"at_least": 1} for key in ("dim", "num_queries", "num_heads")}
-    pooler = section_of(PoolerSettings, changes=counts)
+    from_parts = dict.fromkeys(("in_dim", "out_dim"), "leave it out; it is read from the built parts")
+    decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
+    pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
     mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0}})
     sections: dict[str, Any] = {
         "vision_encoder": section_of(
             build_vision_encoder,
             untrained_vision_encoder,
             required=True,
-            changes={"name": {"check": rules.check_vision_name}, "image_size": {"at_least": 1}},
+            changes={"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1},
         ),
         "projector": section_of(
             build_projector,
@@ -87,10 +88,8 @@ def _model() -> Section:
 def _execution() -> Section:
     from composer_path.models.execution import choose_execution
 
-    numbers = ("vision_chunk", "loss_chunk", "row_multiple")
-    return section_of(
-        choose_execution, leave_out=("model",), changes={key: {"at_least": 1} for key in numbers}, left_out="empty"
-    )
+    numbers = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
+    return section_of(choose_execution, leave_out=("model",), changes=numbers, left_out="empty")
 
 
 def _loader(required: bool) -> Section:
@@ -105,37 +104,29 @@ def _loader(required: bool) -> Section:
     from composer_path.batches.mixture import build_stream, check_streams
     from composer_path.stream.guarded import GuardedStreamingDataset
 
-    built = {
-        key: "leave it out; it is read from the model"
-        for key in ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
-    }
-    places: dict[str, Any] = {"local": {"check": rules.check_place}, "remote": {"check": rules.check_address}}
+    built = ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
+    refused = dict.fromkeys(built, "leave it out; it is read from the model") | {"batch_size": "use global_batch_size"}
+    places: dict[str, Any] = {key: {"check": rules.check_place} for key in ("local", "remote")}
     template = {"annotation": str | dict | None, "check": rules.check_template}
-    stream = section_of(
-        build_stream,
-        leave_out=("name", "text"),
-        changes={**places, "template": template},
-    )
+    inherited = {**template, "default": "${...template}"}  # the dataset's, where a stream names none
+    stream = section_of(build_stream, leave_out=("name", "text"), changes={**places, "template": inherited})
+    counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
     dataset = section_of(
         ConversationDataset,
         GuardedStreamingDataset,
         StreamingDataset,
         refused={
-            **built,
-            "batch_size": "use global_batch_size",
+            **refused,
             "download_retry": "use fault_timeout, the seconds in which a file must have arrived",
-            "stream_name": "use streams",
-            "stream_config": "use streams",
+            **dict.fromkeys(("stream_name", "stream_config"), "use streams"),
         },
         required=True,
         changes={
             **places,
             "template": template,
-            "max_seq_len": {"at_least": 1},
-            "max_pixels": {"at_least": 1},
+            **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
+            **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
             "streams": Section({}, members=stream, check=check_streams),
-            "fault_timeout": {"check": rules.check_above_zero},
-            "download_timeout": {"check": rules.check_above_zero},
             # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
             "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
             "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
@@ -144,23 +135,17 @@ def _loader(required: bool) -> Section:
             "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
             "cache_limit": {"check": rules.check_bytes},
             "epoch_size": {"check": rules.check_epoch_size},
-            "shuffle_seed": {"at_least": 0},
-            **{
-                key: {"at_least": 1}
-                for key in (
-                    ("num_canonical_nodes", "predownload", "sampling_granularity", "shuffle_block_size", "replication")
-                )
-            },
+            "shuffle_seed": AT_LEAST_0,
         },
     )
     return section_of(
         build_dataloader,
         required=required,
-        refused={**built, "batch_size": "use global_batch_size"},
+        refused=refused,
         changes={
-            "dataset": replace(dataset, open=False),
-            **{key: {"at_least": 1} for key in ("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor")},
-            **{key: {"at_least": 0} for key in ("num_workers", "timeout")},
+            "dataset": dataset,
+            **dict.fromkeys(("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor"), AT_LEAST_1),
+            **dict.fromkeys(("num_workers", "timeout"), AT_LEAST_0),
         },
     )
 
@@ -168,33 +153,29 @@ def _loader(required: bool) -> Section:
 def _optimizer() -> Choice:
     from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
 
-    changes: dict[str, Any] = {key: {"at_least": 0} for key in ("lr", "weight_decay", "eps")}
-    changes["betas"] = {"check": rules.check_beta}
+    changes: dict[str, Any] = {
+        **dict.fromkeys(("lr", "weight_decay", "eps"), AT_LEAST_0),
+        "betas": {"check": rules.check_beta},
+    }
     sections: dict[Any, Section] = {}
     for name in get_args(OptimizerName):
         try:
-            takes_keywords = [optimizer_class(name)]
+            functions: list[Any] = [build_optimizer, optimizer_class(name)]
         except ValueError:  # its package isn't installed: said when it is built
-            takes_keywords = []
-        sections[name] = section_of(
-            build_optimizer, *takes_keywords, leave_out=("model", "name", "params"), changes=changes
-        )
+            functions = [build_optimizer]
+        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=changes)
     return Choice("name", sections, required=True)
 
 
 def _named_sections(name: str) -> Section:
-    """`snake_name: {keywords}`; the keyword-only arguments of an `is_run_object` come from the run, not from the YAML."""
+    """`snake_name: {keywords}`; of an `is_run_object` the keyword-only arguments come from the run."""
     refused = {
         "checkpoint_saver": "use trainer.save_interval and its neighbours",
         "console": "use trainer.log_to_console",
         "progress_bar": "use trainer.progress_bar",
     }
-    changes: dict[str, dict[str, Any]] = {
-        "gradient_clipping": {
-            "clipping_type": {"annotation": Literal["norm", "value", "adaptive"]},
-            "clipping_threshold": {"check": rules.check_above_zero},
-        }
-    }
+    clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
+    changes: dict[str, Any] = {"gradient_clipping": clipping}
     sections: dict[str, Node] = {}
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
@@ -210,15 +191,10 @@ def _trainer() -> Section:
     from composer.core import Precision
 
     elsewhere = {
-        "model": "use the section model",
-        "train_dataloader": "use the section train_loader",
+        **{key: f"use the section {key}" for key in ("model", "algorithms", "callbacks", "loggers")},
+        **{f"{key}_dataloader": f"use the section {key}_loader" for key in ("train", "eval")},
+        **{f"{key}s": f"use the section {key}" for key in ("optimizer", "scheduler")},
         "train_dataloader_label": "leave it out; it is always 'train'",
-        "eval_dataloader": "use the section eval_loader",
-        "optimizers": "use the section optimizer",
-        "schedulers": "use the section scheduler",
-        "algorithms": "use the section algorithms",
-        "callbacks": "use the section callbacks",
-        "loggers": "use the section loggers",
         "seed": "use the top-level seed",
         "save_folder": "use save_root; checkpoints lie in save_root/run_name/checkpoints",
         "device_train_microbatch_size": "use train_loader.max_tokens_per_microbatch",
@@ -229,10 +205,7 @@ def _trainer() -> Section:
     return section_of(
         Trainer,
         required=True,
-        refused={
-            **elsewhere,
-            **{key: "leave it out; it takes an object, which a YAML can't hold" for key in objects},
-        },
+        refused=elsewhere | dict.fromkeys(objects, "leave it out; it takes an object, which a YAML can't hold"),
         changes={
             "run_name": {"annotation": str, "required": True, "check": rules.check_run_name},
             "max_duration": {"required": True, "check": rules.check_max_duration},
@@ -243,8 +216,7 @@ def _trainer() -> Section:
             # Composer's own default on a GPU is fp16.
             "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "required": True},
             "device": {"annotation": Literal["cpu", "gpu"] | None},
-            "dist_timeout": {"check": rules.check_above_zero},
-            "scale_schedule_ratio": {"check": rules.check_above_zero},
+            **dict.fromkeys(("dist_timeout", "scale_schedule_ratio"), ABOVE_0),
             "parallelism_config": Section({"fsdp": _fsdp()}),
         },
     )
@@ -264,10 +236,10 @@ def _fsdp() -> Choice:
         "backward_prefetch": Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"],
     }
     objects = ("device_mesh", "ignored_modules", "load_planner", "save_planner", "process_group")
-    ours = {
-        key: "use execution.activation_checkpointing, which works with and without sharding"
-        for key in ("activation_checkpointing", "activation_checkpointing_reentrant", "activation_cpu_offload")
-    }
+    ours = dict.fromkeys(
+        ("activation_checkpointing", "activation_checkpointing_reentrant", "activation_cpu_offload"),
+        "use execution.activation_checkpointing, which works with and without sharding",
+    )
     sections = {}
     for version, cls, defaults in ((1, FSDPConfig, FSDP1_DEFAULTS), (2, FSDP2Config, {})):
         keys: dict[str, Node] = {

@@ -19,10 +19,11 @@ def resolve_annotation(parameter: inspect.Parameter, function: Callable[..., Any
     Raises:
         TypeError: There is none, or it can't be resolved: the key would go unchecked. An error of ours.
     """
-    if not isinstance(parameter.annotation, str) and parameter.annotation is not parameter.empty:
-        return parameter.annotation
+    found: Any = parameter.annotation
+    if not isinstance(found, str) and found is not parameter.empty:
+        return found
     try:
-        return eval(parameter.annotation, getattr(inspect.unwrap(function), "__globals__", {}))
+        return eval(found, getattr(inspect.unwrap(function), "__globals__", {}))  # type: ignore[arg-type]
     except (NameError, TypeError) as error:
         raise TypeError(
             f"{function.__module__}.{function.__qualname__}, parameter {parameter.name}: its annotation can't be "

@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from composer_path.config.files import check_start
+from composer_path.config.files import check_files, samples_left_out
+from composer_path.config.reading import load_config, plain
 from composer_path.train import main
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def write_index(folder: Path, samples: int, **more: Any) -> str:
+    """A set of so many samples, as far as its index tells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.json").write_text(json.dumps({"shards": [{"samples": samples}], "version": 2, **more}))
+    return str(folder)
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> dict[str, Any]:
+def settings(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A configuration whose files are all there."""
-    for name in ("train", "heldout"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "index.json").touch()
+    monkeypatch.chdir(repo_root)
     (tmp_path / "projector.safetensors").touch()
-    return {
-        "save_root": str(tmp_path / "runs"),
-        "tokenizer": {"path": str(tmp_path)},
-        "model": {
-            "vision_encoder": {"name": "coca_vit-l", "weights": None},
-            "projector": {"weights": str(tmp_path / "projector.safetensors")},
-            "language_model": {"path": str(tmp_path)},
-        },
-        "train_loader": {"dataset": {"local": str(tmp_path / "train"), "remote": None}},
-        "eval_loader": {"dataset": {"local": str(tmp_path), "split": "heldout"}},
-        "trainer": {"run_name": "finetune"},
-    }
+    config = load_config(
+        repo_root / "yamls" / "demo" / "finetune.yaml",
+        [
+            f"save_root={tmp_path / 'runs'}",
+            f"model.projector.weights={tmp_path / 'projector.safetensors'}",
+            f"train_loader.dataset.local={write_index(tmp_path / 'train', 24)}",
+            f"eval_loader.dataset={{local: {Path(write_index(tmp_path / 'heldout', 8)).parent}, split: heldout}}",
+            "trainer.autoresume=false",
+        ],
+    )
+    return plain(config)
+
+
+def streams(**sets: dict[str, Any]) -> dict[str, Any]:
+    """Streams as a complete configuration has them."""
+    rest = {"remote": None, "split": None, "template": "plain", "proportion": None, "repeat": None, "choose": None}
+    return {name: rest | keywords for name, keywords in sets.items()}
 
 
 def test_a_run_whose_files_are_there_may_start(settings: dict[str, Any]) -> None:
-    assert check_start(settings) == []
+    assert check_files(settings) == []
 
 
 def test_all_that_is_missing_is_listed_at_once_with_its_key(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -45,7 +59,7 @@ def test_all_that_is_missing_is_listed_at_once_with_its_key(settings: dict[str, 
     settings["model"]["language_model"]["path"] = "llama"
     settings["train_loader"]["dataset"]["local"] = str(tmp_path / "other")
     settings["eval_loader"]["dataset"]["split"] = "other"
-    keys = [problem.split(":")[0] for problem in check_start(settings)]
+    keys = [problem.split(":")[0] for problem in check_files(settings)]
     assert sorted(keys) == [
         "eval_loader.dataset.local",
         "model.language_model.path",
@@ -57,37 +71,127 @@ def test_all_that_is_missing_is_listed_at_once_with_its_key(settings: dict[str, 
 
 
 def test_shards_that_are_fetched_need_not_lie_here(settings: dict[str, Any]) -> None:
-    settings["train_loader"]["dataset"] = {"local": "cache", "remote": "s3://bucket/train"}
-    assert check_start(settings) == []
+    settings["train_loader"]["dataset"] |= {"local": "cache", "remote": "s3://bucket/train"}
+    assert check_files(settings) == []
+    settings["train_loader"]["dataset"] |= {"local": "s3://bucket/train", "remote": None}
+    assert check_files(settings) == []
 
 
 def test_each_stream_of_a_mixture_is_looked_up(settings: dict[str, Any], tmp_path: Path) -> None:
-    streams = {
-        "here": {"local": str(tmp_path / "train")},
-        "lost": {"local": "lost"},
-        "far": {"local": "c", "remote": "r"},
-    }
-    settings["train_loader"]["dataset"] = {"streams": streams}
-    [problem] = check_start(settings)
+    settings["train_loader"]["dataset"]["streams"] = streams(
+        here={"local": str(tmp_path / "train")}, lost={"local": "lost"}, far={"local": "c", "remote": "r"}
+    )
+    [problem] = check_files(settings)
     assert problem.startswith("train_loader.dataset.streams.lost.local: found no index.json in 'lost'")
 
 
 def test_only_rank_0_looks_for_weights(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     settings["model"]["projector"]["weights"] = "only-on-the-first-node.safetensors"
-    assert len(check_start(settings)) == 1
+    assert len(check_files(settings)) == 1
     monkeypatch.setenv("RANK", "8")
-    assert check_start(settings) == []
+    assert check_files(settings) == []
 
 
 def test_results_of_an_earlier_run_are_not_mixed_with_new_ones(settings: dict[str, Any]) -> None:
     checkpoints = Path(settings["save_root"], "finetune", "checkpoints")
     checkpoints.mkdir(parents=True)
-    assert check_start(settings) == []
+    assert check_files(settings) == []
     (checkpoints / "ep1-ba20").mkdir()
-    [problem] = check_start(settings)
+    [problem] = check_files(settings)
     assert problem.startswith("trainer.run_name: found checkpoints of an earlier run")
     for way_out in ({"autoresume": True}, {"save_overwrite": True}, {"load_path": "x"}):
-        assert check_start(settings | {"trainer": settings["trainer"] | way_out}) == []
+        assert check_files(settings | {"trainer": settings["trainer"] | way_out}) == []
+
+
+def test_a_missing_projector_is_null_in_stage_1_and_that_of_stage_1_in_stage_2(settings: dict[str, Any]) -> None:
+    settings["model"]["projector"]["weights"] = "nowhere"
+    [problem] = check_files(settings)
+    assert (
+        problem == "model.projector.weights: found no 'nowhere'; run stage 1 first, or give its projector.safetensors"
+    )
+    settings["model"]["trainable"] = ["projector"]
+    [problem] = check_files(settings)
+    assert problem == "model.projector.weights: found no 'nowhere'; give null to start from random weights"
+
+
+def test_a_chat_template_must_be_the_tokenizers(settings: dict[str, Any], tmp_path: Path, repo_root: Path) -> None:
+    settings["train_loader"]["dataset"]["template"] = {"name": "chat_template", "system": "Be brief."}
+    [problem] = check_files(settings)
+    assert problem.startswith("train_loader.dataset.template: found no chat template in tokenizer.path")
+    shutil.copytree(repo_root / "test_data" / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(CHAT)
+    settings["tokenizer"]["path"] = str(tmp_path / "tokenizer")
+    assert check_files(settings) == []
+
+
+@pytest.mark.parametrize(
+    ("batch", "drop_last", "ranks", "ends", "left_out"),
+    [
+        (64, False, 1, True, 0),
+        (64, True, 1, False, 24),
+        (24, True, 1, True, 0),
+        (10, True, 1, True, 4),
+        (10, False, 1, True, 0),
+        (32, True, 2, False, 24),
+        (24, True, 8, True, 0),
+    ],
+)
+def test_an_epoch_without_a_step_is_refused_and_what_is_left_out_is_counted(
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    drop_last: bool,
+    ranks: int,
+    ends: bool,
+    left_out: int,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings["train_loader"] |= {"global_batch_size": batch, "drop_last": drop_last}
+    problems = check_files(settings)
+    assert (problems == []) is ends
+    assert ends or "the 24 samples of an epoch are too few (drop_last" in problems[0]
+    told = samples_left_out(settings)
+    assert (told == []) is (left_out == 0)
+    assert not left_out or f"train_loader: {left_out} of an epoch's 24 samples are left out" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "shares", "left_out"),
+    [
+        ("per_stream", 8, {}, 4),  # 2 + 1 batches
+        ("per_stream", 16, {}, None),  # the small stream has none
+        ("device_per_stream", 8, {}, 4),
+        ("stratified", 8, {"proportion": 1.0}, 4),  # 4 of each: 12 samples of the small stream in 3 steps
+        ("stratified", 64, {}, None),
+        ("random", 8, {"repeat": 2.0}, 0),
+    ],
+)
+def test_streams_that_fill_batches_by_themselves_are_counted(
+    settings: dict[str, Any], tmp_path: Path, method: str, batch: int, shares: dict[str, float], left_out: int | None
+) -> None:
+    large, small = write_index(tmp_path / "large", 16), write_index(tmp_path / "small", 12)
+    settings["train_loader"]["dataset"] |= {
+        "streams": streams(large={"local": large, **shares}, small={"local": small, **shares}),
+        "batching_method": method,
+    }
+    settings["train_loader"]["global_batch_size"] = batch
+    assert bool(check_files(settings)) is (left_out is None)
+    if left_out is not None:
+        assert [line.split()[1] for line in samples_left_out(settings)] == [str(left_out)] * bool(left_out)
+
+
+def test_stored_features_must_be_of_the_images_that_the_run_prepares(settings: dict[str, Any], tmp_path: Path) -> None:
+    features = {"encoder": {}, "weights": "", "fit": "crop", "decoder": "pil", "pad_color": [0, 0, 0]}
+    features |= {"num_tokens": 50, "dim": 96, "dtype": "bfloat16"}
+    write_index(tmp_path / "train", 24, features=features)
+    settings["algorithms"] = {}
+    [problem] = check_files(settings)
+    assert problem.startswith("train_loader.dataset.fit: found pad; the features there were made with crop")
+    settings["train_loader"]["dataset"]["fit"] = "crop"
+    assert check_files(settings) == []
+    settings["model"]["trainable"] = ["vision_encoder", "projector"]
+    [problem] = check_files(settings)
+    assert problem.startswith("model.trainable: vision_encoder can't learn from train_loader")
 
 
 def test_the_command_says_it_in_a_line_a_problem_and_ends_with_2(

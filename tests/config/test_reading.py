@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from omegaconf import OmegaConf
+from streaming import StreamingDataset
+from torch.optim import AdamW
 
-from composer_path.config.reading import ConfigError, load_config
+from composer_path.config.check import _check_value
+from composer_path.config.reading import ConfigError, load_config, plain
+from composer_path.config.schema import ABSENT, Key, Section, section_of
+from composer_path.config.sections import config_schema
 from composer_path.config.types import describe, fits
 from composer_path.run.names import named_classes, snake_name
 
+# Nothing that has a default.
+SHORT = """
+version: 1
+seed: 17
+save_root: runs
+tokenizer: {path: test_data/tokenizer}
+model:
+  vision_encoder: {name: coca_vit-l}
+  projector: {pooler: {}, mlp: {}}
+  language_model: {config: test_data/llama/config.json}
+  trainable: [projector]
+train_loader: {dataset: {local: train}, global_batch_size: 8}
+optimizer: {name: adamw, lr: 1.0e-3}
+scheduler: {name: constant}
+algorithms: {stain_jitter: }
+callbacks: {save_weights: , batch_report: , source_report: , speed_report: }
+trainer: {run_name: short, max_duration: 1ep, precision: fp32, parallelism_config: {fsdp: {}}}
+"""
+
 # override -> what its one line must say, after the key's path
 MISTAKES = [
-    ("version=2", "version: found 2; it must be one of 1"),
+    ("optimizer.lr=.nan", "optimizer.lr: found nan; it must be a finite number"),
+    ("optimizer.lr={projector: -1.0e-3}", "optimizer.lr: found -0.001; it must be at least 0"),
+    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: found 1.0; it must be at least 0 and below 1"),
+    ("optimizer.eps=.inf", "optimizer.eps: found inf; it must be a finite number"),
+    ("algorithms.gradient_clipping.clipping_threshold=-1", "clipping_threshold: found -1; it must be above 0"),
+    ("algorithms.gradient_clipping.clipping_type=nrom", "found the text 'nrom'; did you mean norm?"),
+    ("trainer.max_duration=0.5ep", "trainer.max_duration: found 0.5ep, which is no time; write a whole number"),
+    ("trainer.max_duration=0ep", "trainer.max_duration: found 0ep; it must be above 0"),
+    ("trainer.max_duration=0", "trainer.max_duration: found 0; it must be above 0"),
+    ("trainer.max_duration=1iter", "trainer.max_duration: found 1iter; its unit must be one of ep, ba, sp, tok"),
+    ("trainer.max_duration=5sec", "trainer.max_duration: found 5sec; its unit must be one of ep, ba, sp, tok"),
+    ("trainer.max_duration=1dur", "trainer.max_duration: found 1dur; its unit must be one of ep, ba, sp, tok"),
+    ("trainer.max_duration=infep", "trainer.max_duration: found infep, which is no time"),
+    ("trainer.save_interval=0ba", "trainer.save_interval: found 0ba; it must be above 0"),
+    ("trainer.save_interval=1iter", "trainer.save_interval: found 1iter; its unit must be one of ep, ba, sp, tok, dur"),
+    ("trainer.console_log_interval=5tok", "trainer.console_log_interval: found 5tok; its unit must be one of ep, ba"),
+    ("callbacks.optimizer_monitor.batch_log_interval=0", "batch_log_interval: found 0; it must be at least 1"),
+    ("scheduler.t_warmup=-1ba", "scheduler.t_warmup: found -1ba; it must be at least 0"),
+    ("scheduler.t_warmup=30sec", "scheduler.t_warmup: found 30sec; its unit must be one of ep, ba, sp, tok, dur"),
+    ("train_loader.dataset.shuffle_algo=py1", "train_loader.dataset.shuffle_algo: found the text 'py1'; did you mean"),
+    ("train_loader.dataset.batching_method=per_streem", "found the text 'per_streem'; did you mean per_stream?"),
+    ("train_loader.dataset.sampling_method=even", "it must be 'balanced' or 'fixed'"),
+    ("train_loader.dataset.sampling_granularity=0", "sampling_granularity: found 0; it must be at least 1"),
+    ("train_loader.dataset.predownload=0", "train_loader.dataset.predownload: found 0; it must be at least 1"),
+    ("train_loader.dataset.replication=0", "train_loader.dataset.replication: found 0; it must be at least 1"),
+    ("train_loader.dataset.shuffle_block_size=0", "shuffle_block_size: found 0; it must be at least 1"),
+    ("train_loader.dataset.cache_limit=10gigs", "train_loader.dataset.cache_limit: found 10gigs, which is no size"),
+    (
+        "train_loader.dataset.cache_limit=64",
+        "train_loader.dataset.cache_limit: found 64, which is no size or too small",
+    ),
+    ("train_loader.dataset.epoch_size=some", "train_loader.dataset.epoch_size: found some; it must be a number of"),
+    (
+        "train_loader.dataset.validate_hash=md6",
+        "train_loader.dataset.validate_hash: found the text 'md6'; did you mean",
+    ),
+    ("train_loader.dataset.remote=http://a/b", "train_loader.dataset.remote: http://a/b: must be a folder, s3://"),
+    ("train_loader.dataset.local=s3a://a/b", "train_loader.dataset.local: s3a://a/b: must be a folder, s3://"),
+    ("model.vision_encoder.image_size=120", "found 120, which is no multiple of the patch size 16; take 112 or 128"),
+    ("trainer.run_name=../x", "trainer.run_name: found '../x', which is no folder below save_root"),
+    ("trainer.run_name=/x", "trainer.run_name: found '/x', which is no folder below save_root"),
+    ("save_root=${${variables.shards}:x}", "filled in are ${other.key} and ${oc.env:NAME} only"),
+    ("algorithms=${oc.decode:'{}'}", "algorithms: found ${oc.decode:'{}'}; a section is written out"),
+    ("execution.fusion=true", "execution.fusion: found true; it must be 'off' or 'compile' or 'liger' or false"),
+    ("version=2", "version: found 2; it must be 1"),
     ("seed=-1", "seed: found -1; it must be at least 0"),
     ("sede=3", "sede: unknown key; did you mean seed?"),
     ("max_seq_len=9", "max_seq_len: unknown key; did you mean train_loader.dataset.max_seq_len"),
@@ -74,13 +143,16 @@ MISTAKES = [
     ("optimizer.lr={language_model: 1e-3}", "optimizer.lr.projector: is missing; give each trained module a rate"),
     ("optimizer.betas=[0.9]", "optimizer.betas: found a list of 1; it must be a list of 2: a number, a number"),
     ("optimizer.weight_decay=-0.1", "optimizer.weight_decay: found -0.1; it must be at least 0"),
-    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, betas"),
+    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, weight_decay, betas"),
     (
         "scheduler.name=cosine_warmup",
         "scheduler.name: found the text 'cosine_warmup'; did you mean cosine_with_warmup?",
     ),
     ("scheduler.t_warmup=3", "scheduler.t_warmup: found 3; it must be text, a time such as 1ep or 500ba"),
-    ("scheduler.t_warmup=3 percent", "scheduler.t_warmup: Invalid time string: 3 percent; write a number and a unit"),
+    (
+        "scheduler.t_warmup=3 percent",
+        "scheduler.t_warmup: found 3 percent, which is no time; write a whole number and a unit",
+    ),
     ("scheduler.warmup=3ba", "scheduler.warmup: unknown key; did you mean scheduler.t_warmup?"),
     ("algorithms.stain_jiter={}", "algorithms.stain_jiter: unknown key; did you mean algorithms.stain_jitter?"),
     ("algorithms.stain_jitter.strenght=1", "unknown key; did you mean algorithms.stain_jitter.strength?"),
@@ -88,14 +160,17 @@ MISTAKES = [
     ("callbacks.speed_report.window_size=ten", "callbacks.speed_report.window_size: found the text 'ten'"),
     ("callbacks.nan_monitor={x: 1}", "callbacks.nan_monitor.x: unknown key; it takes no keywords"),
     ("callbacks.speed_report=10", "callbacks.speed_report: found 10; it must be a mapping of window_size"),
-    ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: Invalid time string: 1 epoch"),
+    ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: found 1 epoch, which is no time"),
     ("callbacks.save_weights.model=x", "callbacks.save_weights.model: unknown key; "),
     ("callbacks.checkpoint_saver={}", "callbacks.checkpoint_saver: is not set here; use trainer.save_interval"),
     ("loggers.tensorbord={}", "loggers.tensorbord: unknown key; did you mean loggers.tensorboard?"),
     ("trainer.max_duratoin=1ep", "trainer.max_duratoin: unknown key; did you mean trainer.max_duration?"),
-    ("trainer.save_interval=1epp", "trainer.save_interval: Invalid time string: 1epp; write a number and a unit"),
+    (
+        "trainer.save_interval=1epp",
+        "trainer.save_interval: found 1epp, which is no time; write a whole number and a unit",
+    ),
     ("trainer.precision=bf16", "trainer.precision: found the text 'bf16'; did you mean amp_bf16?"),
-    ("trainer.device=cuda", "trainer.device: found the text 'cuda'; it must be one of cpu, gpu, null"),
+    ("trainer.device=cuda", "trainer.device: found the text 'cuda'; it must be 'cpu' or 'gpu' or null"),
     ("trainer.callbacks={}", "trainer.callbacks: is not set here; use the section callbacks"),
     ("trainer.loggers={}", "trainer.loggers: is not set here; use the section loggers"),
     ("trainer.algorithms={}", "trainer.algorithms: is not set here; use the section algorithms"),
@@ -253,6 +328,13 @@ def test_typos_inside_either_fsdp_section_are_errors(demo: Path, version: int) -
         "trainer.parallelism_config.fsdp.mixed_precision={param_dtype: bf16, reduce_dtype: fp32}",
         "trainer.max_duration=100ba",
         "trainer.max_duration=3",
+        "trainer.eval_interval=0",
+        "trainer.save_interval=30sec",
+        "scheduler.t_warmup=0dur",
+        "train_loader.dataset.epoch_size=50k",
+        "train_loader.dataset.local=s3://bucket/shards",
+        "execution.fusion=off",
+        "model.vision_encoder={kwargs: {patch_size: 28}}",
         "callbacks.nan_monitor=null",
         "loggers={wandb: {project: histology, init_kwargs: {mode: offline}}, file: {}}",
         "variables.anything={of: [any, kind]}",
@@ -312,6 +394,113 @@ def test_overrides_replace_values_and_interpolations_follow(demo: Path) -> None:
     config = load_config(demo, ["variables.shards=elsewhere", "train_loader.dataset.max_seq_len=256"])
     assert config.train_loader.dataset.local == "elsewhere/captions"
     assert config.eval_loader.dataset.max_seq_len == 256
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "demo/pretrain", "demo/finetune"])
+def test_a_complete_configuration_written_and_read_again_is_the_same(
+    repo_root: Path, name: str, tmp_path: Path
+) -> None:
+    config = load_config(repo_root / "yamls" / f"{name}.yaml")
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    written, read = (OmegaConf.to_container(one, resolve=False) for one in (config, again))
+    assert read == written
+    assert plain(again) == plain(config)
+
+
+def test_every_key_of_ours_that_is_left_out_has_the_default_of_its_signature(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text(SHORT)
+    config = plain(load_config(path))
+    config["trainer"] = {key: config["trainer"][key] for key in ("progress_bar", "parallelism_config")}
+    streaming = section_of(StreamingDataset).keys.keys() - {"local", "remote", "split", "streams"}
+    for key in streaming - {"download_timeout", "validate_hash", "keep_zip"}:
+        config["train_loader"]["dataset"].pop(key, None)
+    for key in section_of(AdamW).keys.keys() - {"lr", "weight_decay"}:
+        config["optimizer"].pop(key, None)
+    del config["loggers"]
+    assert config == plain(OmegaConf.load(Path(__file__).with_name("complete.yaml")))  # type: ignore[arg-type]
+
+
+def test_a_stream_that_names_no_template_has_the_datasets(demo: Path) -> None:
+    config = load_config(
+        demo,
+        [
+            "train_loader.dataset.local=null",
+            "train_loader.dataset.streams={a: {local: a}, b: {local: b, template: plain}}",
+            "train_loader.dataset.template=llava_llama_2",
+        ],
+    )
+    streams = plain(config)["train_loader"]["dataset"]["streams"]
+    assert {name: stream["template"] for name, stream in streams.items()} == {"a": "llava_llama_2", "b": "plain"}
+    assert streams["a"]["loss_weight"] == 1.0
+
+
+def test_a_section_that_is_another_ones_is_completed_there(demo: Path) -> None:
+    settings = plain(
+        load_config(demo, ["variables.jitter={strength: 0.1}", "algorithms.stain_jitter=${variables.jitter}"])
+    )
+    assert settings["algorithms"]["stain_jitter"]["probability"] == 0.8
+
+
+def test_ranks_must_divide_the_batch(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_config(demo, ["train_loader.global_batch_size=7"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    load_config(demo)
+    [problem] = problems_of(demo, "train_loader.global_batch_size=7")
+    assert problem.startswith("train_loader.global_batch_size: found 7, which 4 ranks don't divide; take 4, or another")
+    [problem] = problems_of(demo, "eval_loader.dataset.replication=3")
+    assert problem.startswith("eval_loader.dataset.replication: found 3, which doesn't divide the 4 ranks")
+
+
+def test_a_microbatch_below_the_default_length_is_refused_too(demo: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(demo)
+    del config.train_loader.dataset["max_seq_len"]
+    config.eval_loader = None
+    OmegaConf.save(config, tmp_path / "short.yaml")
+    [problem] = problems_of(tmp_path / "short.yaml")
+    assert problem.startswith(
+        "train_loader.max_tokens_per_microbatch: found 2048, less than train_loader.dataset.max_seq"
+    )
+
+
+def test_no_key_goes_unchecked_and_every_default_is_accepted() -> None:
+    """Each annotation of each constructor resolves, and what it gives by default passes its own rules."""
+    counted = 0
+    for path, node in all_keys(config_schema(), ""):
+        counted += 1
+        assert node.annotation is not Any, path
+        if node.default is not ABSENT and node.default != "${...template}":
+            problems: list[str] = []
+            _check_value(node.default, node, path, problems)
+            assert problems == []
+    assert counted > 400
+
+
+def all_keys(node: Any, path: str) -> Iterator[tuple[str, Key]]:
+    """Every key of a schema, with its path."""
+    if isinstance(node, Key):
+        yield path, node
+        return
+    sections = [node] if isinstance(node, Section) else list(node.sections.values())
+    for section in sections:
+        for name, member in [*section.keys.items(), *([("*", section.members)] if section.members else [])]:
+            yield from all_keys(member, f"{path}.{name}")
+
+
+def test_an_annotation_that_cant_be_resolved_is_an_error_of_ours() -> None:
+    def build(folder: NoSuchName) -> None:  # type: ignore[name-defined]  # noqa: F821
+        """A constructor whose type is imported for a type checker only."""
+
+    def bare(folder) -> None:  # type: ignore[no-untyped-def]
+        """A constructor without types."""
+
+    for function in (build, bare):
+        with pytest.raises(
+            TypeError, match=rf"{function.__name__}, parameter folder: its annotation can't be resolved"
+        ):
+            section_of(function)
+    assert section_of(build, changes={"folder": {"annotation": str}}).keys["folder"] == Key(str, required=True)
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,12 @@ def test_a_trained_module_without_a_rate_is_an_error() -> None:
 
 def test_a_model_of_which_nothing_is_trained_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
-        build_optimizer(model_with([]))
+        build_optimizer(model_with([]), lr=1e-3)
 
 
 def test_another_optimizers_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown 'sgd'"):
-        build_optimizer(model_with(["projector"]), name="sgd")
+        build_optimizer(model_with(["projector"]), name="sgd", lr=1e-3)
 
 
 def test_trained_and_frozen_parameters_are_counted_apart() -> None:

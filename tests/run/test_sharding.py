@@ -355,12 +355,9 @@ def test_fsdp_1_without_a_gpu_is_refused() -> None:
         ("fp32", {"param_dtype": "bf16", "reduce_dtype": "fp32"}, torch.bfloat16),
         ("amp_bf16", {"param_dtype": "fp32"}, torch.float32),
         ("amp_bf16", {"reduce_dtype": "fp32"}, torch.bfloat16),
-        (None, None, torch.float32),
     ],
 )
-def test_frozen_weights_are_held_in_the_dtype_of_products(
-    precision: str | None, mixed: Any, dtype: torch.dtype
-) -> None:
+def test_frozen_weights_are_held_in_the_dtype_of_products(precision: str, mixed: Any, dtype: torch.dtype) -> None:
     section = None if mixed is None else {"fsdp": {"mixed_precision": mixed}}
     assert compute_dtype(precision, section) == dtype
 
@@ -368,9 +365,9 @@ def test_frozen_weights_are_held_in_the_dtype_of_products(
 @pytest.mark.parametrize(
     ("device", "trainer", "precision", "mixed"),
     [
-        ("cuda", {"precision": "amp_bf16", "parallelism_config": {"fsdp": {}}}, "amp_bf16", None),
-        ("cpu", {"precision": "fp32", "parallelism_config": {"fsdp": {}}}, "fp32", None),
-        ("cpu", {"precision": "amp_bf16"}, "fp32", None),
+        ("cuda", {"precision": "amp_bf16", "parallelism_config": {"fsdp": None}}, "amp_bf16", None),
+        ("cpu", {"precision": "fp32", "parallelism_config": {"fsdp": None}}, "fp32", None),
+        ("cpu", {"precision": "amp_bf16", "parallelism_config": {"fsdp": None}}, "fp32", None),
         ("cpu", {"precision": "amp_bf16", "parallelism_config": None}, "fp32", None),
         (
             "cpu",
@@ -392,4 +389,4 @@ def test_bf16_on_a_cpu_becomes_fsdps_mixed_precision_or_fp32(
 ) -> None:
     settle_precision(trainer, device)
     assert trainer["precision"] == precision
-    assert ((trainer.get("parallelism_config") or {}).get("fsdp") or {}).get("mixed_precision") == mixed
+    assert ((trainer["parallelism_config"] or {}).get("fsdp") or {}).get("mixed_precision") == mixed
