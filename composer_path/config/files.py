@@ -69,7 +69,7 @@ def _missing_shards(name: str, loader: Settings) -> Iterator[str]:
         if index is not None and not index.is_file():
             yield (
                 f"{where}.local: found no {INDEX} in '{index.parent}'; write shards there with "
-                f"data_prep/convert.py --out {index.parent}, or name the folder that has them"
+                f"composer-path convert --out {index.parent}, or name the folder that has them"
             )
 
 

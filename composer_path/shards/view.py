@@ -63,7 +63,7 @@ class ShardView:
         starts: Position of each shard's first sample; one more at the end, the number of samples.
 
     Raises:
-        ShardError: There is no index, or it isn't one of shards that convert.py wrote.
+        ShardError: There is no index, or it isn't one of shards that `composer-path convert` wrote.
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -71,14 +71,14 @@ class ShardView:
         index = self._read_json(INDEX_NAME)
         if index is None:
             raise ShardError(
-                f"{self.place}: must hold {INDEX_NAME}, found none; finish the set with convert.py --resume, or name "
-                "another place"
+                f"{self.place}: must hold {INDEX_NAME}, found none; finish the set with composer-path convert "
+                "--resume, or name another place"
             )
         shards = index.get("shards") if isinstance(index, dict) and index.get("version") == 2 else None
         if not isinstance(shards, list) or not all(map(_is_our_shard, shards)):
             raise ShardError(
                 f"{self.place}: {INDEX_NAME} must list MDS shards with the columns {', '.join(COLUMNS)}, found another "
-                "content; write shards with data_prep/convert.py"
+                "content; write shards with composer-path convert"
             )
         self.shards: list[Entry] = shards
         self.features: dict[str, Any] | None = index.get("features")
@@ -202,7 +202,7 @@ def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSa
     """Make a sample of a shard's decoded columns.
 
     Raises:
-        DamagedShard: They aren't what convert.py writes.
+        DamagedShard: They aren't what `composer-path convert` writes.
     """
     try:
         images = unpack_images(columns["images"])
