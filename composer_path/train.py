@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer_path.commands.verb import mistakes, parse
+from composer_path.commands.verb import run_verb
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -27,10 +27,7 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `composer-path train`; returns the exit code."""
-    options = parse("train", arguments)
-    with mistakes("train", only_ours=True) as ending:
-        return start(options)
-    return ending.code
+    return run_verb("train", arguments)
 
 
 def start(options: Namespace) -> int:

@@ -64,7 +64,9 @@ def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | N
 def _missing_shards(name: str, loader: Settings) -> Iterator[str]:
     for where, _, index in _sets(name, loader):
         if index is not None and not index.is_file():
-            fix = f"write shards there with data_prep/convert.py --out {index.parent}, or name the folder that has them"
+            fix = (
+                f"write shards there with composer-path convert --out {index.parent}, or name the folder that has them"
+            )
             yield f"{where}.local: found no {INDEX_NAME} in '{index.parent}'; {fix}"
 
 

@@ -1,4 +1,4 @@
-"""Vision features in place of images: what data_prep/encode.py stores, so that training skips the vision encoder.
+"""Vision features in place of images: what `composer-path encode` stores, so that training skips the vision encoder.
 
 A set of features says so in its index.json, under `features`, which every reader has at hand before the first shard. In
 the column of images each image is then a header of 16 bytes and its features, bf16, one token after the other.

@@ -64,7 +64,7 @@ def test_lengths_of_another_run_are_refused_with_what_differs_and_what_to_do(nam
     value, words = CHANGES[name]
     other = dataclasses.replace(KEY, **{name: value})
     assert other.file_name != KEY.file_name
-    message = f"found lengths of samples, but measured for another {words}; measure with python data_prep/measure"
+    message = f"found lengths of samples, but measured for another {words}; measure with composer-path lengths"
     with pytest.raises(LengthsError, match=message):
         read_lengths(Folder(tmp_path), other)
 
@@ -87,7 +87,7 @@ def test_of_several_the_nearest_is_compared_and_all_are_kept(tmp_path: Path) -> 
 def test_where_nothing_was_measured_the_command_is_named(tmp_path: Path) -> None:
     for place in (Folder(tmp_path), Folder(tmp_path / "nowhere")):
         with pytest.raises(
-            LengthsError, match="found no lengths of this set's samples; measure with python data_prep/"
+            LengthsError, match="found no lengths of this set's samples; measure with composer-path lengths"
         ):
             read_lengths(place, KEY)
 
