@@ -27,7 +27,11 @@ class WholeEpochLoader(DataLoader):
     """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        """One epoch, or the rest of a resumed one."""
+        """One epoch, or the rest of a resumed one.
+
+        Where it goes on: Composer keeps the dataset's `state_dict` in a checkpoint and gives it back to its
+        `load_state_dict` (stream/guarded.py), which the next iteration starts from.
+        """
         dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
         dataset.raise_failure()
         expected, seen, failed = dataset.samples_to_come(), 0, False

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
 def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:
     """Convert or merge, print what came of it, and return the exit code."""
     from composer_path.conversion.progress import ConvertProgress
-    from composer_path.conversion.rejections import ConvertError, explained
+    from composer_path.conversion.rejected_file import ConvertError, explained
     from composer_path.storage.errors import StorageError, shown
 
     try:

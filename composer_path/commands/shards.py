@@ -95,7 +95,7 @@ def write_images(sample: StoredSample, folder: Path) -> list[Path]:
     from PIL import Image
 
     from composer_path.images.file import open_image
-    from composer_path.images.square import is_square, square_of, unpack_square
+    from composer_path.images.stored_square import is_square, square_of, unpack_square
 
     paths = []
     for number, data in enumerate(sample.images, start=1):

@@ -30,7 +30,7 @@ from composer_path.conversion.input_scan import InputScan
 from composer_path.conversion.options import ConvertOptions
 from composer_path.conversion.partition import ConvertJob, PartitionDone, read_marker, verify_partition
 from composer_path.conversion.record_file import RawRecord
-from composer_path.conversion.rejections import ConvertError, Rejections
+from composer_path.conversion.rejected_file import ConvertError, Rejections
 from composer_path.conversion.summary import ConvertSummary, card_before, count_repeated_images, rejected_by_rule
 from composer_path.parallel import in_threads
 from composer_path.shards.columns import FORMAT_VERSION

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.shards.columns import FORMAT_VERSION
 from composer_path.shards.index import CARD_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths, is_ours, write_json
 from composer_path.storage.errors import StorageError, shown

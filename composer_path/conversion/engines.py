@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from composer_path.conversion.input_scan import Partition
 from composer_path.conversion.partition import ConvertJob, PartitionResult, convert_partition
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.parallel import Report, in_processes
 
 Task = tuple[ConvertJob, Partition]

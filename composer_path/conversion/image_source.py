@@ -18,7 +18,7 @@ from composer_path.conversion.options import ConvertOptions
 from composer_path.images.file import check_image, sanitize_image
 from composer_path.images.folder import resolve_image
 from composer_path.images.jpeg import is_jpeg
-from composer_path.images.square import Square
+from composer_path.images.stored_square import Square
 from composer_path.records.rules import RecordError
 from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, no_type_check
 
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.file import MAX_PIXELS
 from composer_path.shards.mds import HASHES
 

@@ -22,7 +22,7 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 
 from composer_path.images.file import MAX_PIXELS, decode_pixels, open_image, orientation_of, to_rgb
-from composer_path.images.square import Fit, Square, is_square, pack_square, unpack_square
+from composer_path.images.stored_square import Fit, Square, is_square, pack_square, unpack_square
 from composer_path.records.rules import ImageError
 
 Decoder = Literal["pil", "torchvision"]

@@ -1,4 +1,8 @@
-"""The projector: turns the vision encoder's tokens into the vectors that stand in the language model's input."""
+"""The projector: turns the vision encoder's tokens into the vectors that stand in the language model's input.
+
+To add one: a pooler is a class in `POOLERS` (attentional_pooler.py) and a name in `PoolerKind`; another shape behind it
+is a branch of `untrained_projector`, with its name in `REFERENCE_TYPE`, and of `num_image_tokens`.
+"""
 
 from __future__ import annotations
 

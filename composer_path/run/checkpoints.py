@@ -1,4 +1,9 @@
-"""Checkpoints for resuming: only what is trained, and the newest few of them."""
+"""Checkpoints for resuming: what is written into one, and which are kept (the newest few).
+
+Written are the weights that are trained, and what Composer adds: moments of the optimizer, schedulers, time, random
+states, states of callbacks and algorithms, and the loader's place in the data (`ConversationDataset.state_dict`).
+Frozen weights are not: they come from their own files, or from the seed, at every start.
+"""
 
 from __future__ import annotations
 

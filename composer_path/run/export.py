@@ -99,7 +99,8 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     """Write a model folder from a checkpoint and the configuration of its run.
 
     Frozen modules are no part of a checkpoint; they are built again as the run built them: from their files, or random
-    from its seed. Weights are written as `bf16`, `fp32`, or (None) as trained.
+    from its seed. The template is the one that was trained; of a mixture with several, the one named for asking, which
+    is `train_loader.dataset.template`. Weights are written as `bf16`, `fp32`, or (None) as trained.
     """
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")

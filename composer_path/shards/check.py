@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
 from composer_path.images.file import check_image
-from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
+from composer_path.images.stored_square import ResizedMismatch, Square, is_square, square_of
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
 from composer_path.records.rules import ImageError

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from composer_path.images.features import is_features
 from composer_path.images.file import open_image
-from composer_path.images.square import is_square, square_of
+from composer_path.images.stored_square import is_square, square_of
 from composer_path.records.rules import ImageError
 from composer_path.shards.view import ShardView, StoredSample, over_shards
 

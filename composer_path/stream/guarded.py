@@ -34,7 +34,7 @@ from composer_path.storage.errors import Stopped
 from composer_path.stream.cache import INDEX, clear_left_overs, refresh_index, take_cache
 from composer_path.stream.error import FailureNote, StreamError, agree_on_failure
 from composer_path.stream.guarded_stream import PATIENCE, GuardedStream
-from composer_path.stream.sample_reader import SampleReader
+from composer_path.stream.open_shards import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
 
 

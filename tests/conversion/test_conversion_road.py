@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.identifiers import IDENTIFYING_KEYS, read_or_make_key
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.conversion.summary import ConvertSummary
 from composer_path.records.conversation import Conversation
 from composer_path.records.rules import RULES

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from composer_path.conversion.convert import convert
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket
 from composer_path.storage.s3 import S3Store

@@ -19,7 +19,7 @@ from tiny_slide import tiny_slide_levels, write_tiny_slide
 
 from composer_path.conversion import image_source
 from composer_path.conversion.convert import convert
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.pixels import load_image
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.shards.view import ShardView, StoredSample

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from composer_path.conversion.convert import convert
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.conversion.summary import ConvertSummary
 from composer_path.shards.view import ShardView
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from composer_path.conversion.convert import convert
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 
 pytestmark = pytest.mark.slow  # 25 s for Java and four Python processes
 

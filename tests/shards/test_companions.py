@@ -11,7 +11,7 @@ import torch
 from tiny_sets import REPO, all_samples, columns_of, edit_index, records, write_set
 
 from composer_path.conversion.destination import Manifest, prepare
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.features import FeatureSet, features_in_index, pack_features
 from composer_path.shards.check import check_shards
 from composer_path.shards.columns import pack_images

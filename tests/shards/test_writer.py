@@ -15,7 +15,7 @@ from PIL import Image
 
 from composer_path.conversion import image_source
 from composer_path.conversion.convert import convert, merge
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.conversion.summary import ConvertSummary
 from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.storage.errors import StorageError

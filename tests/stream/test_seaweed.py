@@ -14,7 +14,7 @@ from seaweed_server import serve_seaweed
 from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_epoch, upload, write_set
 
 from composer_path.conversion.convert import convert
-from composer_path.conversion.rejections import ConvertError
+from composer_path.conversion.rejected_file import ConvertError
 from composer_path.shards.check import check_shards
 from composer_path.shards.view import ShardView
 from composer_path.storage.places import Bucket

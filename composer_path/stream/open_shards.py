@@ -1,7 +1,7 @@
-"""Reads samples of MDS shards as Streaming does, value for value, at the cost of reading a file of a folder.
+"""Keeps shards open, and reads rows of them as Streaming does, value for value, at the cost of reading a file.
 
-Streaming opens the shard for each sample and copies its bytes three times. Here files stay open, and a large value is
-read straight into its place.
+Streaming opens the shard for each row and copies its bytes three times. Here files stay open, and a large value is read
+straight into its place. A training sample is made of a row by `ConversationDataset.to_sample` (batches/dataset.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from stored_images import load_stored_image, resize_image
 
 from composer_path.images.file import check_image
 from composer_path.images.pixels import PAD_COLOR, load_image
-from composer_path.images.square import ResizedMismatch, Square, is_square, square_of
+from composer_path.images.stored_square import ResizedMismatch, Square, is_square, square_of
 from composer_path.records.rules import ImageError
 
 

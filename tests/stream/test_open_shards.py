@@ -18,10 +18,9 @@ from streaming.base.format.mds.reader import MDSReader
 from tiny_shards import write_set
 
 from composer_path.shards.mds import DamagedShard
-from composer_path.stream import sample_reader
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
-from composer_path.stream.sample_reader import SampleReader
+from composer_path.stream.open_shards import SampleReader
 
 COLUMNS = {"id": "str", "conversation": "json", "images": "bytes", "metadata": "json"}
 NUM_SAMPLES = 12
@@ -118,7 +117,7 @@ def _descriptors() -> list[str]:
 
 
 def test_few_files_are_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_reader, "_MAX_OPEN", 2)
+    monkeypatch.setattr(open_shards, "_MAX_OPEN", 2)
     dataset = open_set(local=str(write_samples(tmp_path / "set")))
     assert len(dataset.shards) > 3
     for _ in range(2):

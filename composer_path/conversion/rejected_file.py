@@ -1,4 +1,7 @@
-"""What was wrong with the records of one input file: counted, shown and written down."""
+"""What was wrong with the records of one input file: counted, shown, and listed in `rejected.jsonl`.
+
+Why a record is refused stands in `records/rules.py`: each rule with what it asks for.
+"""
 
 from __future__ import annotations
 
