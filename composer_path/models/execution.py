@@ -22,13 +22,13 @@ KEPT = re.compile(
     r"aten::(mm|addmm|bmm|_flash_attention_forward|_scaled_dot_product_\w+)|flash_attn::_flash_attn_varlen_forward"
 )
 # Heads whose logits are more than a product with one matrix; `loss_chunk` computes just that.
-SCALED_HEADS = [
+SCALED_HEADS = (
     "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
     "mup_width_multiplier",
-]
+)
 
 
 def choose_execution(

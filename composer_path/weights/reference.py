@@ -29,31 +29,14 @@ MODEL_TYPE = "llava"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
 POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
 # What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
-LLAMA_KEYS = frozenset(
-    [
-        "vocab_size",
-        "max_position_embeddings",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "attention_bias",
-        "attention_dropout",
-        "mlp_bias",
-        "hidden_act",
-        "rms_norm_eps",
-        "initializer_range",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    ]
-)
+# fmt: off
+LLAMA_KEYS = frozenset((
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
+    "hidden_act", "rms_norm_eps", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+))
+# fmt: on
 
 
 def load_reference_model(

@@ -199,14 +199,14 @@ def model() -> Iterator[ComposerPathMLLM]:
 
 def test_a_step_asks_the_device_for_nothing(model: ComposerPathMLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward, loss and backward of every microbatch, one of them without an image."""
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from composer_path.models.attention import packed_attention
 
     # This device knows no autocast, which is off here.
     monkeypatch.setattr(torch, "autocast", lambda **keywords: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device_type: False)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "packed_sdpa", partial(packed_attention, "torch_flash"))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_sdpa", partial(packed_attention, "torch_flash"))
     parts = split_batch(PackedCollator(70)(samples(9)), 3)
     assert len(parts) >= 3
     parts.append(PackedCollator()(samples(1)))
