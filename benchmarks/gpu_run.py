@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.gpu_ceilings import wait_for_device
 from composer_path import ComposerPathMLLM, PathMLLM
+from composer_path.batches.batch import Batch
 from composer_path.config.reading import load_config, plain
-from composer_path.models.composer_model import batch_sizes
 from composer_path.models.flops import FlopCounter
 from composer_path.records.tokenize import IGNORE_INDEX
 from composer_path.records.vocabulary import load_tokenizer
@@ -44,12 +44,12 @@ class StepClock(Callback):
         adapter: ComposerPathMLLM = getattr(model, "module", model)
         self.note(float(state.total_loss_dict["loss/train/total"]), adapter.flops, state.batch)  # type: ignore[arg-type]
 
-    def note(self, loss: float, flops: FlopCounter, batch: dict[str, Any]) -> None:
+    def note(self, loss: float, flops: FlopCounter, batch: Batch) -> None:
         """A step ended."""
         wait_for_device()
         self.losses.append(loss)
         self.ends.append(time.perf_counter())
-        sizes = batch_sizes(batch)
+        sizes = batch.sizes()
         self.done.append((len(sizes[0]), sum(sizes[0]), flops.needed(*sizes).total))
 
     def report(self, skip: int) -> dict[str, Any]:

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from collections.abc import Sequence
 
 from composer_path import __version__
-from composer_path.commands.verb import ROAD, mistakes, module_of, parse
+from composer_path.commands.verb import ROAD, module_of, run_verb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return the exit code."""
     verb, *words = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if verb in ("-h", "--help"):
-        print(road())
-        return 0
-    if verb == "--version":
-        print(f"composer_path {__version__}")
-        return 0
-    if verb not in ROAD:
+    if verb in ROAD:
+        return run_verb(verb, words)
+    if verb not in ("-h", "--help", "--version"):
         nearest = difflib.get_close_matches(verb, ROAD, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(ROAD)}"
         print(f"composer-path: there is no verb '{verb}'; {hint}", file=sys.stderr)
         return 2
-    options = parse(verb, words)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from files
-    place = str(options.out) if "out" in options else None
-    with mistakes(verb, place, only_ours=verb == "train") as ending:
-        return module_of(verb).run(options)
-    return ending.code
+    print(f"composer_path {__version__}" if verb == "--version" else road())
+    return 0
 
 
 def road() -> str:

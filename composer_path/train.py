@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from composer_path.commands.verb import mistakes, parse
-from composer_path.config.files import check_files, samples_left_out
-from composer_path.config.reading import ConfigError, load_config, plain
+from composer_path.commands.verb import run_verb
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -29,25 +27,21 @@ log = logging.getLogger(__name__)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `composer-path train`; returns the exit code."""
-    options = parse("train", arguments)
-    with mistakes("train", only_ours=True) as ending:
-        return start(options)
-    return ending.code
+    return run_verb("train", arguments)
 
 
 def start(options: Namespace) -> int:
-    """Check a YAML, and unless only that is wanted, train as it says.
-
-    Args:
-        options: `yaml`, `words` (overrides), `check` (only that) and `files` (look at files then, too).
+    """Check a YAML and the files that it names, and train; with `check` do the former alone, and files only if told.
 
     Raises:
         ConfigError: Lists all mistakes.
     """
+    from composer_path.config.files import check_files, samples_left_out
+    from composer_path.config.reading import ConfigError, load_config, plain
+
     config = load_config(options.yaml, options.words)
     if options.files or not options.check:
-        problems = check_files(plain(config))
-        if problems:
+        if problems := check_files(plain(config)):
             raise ConfigError(options.yaml, problems)
         for line in samples_left_out(plain(config)):
             print(f"{options.yaml}: {line}", file=sys.stderr)
@@ -68,22 +62,20 @@ def train(
     algorithms: Sequence[Algorithm] = (),
     loggers: Sequence[LoggerDestination] = (),
 ) -> Trainer:
-    """Train as the configuration says.
+    """Train as a configuration says; returns the Trainer, after the last step.
 
     Args:
         config: From `load_config`.
         callbacks: Objects beside those that the configuration names.
         algorithms: Likewise.
         loggers: Likewise.
-
-    Returns:
-        The Trainer, after the last step.
     """
     import torch
     from composer import Trainer
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
+    from composer_path.config.reading import plain
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import load_tokenizer
@@ -120,20 +112,15 @@ def train(
         most = held_out.dataloader.batch_size
         evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=most)]
     report = RunReport(run_folder, count_parameters(model))
-    of_the_run = {
-        "run_folder": run_folder,
-        "model": model,
-        "trained_only": trained_only,
-        "tokenizer": tokenizer,
-        "text": train_loader.dataloader.dataset.text,
-        "images": train_loader.dataloader.dataset.images,
-    }
+    dataset = train_loader.dataloader.dataset
+    prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
+    of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = Trainer(
         model=ComposerPathMLLM(model),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
         optimizers=build_optimizer(model, **settings["optimizer"]),
-        schedulers=build_named("scheduler", settings["scheduler"].pop("name"), settings["scheduler"]),
+        schedulers=build_named("scheduler", **settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
             ResumableCheckpoints(trained_only),
@@ -168,10 +155,7 @@ def build_model(settings: Mapping[str, Any]) -> PathMLLM:
 
 
 def build_loader(
-    section: Mapping[str, Any],
-    model: PathMLLM,
-    tokenizer: PreTrainedTokenizerBase,
-    algorithms: Iterable[str] = (),
+    section: Mapping[str, Any], model: PathMLLM, tokenizer: PreTrainedTokenizerBase, algorithms: Iterable[str] = ()
 ) -> DataSpec:
     """A loader that prepares samples for this model and suits the algorithms."""
     from composer_path.batches.loader import build_dataloader

@@ -14,7 +14,6 @@ import pytest
 from tiny_model import IMAGES, tiny_model_folder
 
 from composer_path import __version__
-from composer_path.asking.assistant import Assistant
 from composer_path.cli import main
 from composer_path.commands.verb import ROAD
 from composer_path.train import main as train_main
@@ -86,9 +85,8 @@ def test_check_says_whether_it_looked_for_files(capsys: pytest.CaptureFixture[st
 
 
 def test_each_mistake_is_one_line_and_exit_code_2(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Assistant, "takes_question", True, raising=False)
     text = tmp_path / "notes.txt"
     text.write_text("no picture, no records")
     broken = tmp_path / "broken"
@@ -98,9 +96,11 @@ def test_each_mistake_is_one_line_and_exit_code_2(
     heldout.write_text(json.dumps([{"conversations": [{"from": "human", "value": "a"}]}]))
     mistakes: dict[str, list[Any]] = {
         "processor_config.json": ["ask", tmp_path, "--image", TILE, QUESTION],
-        "give a question, or --chat": ["ask", folder, "--image", TILE],
-        "give a question, or --chat to": ["ask", folder, "--image", TILE, " "],
-        "notes.txt': unreadable-image": ["ask", folder, "--image", text, QUESTION],
+        "give a question, or --chat": ["ask", folder],
+        "give a question, or --chat to": ["ask", folder, " "],
+        "takes a question; give one": ["ask", folder, "--image", TILE],
+        "--temperature: must be 0 or more, found -1.0": ["ask", folder, QUESTION, "--temperature", "-1"],
+        "notes.txt': an image must decode": ["ask", folder, "--image", text, QUESTION],
         "none.jpg': there is no such file": ["ask", folder, "--image", "none.jpg", QUESTION],
         "1 image tags and the conversation 2 images": [
             "ask",

@@ -1,9 +1,9 @@
 """Stain jitter: vary how strongly haematoxylin and eosin stained a tile, as laboratories and scanners do.
 
-Light through stained tissue falls off exponentially, so stains add up in optical density. Each image's
-density is unmixed into stains with a fixed matrix, each stain is scaled and shifted a little, and the mixture
-is made a picture again (Tellez et al., Medical Image Analysis 58, 2019). The matrix is Ruifrok and Johnston's
-(Anal Quant Cytol Histol 23, 2001); nothing is estimated from the image, so a blank tile can't fail.
+Light through stained tissue falls off exponentially, so stains add up in optical density. Each image's density is
+unmixed into stains with a fixed matrix, each stain is scaled and shifted a little, and the mixture is made a picture
+again (Tellez et al., Medical Image Analysis 58, 2019). The matrix is Ruifrok and Johnston's (Anal Quant Cytol Histol
+23, 2001); nothing is estimated from the image, so a blank tile can't fail.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _STAINS = torch.tensor([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.
 _STAINS = _STAINS / _STAINS.norm(dim=1, keepdim=True)
 # [stain, colour in, colour out]: unmixing and keeping only this stain, as one 3 x 3 matrix.
 _STAIN_PARTS = torch.einsum("is,so->sio", torch.linalg.inv(_STAINS), _STAINS).float()
-_STAIN_COLORS = _STAINS.float()
 
-_NUM_STAINS = 3
 _LOG2_OF_10 = 3.321928094887362
 
 # SplitMix64's constants as signed 64-bit integers, torch's only 64-bit kind.
@@ -36,25 +34,17 @@ _GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
 
 
 def jitter_stain(
-    images: UInt8[Tensor, "images 3 height width"],
-    alpha: Float[Tensor, "images 3"],
-    beta: Float[Tensor, "images 3"],
+    images: UInt8[Tensor, "images 3 height width"], alpha: Float[Tensor, "images 3"], beta: Float[Tensor, "images 3"]
 ) -> UInt8[Tensor, "images 3 height width"]:
-    """Scale each stain of each image by `alpha` and add `beta` to it, in optical density.
+    """Scale each stain of each image (haematoxylin, eosin, the rest) by `alpha` and add `beta`, in optical density.
 
     1. Density = log10(256 / (pixel + 1)): 0 for white, 2.4 for black, finite everywhere.
     2. Unmix, scale and mix again: one 3 x 3 product a pixel, and a shift that is the same for all pixels.
     3. Pixel = 256 / 10**density - 1, rounded, kept within 0 and 255.
 
     `alpha` 1 and `beta` 0 give the images back exactly.
-
-    Args:
-        images: RGB pixels on any device.
-        alpha: Factors for haematoxylin, eosin and the rest; near 1.
-        beta: Densities added to haematoxylin, eosin and the rest; near 0.
     """
-    parts = _STAIN_PARTS.to(images.device, non_blocking=True)
-    colors = _STAIN_COLORS.to(images.device, non_blocking=True)
+    parts, colors = (table.to(images.device, non_blocking=True) for table in (_STAIN_PARTS, _STAINS.float()))
     # Products of single numbers rather than matrix kernels, whose rounding depends on the number of images
     # (and on whether TF32 is on): the same image must come out the same in any microbatch.
     matrix = (alpha[:, :, None, None] * parts).sum(dim=1)  # [images, in, out]
@@ -84,17 +74,17 @@ def draw_uniform(
 class StainJitter(Algorithm):
     """Jitter the stains of H&E images, before each forward pass of training.
 
-    Runs on the device, on `state.batch.pixel_values` (uint8), for the images whose `is_he` is true; other
-    stains and images of unknown stain stay as they are. Evaluation is not touched. What an image gets depends
-    on `seed`, the epoch, its sample and its place in the sample alone: not on rank, worker, batch size or
-    split. The batch is replaced, never changed in place, so a microbatch that is run again after running out
-    of memory is not jittered twice.
+    Runs on the device, on `state.batch.pixel_values` (uint8), for the images whose `is_he` is true; other stains and
+    images of unknown stain stay as they are. Evaluation is not touched. What an image gets depends on `seed`, the
+    epoch, its sample and its place in the sample alone: not on rank, worker, batch size or split. The batch is
+    replaced, never changed in place, so a microbatch that is run again after running out of memory is not jittered
+    twice.
 
     Args:
-        strength: Each stain's amount is multiplied by a factor from 1 - strength to 1 + strength: 0.1 is
-            hardly seen, 0.3 is a clearly different staining.
-        shift: A density (decadic absorbance) from -shift to shift is added to each stain everywhere, the
-            slide's white included: 0.01 takes up to 13 of white's 255 grey levels.
+        strength: Each stain's amount is multiplied by a factor from 1 - strength to 1 + strength: 0.1 is hardly seen,
+            0.3 is a clearly different staining.
+        shift: A density (decadic absorbance) from -shift to shift is added to each stain everywhere, the slide's white
+            included: 0.01 takes up to 13 of white's 255 grey levels.
         probability: The share of H&E images that are jittered.
         seed: Another seed gives another jitter.
     """
@@ -105,10 +95,7 @@ class StainJitter(Algorithm):
         for name, value in (("strength", strength), ("shift", shift), ("probability", probability)):
             if not 0 <= value <= 1:
                 raise ValueError(f"stain_jitter: {name} must lie between 0 and 1, found {value}")
-        self.strength = strength
-        self.shift = shift
-        self.probability = probability
-        self.seed = seed
+        self.strength, self.shift, self.probability, self.seed = strength, shift, probability, seed
 
     def __repr__(self) -> str:
         return f"StainJitter({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
@@ -122,16 +109,14 @@ class StainJitter(Algorithm):
         batch: Batch = state.batch
         images = batch.pixel_values
         assert images is not None  # a set of features is refused before the run
-        num_images = images.shape[0]
-        if num_images == 0:  # a text-only microbatch
+        if not len(images):  # a text-only microbatch
             return
-        places = _places_in_samples(batch.num_images, num_images)
+        places = _places_in_samples(batch.num_images, len(images))
         key = _key(self.seed, state.timestamp.epoch.value)
-        draws = draw_uniform(key, batch.image_sample_ids, places, 1 + 2 * _NUM_STAINS)
+        draws = draw_uniform(key, batch.image_sample_ids, places, 1 + 2 * len(_STAINS))
         chosen = batch.is_he & (draws[:, 0] < self.probability)
-        signed = draws[:, 1:] * 2 - 1
-        alpha = 1 + self.strength * signed[:, :_NUM_STAINS]
-        beta = self.shift * signed[:, _NUM_STAINS:]
+        scales, shifts = (draws[:, 1:] * 2 - 1).split(len(_STAINS), dim=1)
+        alpha, beta = 1 + self.strength * scales, self.shift * shifts
         jittered = torch.where(chosen[:, None, None, None], jitter_stain(images, alpha, beta), images)
         state.batch = replace(batch, pixel_values=jittered)
 

@@ -10,12 +10,11 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
 from composer_path.images.pixels import ImagePreparation
-from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
-from composer_path.records.rules import ImageError
+from composer_path.records.conversation import Conversation, Turn
+from composer_path.records.rules import IMAGE_TAG, ImageError
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
@@ -37,10 +36,8 @@ class Assistant:
     def __init__(
         self, model: PathMLLM, tokenizer: PreTrainedTokenizerBase, text: TextPreparation, images: ImagePreparation
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.text = text
-        self.images = images
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.text, self.images = text, images
 
     @classmethod
     def from_pretrained(
@@ -54,9 +51,8 @@ class Assistant:
         folder = Path(folder)
         if not (folder / PROCESSOR_CONFIG).is_file():  # told before weights are read
             raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote")
-        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(
-            device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(device)
         return cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
 
     @property
@@ -84,8 +80,6 @@ class Assistant:
         images: Sequence[Picture] = (),
         *,
         system: str | None = None,
-        max_new_tokens: int = 512,
-        streamer: BaseStreamer | None = None,
         **generation: Any,
     ) -> str:
         """The next answer of a conversation.
@@ -95,9 +89,8 @@ class Assistant:
                 stand before the first question.
             images: In the order of the tags.
             system: Instead of the template's system message.
-            max_new_tokens: The answer is cut there.
-            streamer: Receives tokens as they come.
-            **generation: Keywords of transformers' `generate`, such as `do_sample=True, temperature=0.7`.
+            **generation: Keywords of transformers' `generate`, such as `do_sample=True, temperature=0.7`, `streamer`
+                (receives tokens as they come) or `max_new_tokens` (the answer is cut there; by default at 512).
 
         Raises:
             ValueError: The model's template takes no question, or the conversation is too long for the model.
@@ -110,16 +103,9 @@ class Assistant:
         told = [Turn(role, text) for role, text in turns]
         if images and not any(IMAGE_TAG in turn.text for turn in told):
             told[0] = Turn(told[0].role, f"{IMAGE_TAG}\n" * len(images) + told[0].text)
-        return self._continue(told, images, system, max_new_tokens, streamer, **generation)
+        return self._continue(told, images, system, **generation)
 
-    def caption(
-        self,
-        images: Sequence[Picture],
-        *,
-        max_new_tokens: int = 512,
-        streamer: BaseStreamer | None = None,
-        **generation: Any,
-    ) -> str:
+    def caption(self, images: Sequence[Picture], **generation: Any) -> str:
         """What a model that takes no question says of images. Arguments as those of `answer`.
 
         Raises:
@@ -129,17 +115,15 @@ class Assistant:
             raise ValueError(f"the model's template '{self.text.template.name}' takes a question; give one")
         if not images:
             raise ValueError("a caption needs an image; give one with --image")
-        return self._continue(
-            [Turn("human", IMAGE_TAG * len(images))], images, None, max_new_tokens, streamer, **generation
-        )
+        return self._continue([Turn("human", IMAGE_TAG * len(images))], images, **generation)
 
     def _continue(
         self,
         turns: Sequence[Turn],
         images: Sequence[Picture],
-        system: str | None,
-        max_new_tokens: int,
-        streamer: BaseStreamer | None,
+        system: str | None = None,
+        *,
+        max_new_tokens: int = 512,
         **generation: Any,
     ) -> str:
         conversation = Conversation(turns=tuple(turns), images=("",) * len(images), system=system)
@@ -154,7 +138,6 @@ class Assistant:
             max_new_tokens=room,
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,
-            streamer=streamer,
             **generation,
         )
         return self.tokenizer.decode(new, skip_special_tokens=True).strip()

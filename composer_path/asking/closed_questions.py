@@ -27,23 +27,14 @@ else:
 
 @dataclass(frozen=True)
 class ClosedQuestion:
-    """One question with its images, its options and the right one.
+    """One question with its images, its options and the right one."""
 
-    Attributes:
-        kind: Questions are counted by it.
-        turns: (role, text) up to the question, which is the last.
-        options: The possible answers.
-        answer: The right one.
-        images: File names, in the order of the tags.
-        system: Instead of the template's system message.
-    """
-
-    kind: str
-    turns: tuple[tuple[str, str], ...]
+    kind: str  # questions are counted by it
+    turns: tuple[tuple[str, str], ...]  # (role, text) up to the question, which is the last
     options: tuple[str, ...]
     answer: str
-    images: tuple[str | SlideRegion, ...]
-    system: str | None = None
+    images: tuple[str | SlideRegion, ...]  # in the order of the tags
+    system: str | None = None  # instead of the template's
 
 
 @dataclass
@@ -58,10 +49,6 @@ class ClosedResult:
         """Number of `asked`, `correct` or `unparsed` questions, of one kind or of all."""
         counts: Counter[str] = getattr(self, what)
         return counts.total() if kind is None else counts[kind]
-
-    def accuracy(self, kind: str | None = None) -> float:
-        """Share of right answers, of one kind or of all."""
-        return self.count("correct", kind) / max(1, self.count("asked", kind))
 
 
 def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
@@ -79,18 +66,11 @@ def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
         except RecordError as error:
             raise ValueError(f"'{path}': {error.at(record.where)}") from None
         meta = conversation.metadata.get("meta") or {}
-        if "options" not in meta or "answer" not in meta:
-            continue
-        questions.append(
-            ClosedQuestion(
-                kind=str(meta.get("kind", "closed")),
-                turns=tuple((turn.role, turn.text) for turn in conversation.turns[:-1]),
-                options=tuple(str(option) for option in meta["options"]),
-                answer=str(meta["answer"]),
-                images=conversation.images,
-                system=conversation.system,
-            )
-        )
+        if "options" in meta and "answer" in meta:
+            turns = tuple((turn.role, turn.text) for turn in conversation.turns[:-1])
+            kind, options = str(meta.get("kind", "closed")), tuple(map(str, meta["options"]))
+            shown = conversation.images, conversation.system
+            questions.append(ClosedQuestion(kind, turns, options, str(meta["answer"]), *shown))
     if not questions:
         raise ValueError(f"'{path}' has no closed question: no record has 'options' and 'answer' in its meta")
     return questions
@@ -99,27 +79,21 @@ def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
 def evaluate_closed(
     assistant: Assistant, questions: Sequence[ClosedQuestion], images_dir: str | Path, *, blank: bool = False
 ) -> ClosedResult:
-    """Ask every question once, greedily.
-
-    Args:
-        assistant: The model.
-        questions: To ask.
-        images_dir: Where their images lie.
-        blank: Show white pictures instead, which tells how far the text alone goes.
-    """
+    """Ask every question once, greedily; with white pictures (`blank`) it shows how far the text alone goes."""
     result = ClosedResult()
     said_of_blank: dict[Any, str] = {}  # the same words about as many white pictures are asked once
     for question in questions:
         images = [_read_image(assistant, image, images_dir) for image in question.images]
-        if blank:
-            images = [torch.full_like(image, 255) for image in images]
         longest = max(len(assistant.tokenizer(option)["input_ids"]) for option in question.options)
-        asked = (question.turns, question.system, len(images), longest)
-        said = said_of_blank.get(asked)
-        if said is None:
-            said = assistant.answer(question.turns, images, system=question.system, max_new_tokens=longest + 8)
+        settings: dict[str, Any] = {"system": question.system, "max_new_tokens": longest + 8}
         if blank:
-            said_of_blank[asked] = said
+            asked = (question.turns, question.system, len(images), longest)
+            if asked not in said_of_blank:
+                white = [torch.full_like(image, 255) for image in images]
+                said_of_blank[asked] = assistant.answer(question.turns, white, **settings)
+            said = said_of_blank[asked]
+        else:
+            said = assistant.answer(question.turns, images, **settings)
         chosen = parse_answer(said, question.options)
         result.asked[question.kind] += 1
         result.correct[question.kind] += chosen == question.answer
@@ -127,12 +101,9 @@ def evaluate_closed(
     return result
 
 
-def _read_image(
-    assistant: Assistant, image: str | SlideRegion, images_dir: str | Path
-) -> UInt8[Tensor, "3 height width"]:
-    if isinstance(image, SlideRegion):
-        return assistant.read_image(resolve_image(image.file, images_dir), image)
-    return assistant.read_image(resolve_image(image, images_dir))
+def _read_image(assistant: Assistant, image: str | SlideRegion, folder: str | Path) -> UInt8[Tensor, "3 height width"]:
+    file, region = (image, None) if isinstance(image, str) else (image.file, image)
+    return assistant.read_image(resolve_image(file, folder), region)
 
 
 def compare_with_blank(
@@ -140,10 +111,8 @@ def compare_with_blank(
 ) -> dict[str, dict[str, Any]]:
     """Ask every question with its images and with blank ones; a plain mapping for JSON.
 
-    Returns:
-        `{"kinds": {kind: numbers}, "all": numbers}`; numbers are `asked`, `majority` (the share that always giving the
-        most frequent answer gets right), and for `with_image` and `blank_image` how many answers were `correct` and
-        `unparsed`.
+    It is `{"kinds": {kind: numbers}, "all": numbers}`; numbers are `asked`, `majority` (the share that always giving
+    the most frequent answer gets right), and `with_image` and `blank_image`: {`correct`: …, `unparsed`: …}.
     """
     results = {
         "with_image": evaluate_closed(assistant, questions, images_dir),
@@ -152,10 +121,8 @@ def compare_with_blank(
 
     def numbers(kind: str | None) -> dict[str, Any]:
         of_kind = [question for question in questions if kind in (None, question.kind)]
-        counts = {
-            name: {"correct": result.count("correct", kind), "unparsed": result.count("unparsed", kind)}
-            for name, result in results.items()
-        }
+        told = ("correct", "unparsed")
+        counts = {name: {what: result.count(what, kind) for what in told} for name, result in results.items()}
         return {"asked": len(of_kind), "majority": majority_accuracy(of_kind), **counts}
 
     return {"kinds": {kind: numbers(kind) for kind in sorted({q.kind for q in questions})}, "all": numbers(None)}

@@ -34,9 +34,8 @@ def read_processor_config(folder: Path, model: PathMLLM) -> tuple[TextPreparatio
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote"
-        ) from None
+        fix = "give the folder that composer-path export wrote"
+        raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; {fix}") from None
     except ValueError as error:
         raise ValueError(f"'{file}' is damaged ({type(error).__name__}); export the model again") from None
     known = {"template", *_TEXT, *_IMAGES}
@@ -47,7 +46,5 @@ def read_processor_config(folder: Path, model: PathMLLM) -> tuple[TextPreparatio
     encoder = model.vision_encoder
     text = {key: settings[key] for key in _TEXT}
     images = {key: settings[key] for key in _IMAGES if key in settings}  # older folders don't name all
-    return (
-        TextPreparation(get_template(settings["template"]), model.num_image_tokens(), **text),
-        ImagePreparation(encoder.image_size, pad_color=pad_color_of(encoder.mean), **images),
-    )
+    prepared = TextPreparation(get_template(settings["template"]), model.num_image_tokens(), **text)
+    return prepared, ImagePreparation(encoder.image_size, pad_color=pad_color_of(encoder.mean), **images)

@@ -12,12 +12,7 @@ SUMMARY = "summary.json"  # in a run's folder, written at its end
 EVALUATION = "evaluation.json"  # in a model folder, written by `composer-path evaluate`
 
 # What lies in a run's folder, in the order of the listing.
-PLACES = {
-    "checkpoints": "checkpoints",
-    "projector": "projector.safetensors",
-    "model": "model",
-    "TensorBoard": "runs",
-}
+PLACES = dict(checkpoints="checkpoints", projector="projector.safetensors", model="model", TensorBoard="runs")
 
 
 def format_runs(root: Path) -> str:
@@ -51,11 +46,7 @@ def read_summaries(root: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def format_closed(comparison: Mapping[str, Any]) -> str:
-    """A table of closed questions: a row a kind, then all of them.
-
-    Args:
-        comparison: From `composer_path.asking.closed_questions.compare_with_blank`.
-    """
+    """A table of what `compare_with_blank` found: a row a kind of closed questions, then all of them."""
     rows = [("closed questions", "asked", "majority", "with image", "blank image", "no option named")]
     for kind, numbers in [*comparison["kinds"].items(), ("all", comparison["all"])]:
         asked, seen, blank = numbers["asked"], numbers["with_image"], numbers["blank_image"]
@@ -69,15 +60,9 @@ def _table_of_losses(summaries: Sequence[Mapping[str, Any]]) -> str:
     rows = [("run", "steps", "held-out loss before", "after", "samples/s", "tokens/s")]
     for summary in summaries:
         loss = summary["heldout_token_loss"]
-        rows.append(
-            (
-                summary["run"],
-                str(summary["steps"]),
-                *(f"{loss[moment]:.3f}" if moment in loss else "-" for moment in ("before", "after")),
-                f"{summary['samples_per_second']:.1f}",
-                f"{summary['tokens_per_second']:.0f}",
-            )
-        )
+        losses = [f"{loss[moment]:.3f}" if moment in loss else "-" for moment in ("before", "after")]
+        speeds = f"{summary['samples_per_second']:.1f}", f"{summary['tokens_per_second']:.0f}"
+        rows.append((summary["run"], str(summary["steps"]), *losses, *speeds))
     return "\n".join(_in_columns(rows, numbers_from=1))
 
 

@@ -27,11 +27,7 @@ Tokens = Integer[np.ndarray, " samples"]
 
 
 class BalancedStreamingDataset(GuardedStreamingDataset):
-    """Exchanges samples between ranks inside each global batch, after `balance` was called; else as it was drawn.
-
-    Args:
-        **streaming: Keywords of `GuardedStreamingDataset` and `streaming.StreamingDataset`, passed through.
-    """
+    """Exchanges samples between ranks inside each global batch, after `balance` was called; else as it was drawn."""
 
     def __init__(self, **streaming: Any) -> None:
         super().__init__(**streaming)
@@ -39,15 +35,7 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
         self._imbalance: Tensor | None = None
 
     def balance(self, tokens: Tokens, reach: Reach) -> None:
-        """From the next epoch on, give all ranks equally many tokens of each global batch.
-
-        Args:
-            tokens: Length of each sample, by its position in the stream.
-            reach: See `balance_work`.
-
-        Raises:
-            ValueError: Each rank is to have batches of one stream only.
-        """
+        """From the next epoch on, give all ranks equally many of the `tokens` that each position's sample has."""
         if self.batching_method == "device_per_stream":
             raise ValueError(
                 "balance: would mix the streams that dataset.batching_method=device_per_stream keeps apart on each "
@@ -80,24 +68,17 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
 def balance_work(work: Work, tokens: Tokens, reach: Reach) -> Work:
     """Exchange samples inside each global batch so that every rank has as many as before, of nearly equal tokens.
 
-    Args:
-        work: An epoch's sample ids; -1 where a slot is empty.
-        tokens: Length of each sample.
-        reach: `node`: ranks exchange with those of their node, whose shards lie on the same disk; `global`: with all.
-
-    Raises:
-        ValueError: Another reach.
+    An empty slot is -1. `node`: ranks exchange with those of their node, whose shards lie on the same disk; `global`:
+    with all.
     """
     if reach not in get_args(Reach):
         raise ValueError(f"balance: found {reach!r}; it must be one of {', '.join(get_args(Reach))}")
     steps = _by_step(work)
     groups = steps.reshape(-1, *steps.shape[-2:]) if reach == "node" else _across_nodes(steps)
-    balanced = np.concatenate(
-        [_balance(groups[at : at + _GROUPS_AT_ONCE], tokens) for at in range(0, len(groups), _GROUPS_AT_ONCE)]
-        or [groups]
-    ).reshape(steps.shape)
-    batches, workers = work.shape[3], work.shape[2]
-    return np.ascontiguousarray(balanced.reshape(batches, workers, *balanced.shape[1:]).transpose(2, 3, 1, 0, 4))
+    parts = [_balance(groups[at : at + _GROUPS_AT_ONCE], tokens) for at in range(0, len(groups), _GROUPS_AT_ONCE)]
+    nodes, ranks, workers, batches, size = work.shape
+    balanced = np.concatenate(parts or [groups]).reshape(batches, workers, nodes, ranks, size)
+    return np.ascontiguousarray(balanced.transpose(2, 3, 1, 0, 4))
 
 
 def imbalance(work: Work, tokens: Tokens) -> float:
@@ -156,11 +137,7 @@ def _deal(groups: Groups, tokens: Tokens) -> Groups:
 
 
 def _swap(groups: Groups, tokens: Tokens, loads: Int64[np.ndarray, "groups ranks"]) -> bool:
-    """In each group, swap the pair of samples that best evens out the fullest and the emptiest rank.
-
-    Returns:
-        Whether any pair was worth it. `groups` and `loads` are changed in place.
-    """
+    """Swap, in place, the pair of each group that best evens out its fullest and emptiest rank; tells if any did."""
     rows = np.arange(len(groups))
     full, empty = loads.argmax(axis=1), loads.argmin(axis=1)
     gap = loads[rows, full] - loads[rows, empty]

@@ -109,9 +109,8 @@ class Batch:
         return replace(self, **part, samples_per_bin=[stop - start])
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed)
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
     def __getstate__(self) -> tuple[Any, ...]:
         """What is sent to another process: one piece of memory, if the batch lies in one."""
@@ -128,9 +127,7 @@ class Batch:
 def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
     """Cut a row into microbatches, as many on every rank: under FSDP each is a collective forward pass.
 
-    Args:
-        batch: From `PackedCollator`, laid out bin by bin.
-        microbatch_size: At most so many samples in each; Composer hands over the device batch size.
+    None has more samples than `microbatch_size`; Composer hands over the device batch size.
 
     Raises:
         EmptyBatchError: No rank has an answer token.
@@ -163,8 +160,7 @@ class PackedCollator:
         if loss_average not in get_args(LossAverage):
             known = ", ".join(get_args(LossAverage))
             raise ValueError(f"loss_average: unknown '{loss_average}'; choose one of {known}")
-        self.max_tokens_per_microbatch = max_tokens_per_microbatch
-        self.loss_average = loss_average
+        self.max_tokens_per_microbatch, self.loss_average = max_tokens_per_microbatch, loss_average
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """One device batch of N samples as one row."""
@@ -174,7 +170,7 @@ class PackedCollator:
         labels = torch.cat([shift_labels(sample["labels"]) for sample in ordered])
         lengths = torch.tensor([len(sample["input_ids"]) for sample in ordered])
         supervised_index = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        num_targets = _count_per_sample(supervised_index, lengths)
+        num_targets = _per_sample(supervised_index, lengths)
         image_index = (input_ids < 0).nonzero()[:, 0]
         num_images = torch.tensor([len(sample["is_he"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
@@ -194,7 +190,7 @@ class PackedCollator:
             "sample_ids": sample_ids,
             "num_images": num_images,
             "num_targets": num_targets,
-            "num_placeholders": _count_per_sample(image_index, lengths),
+            "num_placeholders": _per_sample(image_index, lengths),
             "sources": [sample["source"] for sample in ordered],
             "problems": [sample["problem"] for sample in ordered],
             "max_seq_len": int(lengths.max()),
@@ -222,9 +218,7 @@ def target_weights(num_targets: Int64[Tensor, " samples"], loss_average: LossAve
     return per_sample.repeat_interleave(num_targets).float()
 
 
-def _count_per_sample(
-    index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]
-) -> Int64[Tensor, " samples"]:
+def _per_sample(index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:
     """How many of the row's positions fall into each sample."""
     sample = torch.bucketize(index, lengths.cumsum(0), right=True)
     return torch.bincount(sample, minlength=len(lengths))

@@ -21,11 +21,15 @@ from composer_path.images.pixels import Decoder, Fit, ImagePreparation
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import ImagePosition, TemplateError
 from composer_path.records.rules import ImageError
-from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation
+from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation, TokenizedConversation
 from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_key, lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded_stream import GuardedStream
+
+Prepared = tuple[TokenizedConversation, list[Tensor], str | None]
+# Of a record that can't be trained on: it costs next to nothing and weighs nothing.
+NO_TOKENS = TokenizedConversation(torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE_INDEX), num_images=0)
 
 
 class ConversationDataset(BalancedStreamingDataset):
@@ -76,13 +80,10 @@ class ConversationDataset(BalancedStreamingDataset):
         self._asking = template, streams
         super().__init__(**streaming)
         self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
-        for shard in self.shards:
-            columns = getattr(shard, "column_names", [])
+        for columns in {tuple(getattr(shard, "column_names", ())) for shard in self.shards}:
             if not set(COLUMNS) <= set(columns):
-                raise ValueError(
-                    f"shards must have the columns {', '.join(COLUMNS)}, found {', '.join(columns)}; write them with "
-                    "composer-path convert"
-                )
+                rule = f"shards must have the columns {', '.join(COLUMNS)}"
+                raise ValueError(f"{rule}, found {', '.join(columns)}; write them with composer-path convert")
 
     @property
     def text(self) -> TextPreparation:
@@ -99,47 +100,40 @@ class ConversationDataset(BalancedStreamingDataset):
 
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
-        source = self._source(sample_id)
-        try:
-            images = image_views(record["images"])
-            conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
-        except ValueError as error:  # the shard is damaged here
-            return self._unusable(sample_id, record, str(error))
-        try:
-            tokens = source.text.tokenize(conversation, self.tokenizer)
-            if not tokens.num_answer_tokens:
-                most = source.text.max_seq_len
-                return self._unusable(sample_id, record, f"no answer is left within max_seq_len={most}")
-            seen = [self._load(image) for image in images[: tokens.num_images]]
-        except (TemplateError, ImageError) as error:
-            return self._unusable(sample_id, record, str(error))
+        shard_id, _ = self._find(sample_id)
+        source, metadata = self.sources[int(self.stream_per_shard[shard_id])], record["metadata"]
+        tokens, images, problem = self._prepare(record, source.text)
         sample = Sample(
             sample_id=sample_id,
             input_ids=tokens.input_ids,
             labels=tokens.labels,
-            is_he=torch.full((len(seen),), is_hematoxylin_eosin(record["metadata"].get("stain")), dtype=torch.bool),
-            source=source.name or _source_of(record),
-            problem=None,
+            is_he=torch.full((len(images),), is_hematoxylin_eosin(metadata.get("stain")), dtype=torch.bool),
+            source=source.name or str(metadata.get("source") or "all"),
+            problem=problem,
             loss_weight=source.loss_weight,
         )
-        return self._with_images(sample, seen)
+        if self.features is None:
+            size = self.images.image_size
+            sample["pixel_values"] = _stacked(images, torch.empty((0, 3, size, size), dtype=torch.uint8))
+        else:
+            none = torch.empty((0, self.features.num_tokens, self.features.dim), dtype=torch.bfloat16)
+            sample["image_features"] = _stacked(images, none)
+        return sample
 
-    def _unusable(self, sample_id: int, record: Mapping[str, Any], problem: str) -> Sample:
-        """One token without a label: it costs next to nothing and weighs nothing."""
-        sample = Sample(
-            sample_id=sample_id,
-            input_ids=torch.zeros(1, dtype=torch.int64),
-            labels=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
-            is_he=torch.zeros(0, dtype=torch.bool),
-            source=self._source(sample_id).name or _source_of(record),
-            problem=problem,
-        )
-        return self._with_images(sample, [])
-
-    def _source(self, sample_id: int) -> Source:
-        """The stream that a position belongs to."""
-        shard_id, _ = self._find(sample_id)
-        return self.sources[int(self.stream_per_shard[shard_id])]
+    def _prepare(self, record: Mapping[str, Any], text: TextPreparation) -> Prepared:
+        """A record's tokens, its images that weren't cut away, and why it can't be trained on."""
+        try:
+            images = image_views(record["images"])
+            conversation = Conversation.from_shard(record["conversation"], num_images=len(images))
+        except ValueError as error:  # the shard is damaged here
+            return NO_TOKENS, [], str(error)
+        try:
+            tokens = text.tokenize(conversation, self.tokenizer)
+            if not tokens.num_answer_tokens:
+                return NO_TOKENS, [], f"no answer is left within max_seq_len={text.max_seq_len}"
+            return tokens, [self._load(image) for image in images[: tokens.num_images]], None
+        except (TemplateError, ImageError) as error:
+            return NO_TOKENS, [], str(error)
 
     def _load(self, image: memoryview) -> Tensor:
         """The pixels of a stored image, or its features."""
@@ -154,24 +148,13 @@ class ConversationDataset(BalancedStreamingDataset):
             raise FeaturesError("a set of features holds an image file; encode the set again")
         return unpack_features(image, self.features)
 
-    def _with_images(self, sample: Sample, seen: list[Tensor]) -> Sample:
-        """A sample with its pixels or features; none is none of the right shape."""
-        if self.features is not None:
-            empty = torch.empty((0, self.features.num_tokens, self.features.dim), dtype=torch.bfloat16)
-            sample["image_features"] = _stacked(seen) if seen else empty
-        else:
-            size = self.images.image_size
-            sample["pixel_values"] = _stacked(seen) if seen else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        return sample
-
     def _index_of(self, stream: GuardedStream) -> bytes:
         return (stream.folder / INDEX).read_bytes()
 
     def stored_lengths(self, folder: str | None = None) -> Integer[np.ndarray, " samples"]:
-        """Tokens of each sample, by its position in the stream, as `composer-path lengths` found them.
+        """Tokens of each sample, by its position in the stream, as `composer-path lengths` left them.
 
-        Args:
-            folder: Where they lie; None for beside each set.
+        They lie in a folder, or (None) beside each set.
 
         Raises:
             LengthsError: They were not measured, or for another tokenizer, template, encoder or set.
@@ -195,16 +178,12 @@ class ConversationDataset(BalancedStreamingDataset):
         return state
 
 
-def _stacked(seen: list[Tensor]) -> Tensor:
-    """Images of a sample in one tensor; a single one isn't copied."""
-    return seen[0][None] if len(seen) == 1 else torch.stack(seen)
+def _stacked(images: list[Tensor], none: Tensor) -> Tensor:
+    """Images of a sample in one tensor; a single one isn't copied, and none has its shape too."""
+    return images[0][None] if len(images) == 1 else torch.stack(images) if images else none
 
 
 def is_hematoxylin_eosin(stain: str | None) -> bool:
     """Whether a record's stain is named as H&E; a record that doesn't say so doesn't count."""
     pattern = r"h(a?ematoxylin)?\W*(and|&|\+)?\W*e(osin)?"
     return stain is not None and re.fullmatch(pattern, stain.strip().lower()) is not None
-
-
-def _source_of(record: Mapping[str, Any]) -> str:
-    return str(record["metadata"].get("source") or "all")

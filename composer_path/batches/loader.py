@@ -33,8 +33,10 @@ class WholeEpochLoader(DataLoader):
         expected, seen, failed = dataset.samples_to_come(), 0, False
         try:
             for batch in super().__iter__():
-                if not seen:
-                    self._tell_imbalance()
+                if not seen and dataset.imbalance is not None and dist.get_global_rank() == 0:
+                    # The epoch's order is known once its first batch is here.
+                    words = "tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced"
+                    log.info(words, *dataset.imbalance)
                 seen += len(batch.sample_ids)
                 yield batch
         except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
@@ -49,12 +51,6 @@ class WholeEpochLoader(DataLoader):
             found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
             where = ", ".join(stream.where for stream in dataset.streams)
             raise StreamError.of("", "samples-missing", where, found, "please report this")
-
-    def _tell_imbalance(self) -> None:
-        """Once an epoch, on the first rank; the epoch's order is known once its first batch is here."""
-        found = getattr(self.dataset, "imbalance", None)
-        if found is not None and dist.get_global_rank() == 0:
-            log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
 
 
 def build_dataloader(
@@ -107,13 +103,14 @@ def build_dataloader(
             f"global_batch_size={global_batch_size} can't be divided by {world_size} ranks; "
             f"take {max(1, global_batch_size // world_size) * world_size}, or another number of ranks"
         )
+    batch_size = global_batch_size // world_size
     samples = ConversationDataset(
         **dataset,
         tokenizer=tokenizer,
         num_image_tokens=num_image_tokens,
         image_size=image_size,
         pad_color=pad_color_of(mean),
-        batch_size=global_batch_size // world_size,
+        batch_size=batch_size,
     )
     longest = samples.sources[0].text.max_seq_len
     if max_tokens_per_microbatch is not None and longest is not None and max_tokens_per_microbatch < longest:
@@ -127,7 +124,7 @@ def build_dataloader(
             samples.balance(tokens, balance)
     loader = WholeEpochLoader(
         samples,
-        batch_size=global_batch_size // world_size,
+        batch_size=batch_size,
         collate_fn=PackedCollator(max_tokens_per_microbatch, loss_average),
         drop_last=drop_last,
         num_workers=num_workers,

@@ -11,8 +11,7 @@ from composer.utils import dist
 def fewest_bins(lengths: Sequence[int], limit: int | None) -> list[list[int]]:
     """Split samples into as few bins of at most `limit` tokens as first-fit-decreasing finds, then even them out.
 
-    Returns:
-        For each bin, the indices of its samples in their original order; bins in the order of their first sample.
+    A bin has the indices of its samples in their original order; bins stand in the order of their first sample.
     """
     if limit is None:
         return [list(range(len(lengths)))]
@@ -58,20 +57,15 @@ def cap_bins(samples_per_bin: list[int], most: int) -> list[int]:
 
 
 def add_cuts(samples_per_bin: list[int], borders: list[int], num_bins: int) -> list[int]:
-    """Cut the largest bins at a sample's border until there are `num_bins`; a single sample is never cut.
+    """Cut the largest bins at a sample's border (in tokens) until there are `num_bins`; a single sample is never cut.
 
-    Args:
-        samples_per_bin: Samples in each bin, in the row's order.
-        borders: Token borders of the samples.
-        num_bins: As many as the rank with the most has; ranks hold equally many samples, so it can always be reached.
+    The rank with the most bins has so many; ranks hold equally many samples, so it can always be reached.
     """
     counts = list(samples_per_bin)
     while len(counts) < num_bins:
         starts = [sum(counts[:at]) for at in range(len(counts))]
-        tokens = [
-            borders[start + count] - borders[start] if count > 1 else 0
-            for start, count in zip(starts, counts, strict=True)
-        ]
+        bins = zip(starts, counts, strict=True)
+        tokens = [borders[start + count] - borders[start] if count > 1 else 0 for start, count in bins]
         at = tokens.index(max(tokens))
         if tokens[at] == 0:
             raise ValueError(

@@ -15,29 +15,17 @@ Template = str | Mapping[str, Any]  # as a YAML names one, see `get_template`
 
 @dataclass(frozen=True)
 class Source:
-    """How the samples of one stream are read.
+    """How the samples of one stream are read."""
 
-    Attributes:
-        name: In logs; None where each record's own source is taken.
-        text: How their text is prepared.
-        loss_weight: What an answer token counts, beside one of a source with weight 1.
-    """
-
-    name: str | None
+    name: str | None  # in logs; None where each record's own source is taken
     text: TextPreparation
-    loss_weight: float = 1.0
+    loss_weight: float = 1.0  # what an answer token counts, beside one of a source with weight 1
 
 
 def build_streams(
     streams: Mapping[str, Mapping[str, Any]], template: Template | None, text: TextPreparation
 ) -> tuple[list[GuardedStream], list[Source]]:
-    """The streams that a YAML names.
-
-    Args:
-        streams: Name -> keywords of `build_stream`.
-        template: Of streams that name none.
-        text: Of the whole mixture; each stream has its own template.
-    """
+    """The streams that a YAML names, as keywords of `build_stream`; `template` is that of those that name none."""
     check_streams(streams)
     built = [build_stream(name, text, **{"template": template} | given(keywords)) for name, keywords in streams.items()]
     return [stream for stream, _ in built], [source for _, source in built]
@@ -71,40 +59,27 @@ def build_stream(
         template: Prompt template, see `composer_path.records.prompts`; None for the mixture's.
         system: System message of records without one, in place of the template's own.
         loss_weight: What an answer token counts, beside one of a stream with weight 1.
-
-    Raises:
-        ValueError: These don't go together.
     """
-    check_stream(name, proportion=proportion, repeat=repeat, choose=choose, loss_weight=loss_weight)
-    stream = GuardedStream(
-        local=local, remote=remote, split=split, proportion=proportion, repeat=repeat, choose=choose, name=name
-    )
+    shares: dict[str, Any] = {"proportion": proportion, "repeat": repeat, "choose": choose}
+    stream = GuardedStream(local=local, remote=remote, split=split, name=name, **shares)
     return stream, Source(name, replace(text, template=template_of(template, system)), loss_weight)
 
 
 def template_of(template: Template | None, system: str | None = None) -> PromptTemplate:
     """A stream's prompt template, with its own system message; `plain` where none is named."""
-    settings: dict[str, Any] = (
-        dict(template) if isinstance(template, Mapping) else {"name": template or PlainTemplate.name}
-    )
-    return get_template(settings if system is None else settings | {"system": system})
+    settings = template if isinstance(template, Mapping) else {"name": template or PlainTemplate.name}
+    return get_template({**settings, **given({"system": system})})
 
 
 def asking_template(template: Template | None, streams: Mapping[str, Mapping[str, Any]] | None) -> PromptTemplate:
-    """The template with which a model is asked that is trained on a set or on streams.
-
-    Args:
-        template: The set's, or that of streams that name none.
-        streams: Name -> keywords of `build_stream`; None for a single set.
+    """The template with which a model is asked that is trained on a set (no `streams`) or on streams.
 
     Raises:
         ValueError: The streams have several templates, and `template` says none of them.
     """
     if not streams:
         return template_of(template)
-    trained = [
-        template_of(keywords.get("template") or template, keywords.get("system")) for keywords in streams.values()
-    ]
+    trained = [template_of(own.get("template") or template, own.get("system")) for own in streams.values()]
     names = dict.fromkeys(one.name for one in trained)
     if template is not None:
         named = template_of(template)
@@ -125,40 +100,27 @@ def given(keywords: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in keywords.items() if value is not None}
 
 
-def check_stream(name: str, **keywords: Any) -> None:
-    """What the numbers of a stream must be.
-
-    Raises:
-        ValueError: One of them isn't.
-    """
-    shares = [key for key in ("proportion", "repeat", "choose") if keywords.get(key) is not None]
-    if len(shares) > 1:
-        raise ValueError(f"streams.{name}: found {' and '.join(shares)}; give one of them, they say the same thing")
-    for key in (*shares, "loss_weight"):
-        value = keywords.get(key)
-        if value is not None and value <= 0:
-            raise ValueError(f"streams.{name}.{key}: found {value}; it must be above 0, or leave the stream out")
-
-
 def check_streams(streams: Mapping[str, Mapping[str, Any]]) -> None:
-    """What the streams of a mixture must have in common.
+    """What the numbers of each stream must be, and what streams must have in common.
 
     Raises:
-        ValueError: They haven't.
+        ValueError: They don't.
     """
     if not streams:
         raise ValueError("streams: found none; name at least one, or give local")
+    folders: dict[tuple[Any, Any], str] = {}
     for name, keywords in streams.items():
-        check_stream(name, **keywords)
-    shares = [name for name, keywords in streams.items() if keywords.get("proportion") is not None]
-    if shares and len(shares) < len(streams):
-        without = ", ".join(name for name in streams if name not in shares)
-        raise ValueError(
-            f"streams: {', '.join(shares)} has a proportion, {without} has none; give it to all or to none"
-        )
-    seen: dict[tuple[Any, Any], str] = {}
-    for name, keywords in streams.items():
-        folder = (keywords.get("local"), keywords.get("split"))
-        if folder in seen:
-            raise ValueError(f"streams.{name}.local: is also the folder of {seen[folder]}; give each stream its own")
-        seen[folder] = name
+        own = given(keywords)
+        shares = [key for key in ("proportion", "repeat", "choose") if key in own]
+        if len(shares) > 1:
+            raise ValueError(f"streams.{name}: found {' and '.join(shares)}; give one of them, they say the same thing")
+        for key in (*shares, "loss_weight"):
+            if own.get(key, 1) <= 0:
+                raise ValueError(f"streams.{name}.{key}: found {own[key]}; it must be above 0, or leave the stream out")
+        other = folders.setdefault((own.get("local"), own.get("split")), name)
+        if other != name:
+            raise ValueError(f"streams.{name}.local: is also the folder of {other}; give each stream its own")
+    sharing = [name for name, keywords in streams.items() if keywords.get("proportion") is not None]
+    if sharing and len(sharing) < len(streams):
+        without, those = ", ".join(name for name in streams if name not in sharing), ", ".join(sharing)
+        raise ValueError(f"streams: {those} has a proportion, {without} has none; give it to all or to none")

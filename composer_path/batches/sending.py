@@ -19,13 +19,7 @@ _ALIGNMENT = 64  # bytes; each tensor starts at a multiple, as torch's own do
 
 
 def in_one_piece(fields: Mapping[str, Any], kind: str, images: Sequence[Tensor]) -> dict[str, Any]:
-    """A batch's fields with all of its tensors in one piece of shared memory.
-
-    Args:
-        fields: All but the images.
-        kind: The images' field.
-        images: What each sample has of them.
-    """
+    """A batch's fields, and each sample's images as the field `kind`, all tensors in one piece of shared memory."""
     small = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     total = sum(map(_room, small.values())) + sum(tensor.nbytes for tensor in images)
     # As torch's own collating does; share_memory_() would copy memory that nothing has been written to yet.
@@ -44,11 +38,7 @@ def in_one_piece(fields: Mapping[str, Any], kind: str, images: Sequence[Tensor])
 
 
 def pack(fields: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, tuple[Any, ...]], dict[str, Any]]:
-    """What is sent of a batch.
-
-    Returns:
-        The shared memory that its tensors lie in, their places in it, and all that doesn't lie there.
-    """
+    """What is sent: the shared memory that tensors lie in, their places in it, and all that doesn't lie there."""
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
     storage = next((value.untyped_storage() for value in tensors.values() if value.is_cpu and value.is_shared()), None)
     if storage is None:

@@ -41,22 +41,20 @@ class BatchReport(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         """Report a batch's make-up."""
         batch: Batch = state.batch
-        dataset = getattr(state.dataloader, "dataset", None)
-        imbalance = getattr(dataset, "imbalance", None)
+        tokens, samples = len(batch.input_ids), len(batch.sample_ids)
+        metrics = {
+            "batch/tokens": tokens,
+            "batch/images": len(batch.is_he),
+            "batch/microbatches": len(batch.samples_per_bin),
+            "batch/supervised_share": len(batch.targets) / tokens,
+            "batch/padding_avoided": 1 - tokens / (samples * batch.max_seq_len),
+            "batch/unusable_samples": self._count(batch),
+        }
+        imbalance = getattr(getattr(state.dataloader, "dataset", None), "imbalance", None)
         if imbalance is not None and imbalance != self.imbalance:
             self.imbalance = imbalance
-            logger.log_metrics({"batch/rank_imbalance_as_drawn": imbalance[0], "batch/rank_imbalance": imbalance[1]})
-        tokens, samples = len(batch.input_ids), len(batch.sample_ids)
-        logger.log_metrics(
-            {
-                "batch/tokens": tokens,
-                "batch/images": len(batch.is_he),
-                "batch/microbatches": len(batch.samples_per_bin),
-                "batch/supervised_share": len(batch.targets) / tokens,
-                "batch/padding_avoided": 1 - tokens / (samples * batch.max_seq_len),
-                "batch/unusable_samples": self._count(batch),
-            }
-        )
+            metrics |= {"batch/rank_imbalance_as_drawn": imbalance[0], "batch/rank_imbalance": imbalance[1]}
+        logger.log_metrics(metrics)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Report how much of the step was waiting for data."""
@@ -78,4 +76,4 @@ class BatchReport(Callback):
                         "sample %d can't be used and counts nothing: %s (named once a kind)", sample_id, problem
                     )
                 self.problems[problem] += 1
-        return sum(self.problems.values())
+        return self.problems.total()

@@ -26,12 +26,6 @@ class SaveWeights(Callback):
     Args:
         interval: A Composer time such as `1ep` or `500ba` (a number counts epochs); the end is always included.
         dtype: Of a written model folder: `bf16`, `fp32`, or None for as they are.
-        run_folder: Where to write.
-        model: The plain model, whose children are gathered if it is sharded.
-        trained_only: Its checkpoint filter.
-        tokenizer: Saved with a model folder.
-        text: How text is prepared; saved with a model folder.
-        images: How images are.
     """
 
     is_run_object = True  # its keyword-only arguments come from the run, not from the YAML
@@ -49,12 +43,9 @@ class SaveWeights(Callback):
         images: ImagePreparation,
     ) -> None:
         self.due = create_interval_scheduler(interval, include_end_of_training=True)
-        self.dtype = dtype
-        self.run_folder = run_folder
-        self.model = model
-        self.trained_only = trained_only
-        self.tokenizer = tokenizer
-        self.text, self.images = text, images
+        self.dtype, self.run_folder = dtype, run_folder
+        self.model, self.trained_only = model, trained_only
+        self.prepared = tokenizer, text, images
         self.last_saved: int | None = None
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
@@ -67,14 +58,11 @@ class SaveWeights(Callback):
 
     def save(self) -> None:
         """Gather the weights on rank 0 and write them; every rank must call it."""
-        trained = {
-            name for name, child in self.model.named_children() if any(p.requires_grad for p in child.parameters())
-        }
-        weights = gather_weights(self.model, self.trained_only, everything=trained != {"projector"})
-        if dist.get_global_rank() == 0:
-            if trained == {"projector"}:
-                write_projector(self.run_folder, self.model, weights)
-            else:
-                prepared = self.tokenizer, self.text, self.images
-                write_model(self.run_folder / "model", self.model, weights, *prepared, self.dtype)
+        trained = {name.partition(".")[0] for name, p in self.model.named_parameters() if p.requires_grad}
+        only_projector = trained == {"projector"}
+        weights = gather_weights(self.model, self.trained_only, everything=not only_projector)
+        if dist.get_global_rank() == 0 and only_projector:
+            write_projector(self.run_folder, self.model, weights)
+        elif dist.get_global_rank() == 0:
+            write_model(self.run_folder / "model", self.model, weights, *self.prepared, self.dtype)
         dist.barrier()

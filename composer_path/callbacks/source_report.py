@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ class SourceReport(Callback):
             raise ValueError(f"source_report.interval: found {interval}; it must be at least 1")
         self.interval = interval
         self.seen: dict[str, int] = {}  # over all ranks, when last reported
-        self.new: dict[str, int] = {}  # on this rank, since then
+        self.new: Counter[str] = Counter()  # on this rank, since then
         self.slots: dict[str, int] = {}
         self.sums: Tensor | None = None  # [slots, 2]: losses and answer tokens
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Count the samples."""
+        self.new.update(state.batch.sources)
         for source in state.batch.sources:
-            self.new[source] = self.new.get(source, 0) + 1
             self.slots.setdefault(source, len(self.slots))
 
     def after_loss(self, state: State, logger: Logger) -> None:
@@ -56,17 +57,12 @@ class SourceReport(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Report at intervals."""
         if state.timestamp.batch.value % self.interval == 0:
-            self._report(logger)
+            self.epoch_end(state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Report what is left."""
-        self._report(logger)
-
-    def _report(self, logger: Logger) -> None:
+        """Report what came since the last report."""
         sums = [] if self.sums is None else self.sums.tolist()
-        mine = {
-            name: (self.new.get(name, 0), *(sums[at] if at < len(sums) else (0, 0))) for name, at in self.slots.items()
-        }
+        mine = {name: (self.new[name], *(sums[at] if at < len(sums) else (0, 0))) for name, at in self.slots.items()}
         totals: dict[str, list[float]] = {}
         for theirs in dist.all_gather_object(mine):
             for name, values in theirs.items():
@@ -77,7 +73,7 @@ class SourceReport(Callback):
             metrics[f"source/{name}/samples"] = self.seen[name]
             if tokens:
                 metrics[f"source/{name}/loss"] = loss / tokens
-        self.new = {}
+        self.new.clear()
         if self.sums is not None:
             self.sums.zero_()
         if metrics:

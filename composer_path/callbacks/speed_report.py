@@ -25,9 +25,8 @@ class SpeedReport(SpeedMonitor):
     frozen weights without gradients, causal attention at half (`composer_path/models/flops.py`). HFU also counts
     what is computed a second time to save memory. Waiting for data is part of the time; evaluation isn't.
 
-    Beside SpeedMonitor's `throughput/...` it logs `throughput/device/images_per_sec`,
-    `throughput/device/answer_tokens_per_sec` and `throughput/device/hfu` of the first rank; the counts come from the
-    loader, so nothing is copied from the GPU.
+    Beside SpeedMonitor's `throughput/...` it logs, under `throughput/device/`, `images_per_sec`,
+    `answer_tokens_per_sec` and `hfu` of the first rank, by the loader's counts: nothing is copied from the GPU.
 
     Args:
         window_size: Steps.
@@ -49,11 +48,8 @@ class SpeedReport(SpeedMonitor):
         super().init(state, logger)
         if not self.gpu_flops_available and torch.cuda.is_available() and state.device.name == "gpu":
             self.gpu_flops_available = measure_peak(torch.device("cuda", torch.cuda.current_device()))
-            log.warning(
-                "MFU is relative to %.0f TFLOP/s, measured here with a product of matrices; give the datasheet's as "
-                "callbacks.speed_report.gpu_flops_available",
-                self.gpu_flops_available / 1e12,
-            )
+            found = "MFU is relative to %.0f TFLOP/s, measured here with a product of matrices; give the datasheet's as"
+            log.warning(f"{found} callbacks.speed_report.gpu_flops_available", self.gpu_flops_available / 1e12)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Report the window that ends with this step."""
@@ -72,8 +68,7 @@ class SpeedReport(SpeedMonitor):
         }
         if self.gpu_flops_available:
             over_ranks = sum(list(self.history_flops)[1:]) / dist.get_world_size()
-            mfu = over_ranks / seconds / self.gpu_flops_available
-            metrics["throughput/device/hfu"] = mfu * computed / needed
+            metrics["throughput/device/hfu"] = over_ranks / seconds / self.gpu_flops_available * computed / needed
         logger.log_metrics(metrics)
 
 

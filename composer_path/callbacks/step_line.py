@@ -20,8 +20,7 @@ class StepLine(LoggerDestination):
     """
 
     def __init__(self, every: int = 1, stream: TextIO | None = None) -> None:
-        self.every = every
-        self.stream = stream
+        self.every, self.stream = every, stream
         self.latest: dict[str, Any] = {}
         self.last_time, self.last_samples = time.monotonic(), 0
 
@@ -37,7 +36,11 @@ class StepLine(LoggerDestination):
         samples = state.timestamp.sample.value
         rate = (samples - self.last_samples) / max(now - self.last_time, 1e-9)
         self.last_time, self.last_samples = now, samples
-        total = self._total_batches(state)
+        duration, length, total = state.max_duration, state.dataloader_len, None  # steps of the run, where known
+        if duration is not None and duration.unit.value == "ba":
+            total = duration.value
+        elif duration is not None and duration.unit.value == "ep" and length is not None:
+            total = duration.value * int(length)
         rates = sorted({float(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups})
         self._print(
             f"{state.run_name} step {batch}{f'/{total}' if total else ''}"
@@ -52,15 +55,6 @@ class StepLine(LoggerDestination):
         values = "  ".join(f"{key.removeprefix('metrics/')} {float(value):.4f}" for key, value in found.items())
         if dist.get_global_rank() == 0 and values:
             self._print(f"{state.run_name} step {state.timestamp.batch.value}  {values}")
-
-    def _total_batches(self, state: State) -> int | None:
-        duration = state.max_duration
-        if duration is None:
-            return None
-        if duration.unit.value == "ba":
-            return duration.value
-        length = state.dataloader_len
-        return duration.value * int(length) if duration.unit.value == "ep" and length is not None else None
 
     def _print(self, line: str) -> None:
         print(line, file=self.stream or sys.stderr, flush=True)

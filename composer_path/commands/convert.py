@@ -7,11 +7,13 @@ Exit code: 0 written, 1 nothing published because of the input or a place, 2 wro
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
+
+from composer_path.commands.verb import add_workers
 
 if TYPE_CHECKING:
     from composer_path.conversion.convert import Progress
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         number = int if kind in ("int", "int | None") else str
         shown = purpose if default is None else f"{purpose} (default: %(default)s)"
         add(flag, type=number, choices=choices, default=default, help=shown, metavar=None if choices else "X")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: as many as cores)")
+    add_workers(parser)
     squares = "store finished squares of this many pixels a side, so that training decodes nothing"
     add("--resize", metavar="SIDE", type=int, help=squares)
     add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
@@ -92,23 +94,19 @@ def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> 
     """Convert or merge, print what came of it, and return the exit code."""
     from composer_path.conversion.progress import ConvertProgress
     from composer_path.conversion.rejections import ConvertError, explained
-    from composer_path.storage.places import StorageError, shown
+    from composer_path.storage.errors import StorageError, shown
 
-    progress = ConvertProgress(sys.stderr)
     try:
-        summary = work(progress)
+        with closing(ConvertProgress(sys.stderr)) as progress:
+            summary = work(progress)
     except (ConvertError, StorageError, ImportError) as error:
-        progress.close()
         print(error, file=sys.stderr)
         return 1
     except OSError as error:  # no space left, no right to write
-        progress.close()
         print(f"{explained(error, shown(out))}; then the same command with --resume goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        progress.close()
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
-    progress.close()
     print(summary)
     return 0

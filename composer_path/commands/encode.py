@@ -6,20 +6,17 @@ All else stays as it is; docs/batches.md says when it pays.
 from __future__ import annotations
 
 import argparse
-import os
 
-from composer_path.commands.verb import add_overrides, at_least_1
+from composer_path.commands.verb import add_workers, add_yaml, at_least_1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The YAML, the set, and where to write."""
-    parser.add_argument("yaml", metavar="YAML", help="of the run: its encoder, fit and decoder")
-    parser.add_argument("shards", metavar="DIR_OR_URI", help="the set of images")
-    parser.add_argument("out", metavar="NEW", help="folder or address for the set of features; nothing may lie there")
-    add_overrides(parser)
+    out = "folder or address for the set of features; nothing may lie there"
+    add_yaml(parser, shards="the set of images: a folder or an address", out=out)
     parser.add_argument("--batch-size", type=at_least_1, default=32, help="images encoded together (default: 32)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="(default: a GPU where there is one)")
-    parser.add_argument("--workers", type=at_least_1, default=os.cpu_count() or 1, help="threads (default: cores)")
+    add_workers(parser, "threads")
 
 
 def run(options: argparse.Namespace) -> int:

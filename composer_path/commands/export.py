@@ -25,9 +25,10 @@ def run(options: argparse.Namespace) -> int:
     if not config_path.is_file():
         fix = "give a run's folder or a checkpoint in it, or name its configuration with --config"
         raise ValueError(f"no run configuration at '{config_path}'; {fix}")
+
     from composer_path.config.reading import load_config
 
-    config = load_config(str(config_path), [])
+    config = load_config(config_path)
 
     from composer_path.run.export import export_checkpoint
 
@@ -42,11 +43,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     Raises:
         ValueError: A run's folder without a checkpoint.
     """
-    if not (path / PLACES["checkpoints"]).is_dir() and not (path / CONFIG).is_file():
+    checkpoints = path / PLACES["checkpoints"]
+    if not checkpoints.is_dir() and not (path / CONFIG).is_file():
         # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
         return path, path.absolute().parent.parent / CONFIG
-    newest = path / PLACES["checkpoints"] / NEWEST
-    if not newest.exists():
+    if not (checkpoints / NEWEST).exists():
         fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
-        raise ValueError(f"run '{path}': found no checkpoint at '{newest}'; {fix}")
-    return newest, path / CONFIG
+        raise ValueError(f"run '{path}': found no checkpoint at '{checkpoints / NEWEST}'; {fix}")
+    return checkpoints / NEWEST, path / CONFIG

@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Copy the files, or refuse if one of them is there."""
     names = starter_files(options.demo)
-    there = [name for name in names if os.path.lexists(options.out / name)]
-    if there:
+    if there := [name for name in names if os.path.lexists(options.out / name)]:
         found = f"{', '.join(there[:3])}{' and more' if len(there) > 3 else ''}"
         raise ValueError(f"{options.out}: nothing is overwritten, found {found}; choose another folder")
     for name in names:
@@ -33,9 +32,6 @@ def run(options: argparse.Namespace) -> int:
 
 def starter_files(demo: bool) -> list[str]:
     """The names of what is written, relative to the folder."""
-    found = [
-        Path(folder, name).relative_to(STARTER)
-        for folder, _, names in os.walk(STARTER, followlinks=True)
-        for name in names
-    ]
+    walk = os.walk(STARTER, followlinks=True)
+    found = (Path(folder, name).relative_to(STARTER) for folder, _, names in walk for name in names)
     return sorted(path.as_posix() for path in found if demo or path.parts[0] != DEMO)

@@ -6,10 +6,9 @@ A small file beside each set; images are not read, no text is stored.
 from __future__ import annotations
 
 import argparse
-import functools
-import os
+from functools import partial
 
-from composer_path.commands.verb import add_yaml, at_least_1
+from composer_path.commands.verb import add_workers, add_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loader", choices=("train_loader", "eval_loader"), action="append", help=which)
     parser.add_argument("--out", metavar="DIR_OR_URI", help="in place of LOADER.lengths or beside each set")
     parser.add_argument("--force", action="store_true", help="measure again what was measured before")
-    parser.add_argument(
-        "--workers", type=at_least_1, default=os.cpu_count() or 1, help="processes (default: all cores)"
-    )
+    add_workers(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.conversion.progress import every_ten_seconds
     from composer_path.planning.measured_lengths import measure
 
-    report = functools.partial(every_ten_seconds, done="shards measured")
+    report = partial(every_ten_seconds, done="shards measured")
     loaders = tuple(options.loader) if options.loader else None
     for line in measure(settings, loaders, options.out, options.workers, options.force, report):
         print(line, flush=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 
 from composer_path.commands.convert import convert_and_report
+from composer_path.commands.verb import add_workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the parts lie."""
     parser.add_argument("out", metavar="OUT", help="folder or address that the parts were written to")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: cores)")
+    add_workers(parser, "files read at once")
 
 
 def run(options: argparse.Namespace) -> int:
     """Merge."""
     from composer_path.conversion.convert import merge
 
-    return convert_and_report(
-        lambda progress: merge(options.out, workers=options.workers, progress=progress), options.out
-    )
+    out, workers = options.out, options.workers
+    return convert_and_report(lambda progress: merge(out, workers=workers, progress=progress), out)

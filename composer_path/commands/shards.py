@@ -6,13 +6,12 @@ Only `show` prints what a record says. Exit code 1: `verify` found problems.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from composer_path.commands.verb import at_least_1
+from composer_path.commands.verb import add_workers
 
 if TYPE_CHECKING:
     from composer_path.shards.view import ShardView, StoredSample
@@ -49,14 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for choice in (choosing, drawing):
         choice.add_argument("--out", required=True, metavar="DIR_OR_URI", help="where to; nothing may lie there")
         choice.add_argument("words", nargs="+" if choice is choosing else "*", metavar="CONDITION", help=conditions)
-    for one in (summary, verifying, choosing, drawing):
-        one.add_argument("--workers", type=at_least_1, default=os.cpu_count() or 1, help="processes (default: cores)")
+    for action in (summary, verifying, choosing, drawing):
+        add_workers(action)
 
 
 def run(options: argparse.Namespace) -> int:
     """Do it."""
     if options.action == "verify" and (options.template is None) != (options.tokenizer is None):
         raise ValueError("--template and --tokenizer go together; give both or none")
+
     from composer_path.shards.view import ShardView
 
     action = {"summary": summarize, "show": show, "verify": verify, "filter": choose, "sample": choose}
@@ -68,10 +68,10 @@ def summarize(view: ShardView, options: argparse.Namespace) -> int:
     from composer_path.conversion.progress import every_ten_seconds
     from composer_path.shards.summary import summarize as count
 
-    rows: list[tuple[str, Any]] = [("shards", len(view.shards))]
-    rows.append(("MB", f"{sum(shard['raw_data']['bytes'] for shard in view.shards) / 1e6:.1f}"))
-    rows += [(f"card: {key}", json.dumps(value)) for key, value in view.card.items() if key != "columns"]
-    print("\n".join(f"{name:<36}{value}" for name, value in rows))
+    megabytes = sum(shard["raw_data"]["bytes"] for shard in view.shards) / 1e6
+    rows: dict[str, object] = {"shards": len(view.shards), "MB": f"{megabytes:.1f}"}
+    rows |= {f"card: {key}": json.dumps(value) for key, value in view.card.items() if key != "columns"}
+    print("\n".join(f"{name:<36}{value}" for name, value in rows.items()))
     print(count(view, options.workers, every_ten_seconds(len(view.shards), "shards read")))
     return 0
 
@@ -80,37 +80,34 @@ def show(view: ShardView, options: argparse.Namespace) -> int:
     """Print a record as text and write its images as files."""
     by_position = options.which.isdecimal() and not options.id
     sample = view.sample(int(options.which)) if by_position else view.find(options.which)
-    rows: list[tuple[str, Any]] = [("position", sample.position), ("shard", sample.shard), ("id", sample.id)]
-    rows += [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in sample.metadata.items()]
-    rows += [(f"image {n}", path) for n, path in enumerate(write_images(sample, Path(options.out)), start=1)]
-    lines = [f"{name:<16}{value}" for name, value in rows]
-    conversation = sample.conversation
-    turns = [("system", conversation.system)] if conversation.system is not None else []
-    turns += [(turn.role, turn.text) for turn in conversation.turns]
-    lines += [f"\n{role}:\n{text}" for role, text in turns]
+    rows = {"position": sample.position, "shard": sample.shard, "id": sample.id, **sample.metadata}
+    rows |= {f"image {n}": str(path) for n, path in enumerate(write_images(sample, Path(options.out)), start=1)}
+    lines = [f"{name:<16}{value if isinstance(value, str) else json.dumps(value)}" for name, value in rows.items()]
+    system, turns = sample.conversation.system, sample.conversation.turns
+    lines += [] if system is None else [f"\nsystem:\n{system}"]
+    lines += [f"\n{turn.role}:\n{turn.text}" for turn in turns]
     print("\n".join(lines).translate(_CONTROLS))
     return 0
 
 
 def write_images(sample: StoredSample, folder: Path) -> list[Path]:
     """Write a sample's images as picture files; finished squares become PNG."""
+    from PIL import Image
+
     from composer_path.images.file import open_image
     from composer_path.images.square import is_square, square_of, unpack_square
 
-    if sample.images:
-        folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, data in enumerate(sample.images, start=1):
-        if is_square(data):
-            from PIL import Image
-
-            pixels = unpack_square(data, square_of(data)).permute(1, 2, 0).contiguous().numpy()
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "PNG")
-            data = file.getvalue()
-        suffix = {"JPEG": "jpg", "PNG": "png"}.get(open_image(data).format or "", "bin")
+        kind = "PNG" if is_square(data) else open_image(data).format or ""
+        suffix = {"JPEG": "jpg", "PNG": "png"}.get(kind, "bin")
         paths.append(folder / f"sample-{sample.position}-image-{number}.{suffix}")
-        paths[-1].write_bytes(data)
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_square(data):
+            pixels = unpack_square(data, square_of(data)).permute(1, 2, 0)
+            Image.fromarray(pixels.contiguous().numpy()).save(paths[-1])
+        else:
+            paths[-1].write_bytes(data)
     return paths
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from composer_path.asking.run_table import format_runs
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder."""
@@ -13,7 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table."""
-    from composer_path.asking.run_table import format_runs
-
     print(format_runs(options.root))
     return 0

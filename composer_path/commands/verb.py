@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType, SimpleNamespace, TracebackType
+from traceback import walk_tb
+from types import ModuleType
 
 from composer_path import __version__
 
@@ -19,6 +21,13 @@ ROAD = (*DATA_VERBS, "check", "plan", "train", "export", "ask", "evaluate", "sum
 def module_of(verb: str) -> ModuleType:
     """The module of a verb; its docstring says what the verb does."""
     return import_module(f"composer_path.commands.{verb}")
+
+
+def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
+    """Do what the words behind a verb say (default: those of the command line), and return the exit code."""
+    options = parse(verb, arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from files
+    return exit_code(lambda: module_of(verb).run(options), verb, str(options.out) if "out" in options else None)
 
 
 def parse(verb: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,51 +48,54 @@ def parse(verb: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
     return options
 
 
-@contextmanager
-def mistakes(verb: str, place: str | None = None, only_ours: bool = False) -> Iterator[SimpleNamespace]:
-    """Let a mistake of the user end in its words on stderr; a bug of ours shows its traceback.
+def exit_code(work: Callable[[], int], verb: str, place: str | None = None) -> int:
+    """Work, and return its code; a mistake of the user ends in a line on stderr, a bug of ours in its traceback.
 
-    Args:
-        verb: Named before the words.
-        place: Where the verb writes to, named if the system's error names no file.
-        only_ours: Whether a library's error is a bug: a long run meets more than its user's mistakes.
-
-    Yields:
-        What has the exit code after a mistake, `code`.
+    Of `train`, a library's error is a bug, too: a long run meets more than its user's mistakes. `place` is where the
+    verb writes to, named if the system's error names no file.
     """
-    ending = SimpleNamespace(code=2)
     try:
-        yield ending
+        code = work()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        ending.code = 130  # what a shell reports of a program that was interrupted
         print(file=sys.stderr)
+        return 130  # as shells report a program that was interrupted
     except (ValueError, OSError) as error:
-        if only_ours and not _is_ours(error.__traceback__):
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141  # as shells report a program whose reader left, such as `head`
+        *_, (frame, _) = walk_tb(error.__traceback__)
+        if verb == "train" and not str(frame.f_globals["__name__"]).startswith("composer_path."):
             raise
         words = str(error)
         if isinstance(error, OSError) and error.strerror is not None:
-            where = error.filename or place
-            words = f"{where}: {error.strerror}" if where else error.strerror
+            words = ": ".join(filter(None, (error.filename or place, error.strerror)))
         print(f"composer-path {verb}: {words}", file=sys.stderr)
+        return 2
+    return code
 
 
-def _is_ours(traceback: TracebackType | None) -> bool:
-    """Whether a line of this package raised the error."""
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and str(traceback.tb_frame.f_globals.get("__name__")).startswith("composer_path.")
+def _nobody_reads() -> bool:
+    """Whether the reader of stdout has left; what is still to be written to it is then dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return left
 
 
-def add_yaml(parser: argparse.ArgumentParser) -> None:
-    """A run's YAML and its overrides."""
-    parser.add_argument("yaml", metavar="YAML", help="the run's")
-    add_overrides(parser)
-
-
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """What changes a YAML: `options.words`."""
+def add_yaml(parser: argparse.ArgumentParser, **places: str) -> None:
+    """A run's YAML, places and what each is for, and overrides, `options.words`."""
+    for name, purpose in {"yaml": "of the run", **places}.items():
+        parser.add_argument(name, metavar=name.upper(), help=purpose)
     purpose = "overrides, such as trainer.max_duration=2ep"
     parser.add_argument("words", metavar="key=value", nargs="*", default=[], help=purpose)
+
+
+def add_workers(parser: argparse.ArgumentParser, what: str = "processes") -> None:
+    """How much is done at once: `options.workers`."""
+    purpose = f"{what} (default: as many as cores)"
+    parser.add_argument("--workers", metavar="N", type=at_least_1, default=os.cpu_count() or 1, help=purpose)
 
 
 def at_least_1(text: str) -> int:

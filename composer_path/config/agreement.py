@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+from composer_path.batches.mixture import asking_template, check_streams, template_of
+from composer_path.config.types import nearest
+from composer_path.models.open_clip_trunk import open_clip_vision_config
+from composer_path.models.vision_encoder import COCA_VIT_L
 
 LOADERS = ("train_loader", "eval_loader")
 Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
@@ -24,12 +28,11 @@ def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterat
         node: Any = values
         for key in path.split("."):
             node = node.get(key) if isinstance(node, Mapping) else None
-        return node if node is None or isinstance(node, bool | int | float | str | list | Mapping) else None
+        return node if isinstance(node, bool | int | float | str | list | Mapping) else None
 
     yield from _of_the_model(get)
     yield from _of_what_is_trained(get)
     yield from _of_the_trainer(get, given)
-    yield from _of_what_is_exported(get)
     for name in LOADERS:
         if isinstance(get(name), Mapping):
             yield from _of_a_loader(get, name)
@@ -48,17 +51,14 @@ def _of_the_model(get: Get) -> Iterator[str]:
 
 def _patch_size(get: Get) -> int | None:
     """Side of a vision encoder's patches, pixels; None where neither keywords nor name tell."""
-    from composer_path.models.open_clip_trunk import open_clip_vision_config
-    from composer_path.models.vision_encoder import COCA_VIT_L
-
     name, size = str(get("model.vision_encoder.name")), get("model.vision_encoder.kwargs.patch_size")
     if size is None and name.startswith("open_clip/"):
         try:
             size = open_clip_vision_config(name.removeprefix("open_clip/"))[0].get("patch_size")
         except ValueError:  # no such model, which is already reported
             return None
-    by_name = re.search(r"patch(\d+)", COCA_VIT_L["name"] if name == "coca_vit-l" else name)
-    size = int(by_name[1]) if size is None and by_name else size
+    if size is None and (by_name := re.search(r"patch(\d+)", COCA_VIT_L["name"] if name == "coca_vit-l" else name)):
+        size = int(by_name[1])
     return size if isinstance(size, int) else None
 
 
@@ -69,52 +69,40 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
     if not isinstance(trainable, list) or not trainable:
         return
     if isinstance(rates, Mapping):
-        for name in rates:
-            if name not in trainable:
-                near = difflib.get_close_matches(name, trainable, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(trainable)}"
-                yield f"optimizer.lr.{name}: is not trained; {hint}"
-        for name in trainable:
-            if name not in rates:
-                yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+        for name in (name for name in rates if name not in trainable):
+            near = nearest(name, trainable)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(map(str, trainable))}"
+            yield f"optimizer.lr.{name}: is not trained; {hint}"
+        for name in (name for name in trainable if name not in rates):
+            yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"
 
 
 def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
-    if (get("trainer") or {}).get("save_interval", "") is None and get("trainer.autoresume"):
-        fix = "give an interval or remove this"
-        yield f"trainer.autoresume: has nothing to go on from while save_interval is null; {fix}"
-    trainer = given.get("trainer")
-    if "eval_loader" not in given and isinstance(trainer, Mapping):
-        for key in ("eval_interval", "eval_subset_num_batches"):
-            if trainer.get(key) is not None:
-                yield f"trainer.{key}: does nothing without the section eval_loader; add it or remove this"
-
-
-def _of_what_is_exported(get: Get) -> Iterator[str]:
-    """The template that the trained model will be asked with must be known before it is trained."""
-    from composer_path.batches.mixture import asking_template
-
-    streams = get("train_loader.dataset.streams")
-    if isinstance(streams, Mapping) and all(isinstance(keywords, Mapping) for keywords in streams.values()):
-        try:
-            asking_template(get("train_loader.dataset.template"), streams)
-        except ValueError as error:
-            if str(error).startswith("template: "):  # else the stream's own template is wrong, which is reported
-                yield f"train_loader.dataset.{error}"
+    trainer, clipping = get("trainer") or {}, "algorithms.gradient_clipping.clipping_type"
+    if get("trainer.autoresume") and trainer.get("save_interval", "") is None:
+        found = "has nothing to go on from while save_interval is null"
+        yield f"trainer.autoresume: {found}; give an interval or remove this"
+    if get(clipping) == "adaptive" and get("trainer.parallelism_config.fsdp.version") == 1:
+        yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
+    written = given.get("trainer")
+    for key in ("eval_interval", "eval_subset_num_batches"):
+        if "eval_loader" not in given and isinstance(written, Mapping) and written.get(key) is not None:
+            yield f"trainer.{key}: does nothing without the section eval_loader; add it or remove this"
 
 
 def _of_a_loader(get: Get, name: str) -> Iterator[str]:
     dataset, ranks = get(f"{name}.dataset"), int(os.environ.get("WORLD_SIZE", "1"))
     if isinstance(dataset, Mapping) and (dataset.get("local") is None) == (dataset.get("streams") is None):
         # Without a folder of its own Streaming takes one in /tmp, which a second run can't use again.
-        yield f"{name}.dataset.local: " + (
-            "is given beside streams; remove one of them"
-            if dataset.get("local") is not None
-            else "found null; it must be text: the folder of the shards, or of their cache (or give streams)"
-        )
+        found = "found null; it must be text: the folder of the shards, or of their cache (or give streams)"
+        both = "is given beside streams; remove one of them"
+        yield f"{name}.dataset.local: {found if dataset.get('local') is None else both}"
+    streams = get(f"{name}.dataset.streams")
+    if isinstance(streams, Mapping) and all(isinstance(keywords, Mapping) for keywords in streams.values()):
+        yield from _of_a_mixture(streams, get(f"{name}.dataset.template"), name)
     most, longest = get(f"{name}.max_tokens_per_microbatch"), get(f"{name}.dataset.max_seq_len")
     if isinstance(most, int) and isinstance(longest, int) and most < longest:
         found, fix = f"found {most}, less than {name}.dataset.max_seq_len {longest}", "raise the one or lower the other"
@@ -125,3 +113,28 @@ def _of_a_loader(get: Get, name: str) -> Iterator[str]:
         yield f"{name}.global_batch_size: found {batch}, which {ranks} ranks don't divide; {fix}"
     if isinstance(copies, int) and copies > 0 and ranks % copies:
         yield f"{name}.dataset.replication: found {copies}, which doesn't divide the {ranks} ranks; leave it out"
+
+
+def _of_a_mixture(streams: Mapping[str, Any], template: Any, name: str) -> Iterator[str]:
+    try:
+        check_streams(streams)
+    except ValueError as error:
+        yield f"{name}.dataset.{error}"
+    except TypeError:  # text for a number, which is already reported
+        pass
+    for stream, keywords in streams.items():
+        own = keywords.get("template") or template
+        try:
+            template_of(own)
+        except ValueError:  # no such template, which is already reported
+            return
+        try:
+            template_of(own, keywords.get("system"))
+        except ValueError as error:
+            yield f"{name}.dataset.streams.{stream}.{str(error).removeprefix('template.')}"
+            return
+    if name == "train_loader":  # the template that the trained model will be asked with is known before it is trained
+        try:
+            asking_template(template, streams)
+        except ValueError as error:
+            yield f"{name}.dataset.{error}"

@@ -9,22 +9,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from streaming import Stream
+from streaming.base.util import number_abbrev_to_int
+
+from composer_path.config.agreement import LOADERS
+from composer_path.images.features import FeaturesError, common_features
+from composer_path.planning.measured_lengths import lengths_problems
+from composer_path.records.vocabulary import load_tokenizer
+from composer_path.run.names import named_classes
+from composer_path.shards.index import INDEX_NAME
 from composer_path.storage.places import is_remote
 
-Settings = Mapping[str, Any]
-LOADERS = ("train_loader", "eval_loader")
-INDEX = "index.json"
+Settings = Mapping[str, Any]  # a configuration, or a section of it, complete and plain
 
 
 def check_files(settings: Settings) -> list[str]:
-    """Problems of the files that a configuration names, and of what is in them: all that can be seen unbuilt.
-
-    Args:
-        settings: The configuration as plain mappings.
-
-    Returns:
-        One a line: key, what was found, what to do.
-    """
+    """Problems of the files that a configuration names, and of what is in them: all that can be seen unbuilt."""
     loaders = {name: settings[name] for name in LOADERS if settings[name] is not None}
     problems: list[str] = []
     for name, loader in loaders.items():
@@ -34,24 +35,20 @@ def check_files(settings: Settings) -> list[str]:
     if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
     if not problems and any(loader["balance"] for loader in loaders.values()):
-        from composer_path.planning.measured_lengths import lengths_problems
-
         problems += lengths_problems(settings)
     return problems
 
 
-def samples_left_out(settings: Settings) -> list[str]:
+def samples_left_out(settings: Settings) -> Iterator[str]:
     """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0.
 
     Args:
-        settings: The configuration as plain mappings, of which `check_files` found no problem.
+        settings: A configuration of which `check_files` found no problem.
     """
-    told = []
     for name in LOADERS if os.environ.get("RANK", "0") == "0" else ():
-        samples, _, left_out = (_epoch(settings[name]) if settings[name] else None) or (0, 0, 0)
+        samples, _, left_out = (settings[name] and _epoch(settings[name])) or (0, 0, 0)
         if left_out:
-            told.append(f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out ({_why(settings[name])})")
-    return told
+            yield f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out ({_why(settings[name])})"
 
 
 def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | None]]:
@@ -61,16 +58,16 @@ def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | N
     for where, keywords in (streams or {f"{name}.dataset": dataset}).items():
         fetched = keywords["remote"] or is_remote(keywords["local"])
         split = keywords["split"] or dataset["split"] or ""
-        yield where, keywords, None if fetched else Path(keywords["local"], split, INDEX)
+        yield where, keywords, None if fetched else Path(keywords["local"], split, INDEX_NAME)
 
 
 def _missing_shards(name: str, loader: Settings) -> Iterator[str]:
     for where, _, index in _sets(name, loader):
         if index is not None and not index.is_file():
-            yield (
-                f"{where}.local: found no {INDEX} in '{index.parent}'; write shards there with "
-                f"data_prep/convert.py --out {index.parent}, or name the folder that has them"
+            fix = (
+                f"write shards there with composer-path convert --out {index.parent}, or name the folder that has them"
             )
+            yield f"{where}.local: found no {INDEX_NAME} in '{index.parent}'; {fix}"
 
 
 def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
@@ -78,15 +75,15 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
     if not Path(path).expanduser().exists():
         yield f"tokenizer.path: found no '{path}'; give a folder or file of a tokenizer"
         return
-    sets = [each for name, loader in loaders.items() for each in _sets(name, loader)]
-    templates = [(where, keywords["template"]) for where, keywords, _ in sets]
-    asking = [where for where, one in templates if "chat_template" in (one, isinstance(one, dict) and one["name"])]
-    if asking:
-        from composer_path.records.vocabulary import load_tokenizer
-
-        if not getattr(load_tokenizer(**settings["tokenizer"]), "chat_template", None):
-            hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
-            yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"
+    asking = []
+    for name, loader in loaders.items():
+        for where, keywords, _ in _sets(name, loader):
+            template = keywords["template"] or loader["dataset"]["template"]
+            if "chat_template" in (template, isinstance(template, dict) and template["name"]):
+                asking.append(where)
+    if asking and not getattr(load_tokenizer(**settings["tokenizer"]), "chat_template", None):
+        hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
+        yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"
 
 
 def _missing_weights(model: Settings) -> Iterator[str]:
@@ -101,14 +98,11 @@ def _missing_weights(model: Settings) -> Iterator[str]:
 
 def _earlier_results(settings: Settings) -> Iterator[str]:
     trainer = settings["trainer"]
-    if trainer["autoresume"] or trainer["save_overwrite"] or trainer["load_path"]:
-        return
     folder = Path(settings["save_root"], trainer["run_name"])
-    if any((folder / "checkpoints").glob("*")):
-        yield (
-            f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; choose another run_name or "
-            "save_root, or go on where it was with trainer.autoresume=true"
-        )
+    meant = trainer["autoresume"] or trainer["save_overwrite"] or trainer["load_path"]
+    if not meant and any((folder / "checkpoints").glob("*")):
+        fix = "choose another run_name or save_root, or go on where it was with trainer.autoresume=true"
+        yield f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; {fix}"
 
 
 def _epoch_problems(name: str, loader: Settings) -> Iterator[str]:
@@ -118,23 +112,17 @@ def _epoch_problems(name: str, loader: Settings) -> Iterator[str]:
         yield f"{name}.dataset: {error}"
         return
     if not steps:
-        yield (
-            f"{name}.global_batch_size: found {loader['global_batch_size']}, for which the {samples:,} samples of an "
-            f"epoch are too few ({_why(loader)}): it would have no step; lower it or change that"
-        )
+        few = f"for which the {samples:,} samples of an epoch are too few ({_why(loader)}): it would have no step"
+        yield f"{name}.global_batch_size: found {loader['global_batch_size']}, {few}; lower it or change that"
 
 
 def _why(loader: Settings) -> str:
     method = loader["dataset"]["batching_method"]
-    return "drop_last wants whole batches" if method == "random" else f"batching_method {method} wants whole batches"
+    return f"{'drop_last' if method == 'random' else f'batching_method {method}'} wants whole batches"
 
 
 def _epoch(loader: Settings) -> tuple[int, int, int] | None:
     """Samples of an epoch, its steps (at least), and the samples in none; None where a set's size isn't known here."""
-    import numpy as np
-    from streaming import Stream
-    from streaming.base.util import number_abbrev_to_int
-
     dataset, batch, ranks = loader["dataset"], loader["global_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
     streams, counts = [], []
     for _, keywords, index in _sets("", loader):
@@ -162,9 +150,6 @@ def _epoch(loader: Settings) -> tuple[int, int, int] | None:
 
 def _feature_problems(settings: Settings, name: str, loader: Settings) -> Iterator[str]:
     """Stored features that this run can't use; whether the weights are theirs is seen when the encoder is built."""
-    from composer_path.images.features import FeaturesError, common_features
-    from composer_path.run.names import named_classes
-
     found = {where: index.read_bytes() for where, _, index in _sets(name, loader) if index is not None}
     try:
         stored = common_features(found) if found else None

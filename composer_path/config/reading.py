@@ -1,25 +1,20 @@
-"""The YAML's way in: load, merge overrides, check everything, and list all mistakes together."""
+"""The YAML's way in: load, merge overrides, complete, check, and list all mistakes together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
-from omegaconf.grammar_parser import parse
 from yaml import YAMLError
 
 from composer_path.config.agreement import disagreements
-from composer_path.config.check import UNREADABLE, check_keys, join
-from composer_path.config.schema import ABSENT, Choice, Key, Section
+from composer_path.config.check import check_keys
+from composer_path.config.interpolations import fill_in
+from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
-
-# An environment variable is read only where the YAML names it; oc.decode makes a number of its text.
-RESOLVERS = {"oc.env", "oc.decode"}
-ANYTHING = Key()
 
 
 class ConfigError(ValueError):
@@ -54,11 +49,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     """
     problems: list[str] = []
     config = _read(path, overrides, problems)
-    given = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(given, dict)
-    _complete(config, config_schema(), "", problems)
-    known = check_keys(_resolve(config, "", problems), problems)
-    problems += disagreements(known, {str(key): value for key, value in given.items()})
+    given: Any = OmegaConf.to_container(config, resolve=False)
+    problems += complete(config, config_schema())
+    values = fill_in(config, problems)
+    problems += check_keys(values, config_schema())
+    problems += disagreements(values, given)
     if problems:
         raise ConfigError(path, problems)
     return config
@@ -66,47 +61,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
 
 def plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as plain mappings and lists, with interpolations filled in."""
-    container = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _complete(config: DictConfig, section: Section, path: str, problems: list[str]) -> None:
-    """Fill in what a section, and those in it, leave out."""
-    raw: Any = OmegaConf.to_container(config, resolve=False)
-    for key, node in section.keys.items():
-        if isinstance(node, Key):
-            if key not in raw and not node.required and node.default is not ABSENT:
-                config[key] = node.default
-        elif raw.get(key) is None and not node.required and (key in raw or node.left_out != "absent"):
-            config[key] = None if node.left_out == "null" else {}
-    for name in map(str, config):
-        node, where = section.keys.get(name, section.members or ANYTHING), join(path, name)
-        if isinstance(node, Key):
-            continue
-        try:
-            child = config[name]
-            part = _chosen(child, node) if isinstance(node, Choice) else node
-        except OmegaConfBaseException:
-            continue  # said when it is resolved
-        if (
-            OmegaConf.is_interpolation(config, name)
-            and isinstance(child, Mapping)
-            and any(_resolvers(parse(raw[name])))
-        ):
-            problems.append(f"{where}: found {raw[name]}; a section is written out, or another section's: ${{name}}")
-        if not isinstance(child, DictConfig) or part is None:
-            continue
-        _complete(child, part, where, problems)
-
-
-def _chosen(config: Any, choice: Choice) -> Section | None:
-    """The section that a choice's selector names; None where it names none."""
-    if not isinstance(config, DictConfig):
-        return None
-    if config.get(choice.selector) is None and choice.default is not None:
-        config[choice.selector] = choice.default
-    return {str(name): section for name, section in choice.sections.items()}.get(str(config.get(choice.selector)))
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:
@@ -129,42 +84,3 @@ def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> Di
         except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
             problems.append(f"override '{override}': can't be applied: {str(error).splitlines()[0]}")
     return config
-
-
-def _resolve(node: Any, path: str, problems: list[str]) -> Any:
-    """Plain values instead of interpolations; those that fail and those left at ??? are reported."""
-    if not OmegaConf.is_config(node):
-        return node
-    is_list = OmegaConf.is_list(node)
-    raw: Any = OmegaConf.to_container(node, resolve=False)
-    plain: dict[Any, Any] = {}
-    for key in range(len(node)) if is_list else list(node):
-        where = f"{path}[{key}]" if is_list else join(path, key)
-        plain[key] = UNREADABLE
-        if OmegaConf.is_missing(node, key):
-            problems.append(f"{where}: found ???; give a value, here or as the override {where}=...")
-            continue
-        text = str(raw[key]) if OmegaConf.is_interpolation(node, key) else ""
-        if text and set(_resolvers(parse(text))) - RESOLVERS:
-            problems.append(f"{where}: found {text}; filled in are ${{other.key}} and ${{oc.env:NAME}} only")
-            continue
-        try:
-            value = node[key]
-        except OmegaConfBaseException as error:
-            problems.append(f"{where}: found {text}, which can't be filled in: {_reason(error)}")
-            continue
-        plain[key] = _resolve(value, where, problems)
-    return list(plain.values()) if is_list else plain
-
-
-def _resolvers(tree: Any) -> Iterator[str]:
-    """The names before a colon in a parsed interpolation, nested ones too; a computed name as it is written."""
-    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
-        yield tree.resolverName().getText()
-    for child in getattr(tree, "children", None) or ():
-        yield from _resolvers(child)
-
-
-def _reason(error: Exception) -> str:
-    """OmegaConf's own words without the name of its exception."""
-    return str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')

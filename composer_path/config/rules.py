@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+import timm
+from composer.core import Time
+from streaming.base.util import bytes_to_int, number_abbrev_to_int
+from transformers import CONFIG_MAPPING
+
+from composer_path.config.types import nearest
+from composer_path.models.language_model import load_language_model_config
+from composer_path.models.open_clip_trunk import open_clip_vision_config
+from composer_path.models.projector import REFERENCE_TYPE
+
+
+def is_time(text: Any) -> bool:
+    """Whether it is text that Composer reads as a time."""
+    try:
+        return isinstance(text, str) and text != "" and Time.from_timestring(text) is not None
+    except ValueError:
+        return False
+
 
 def check_time(value: str | int | float, units: tuple[str, ...], zero: bool = False) -> None:
-    """A time in Composer's words.
+    """A time in Composer's words; a bare number counts epochs.
 
     Args:
-        value: Text, or a number of epochs.
+        value: What is checked.
         units: What it may be counted in.
         zero: Whether it may be 0.
     """
-    from composer.core import Time
-
     if isinstance(value, float):
         return  # a share, where an algorithm also takes a number
     try:
@@ -54,16 +72,12 @@ def check_beta(value: int | float) -> None:
 
 def check_bytes(value: str | int) -> None:
     """A size in bytes, in Streaming's words."""
-    from streaming.base.util import bytes_to_int
-
     if _count(bytes_to_int, value) < 2**20:
         raise ValueError(f"found {value}, which is no size or too small; give a number and a unit, as in 10gb")
 
 
 def check_epoch_size(value: str | int) -> None:
     """A number of samples, in Streaming's words."""
-    from streaming.base.util import number_abbrev_to_int
-
     if _count(number_abbrev_to_int, value) < 1:
         raise ValueError(f"found {value}; it must be a number of samples, as in 50000 or 50k")
 
@@ -82,32 +96,8 @@ def check_run_name(name: str) -> None:
         raise ValueError(f"found '{name}', which is no folder below save_root; give a name without '..' or a first '/'")
 
 
-def check_place(place: str) -> None:
-    """A folder, or an address that something here can read."""
-    from composer_path.storage.places import StorageError, check_readable
-
-    try:
-        check_readable(place)
-    except StorageError as error:
-        raise ValueError(str(error)) from None
-
-
-def check_template(template: str | dict[str, Any] | None) -> None:
-    """A prompt template: checked by itself."""
-    from composer_path.records.prompts import get_template
-
-    if template is not None:
-        get_template(template)
-
-
 def check_vision_name(name: str) -> None:
     """A vision encoder that there is."""
-    import difflib
-
-    import timm
-
-    from composer_path.models.open_clip_trunk import open_clip_vision_config
-
     family, _, model = name.partition("/")
     if family == "timm" and not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=2)
@@ -120,29 +110,18 @@ def check_vision_name(name: str) -> None:
 
 def check_projector_type(name: str) -> None:
     """One of the reference's names."""
-    from composer_path.models.projector import REFERENCE_TYPE
-
     if not REFERENCE_TYPE.fullmatch(name):
-        raise ValueError(
-            f"found '{name}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity"
-        )
+        rule = "it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity"
+        raise ValueError(f"found '{name}'; {rule}")
 
 
 def check_language_model(config: dict[str, Any] | str) -> None:
     """A configuration that transformers knows, without keys that it doesn't, and one that our attention can serve."""
-    import difflib
-    import inspect
-
-    from transformers import CONFIG_MAPPING
-
-    from composer_path.models.language_model import load_language_model_config
-
     if isinstance(config, Mapping) and config.get("model_type") in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[config["model_type"]]
         known = set(cls().to_dict()) | set(inspect.signature(cls.__init__).parameters)
         for key in config:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
+                hint = f"; did you mean '{near}'?" if (near := nearest(key, known)) else ""
                 raise ValueError(f"unknown key '{key}' for model_type {config['model_type']}{hint}")
     load_language_model_config(dict(config) if isinstance(config, Mapping) else config)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
-from composer_path.config.rules import check_interval, check_moment
+from composer.core import Time
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from composer_path.config.rules import check_interval, check_moment, is_time
 from composer_path.config.types import choices_of, fits, mentions, resolve_annotation
 
 
-class Absent(Enum):
-    """Stands for a default that isn't there, or that a YAML can't say (an object)."""
+class NoDefault(Enum):
+    """Stands in place of a default: the key must be given, or it has one that a YAML can't say (an object)."""
 
+    REQUIRED = "required"
     ABSENT = "absent"
 
 
-ABSENT = Absent.ABSENT
+REQUIRED, ABSENT = NoDefault
 
 
 @dataclass(frozen=True)
 class Key:
     """One value: its type, its default and further rules, which hold for each item where it is a list."""
 
-    annotation: Any = Any
-    required: bool = False
-    default: Any = ABSENT
+    annotation: Any
+    default: Any = REQUIRED
     at_least: int | None = None
     check: Callable[[Any], None] | None = None  # of what isn't null; raises ValueError
 
@@ -39,21 +43,17 @@ class Section:
 
     Attributes:
         keys: What it may hold.
-        required: Whether it must be there.
+        default: None, `{}`, or a `NoDefault`. Null means `{}` too, unless the default is None.
         refused: Keys that it may not hold, and what to do instead.
-        open: Other keys are passed on unchecked.
         members: What stands under any other key, where names are free.
-        left_out: What it is where it is left out. A section that may be `absent` is empty where it is null.
-        check: Of the whole mapping, once its parts are right; raises ValueError.
+        open: Other keys are passed on unchecked.
     """
 
     keys: Mapping[str, Key | Section | Choice]
-    required: bool = False
+    default: Any = None
     refused: Mapping[str, str] = field(default_factory=dict)
-    open: bool = False
     members: Section | None = None
-    left_out: Literal["null", "empty", "absent"] = "null"
-    check: Callable[[Any], None] | None = None
+    open: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,52 @@ class Choice:
     selector: str
     sections: Mapping[Any, Section]
     default: Any = None
-    required: bool = False
-    left_out: Literal["null"] = "null"
+    selected: Any = None  # where the selector is left out
+
+    def section(self, selected: Any) -> Section | None:
+        """The section of a name; None where there is none."""
+        return next((section for name, section in self.sections.items() if fits(selected, Literal[name])), None)
 
 
 Node = Key | Section | Choice
+
+
+def join(path: str, key: Any) -> str:
+    """The path of a key below another."""
+    return f"{path}.{key}" if path else str(key)
+
+
+def complete(config: DictConfig, node: Section | Choice, path: str = "") -> Iterator[str]:
+    """Fill in what a section, and those in it, leave out; yields a line for each that can't be filled in."""
+    section = _chosen(config, node) if isinstance(node, Choice) else node
+    if section is None:
+        return
+    given: Any = OmegaConf.to_container(config, resolve=False)
+    for key, part in section.keys.items():
+        if key not in given and not isinstance(part.default, NoDefault):
+            config[key] = part.default
+        elif given.get(key, "") is None and not isinstance(part, Key) and part.default in ({}, ABSENT):
+            config[key] = {}
+    for key in config:
+        part = section.keys.get(str(key), section.members)  # type: ignore[assignment]
+        try:
+            child = None if part is None or isinstance(part, Key) else config[key]
+        except OmegaConfBaseException:
+            continue  # said when it is filled in
+        where = join(path, key)
+        if isinstance(child, dict):  # made by a resolver, anew each time
+            yield f"{where}: found {given[key]}; a section is written out, or another section's: ${{name}}"
+        elif isinstance(child, DictConfig):
+            yield from complete(child, part, where)  # type: ignore[arg-type]
+
+
+def _chosen(config: DictConfig, choice: Choice) -> Section | None:
+    try:
+        if config.get(choice.selector) is None and choice.selected is not None:
+            config[choice.selector] = choice.selected
+        return choice.section(config.get(choice.selector))
+    except OmegaConfBaseException:
+        return None
 
 
 def section_of(
@@ -75,8 +116,7 @@ def section_of(
     leave_out: tuple[str, ...] = (),
     refused: Mapping[str, str] | None = None,
     changes: Mapping[str, Section | Choice | dict[str, Any]] | None = None,
-    required: bool = False,
-    left_out: Literal["null", "empty", "absent"] = "null",
+    default: Any = None,
 ) -> Section:
     """The keywords of a function or class as a section.
 
@@ -86,8 +126,7 @@ def section_of(
         leave_out: Keywords that the run itself supplies.
         refused: Keywords that another key of the YAML says, and which.
         changes: Keys that are sections themselves, or in which fields of `Key` a key differs from the signature.
-        required: Whether the section must be there.
-        left_out: See `Section`.
+        default: See `Section`.
     """
     changes, refused = changes or {}, refused or {}
     keys: dict[str, Node] = {}
@@ -96,40 +135,34 @@ def section_of(
         call = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
         parameters = [p for p in inspect.signature(call).parameters.values() if p.name != "self"]
         kinds = {parameter.kind for parameter in parameters}
-        for parameter in parameters:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        for p in parameters:
+            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.name in (*leave_out, *refused, *keys):
                 continue
-            if parameter.name not in (*leave_out, *refused, *keys):
-                keys[parameter.name] = _key(parameter, call, changes.get(parameter.name, {}))
+            change = changes.get(p.name, {})
+            if isinstance(change, dict):
+                more = {"default": REQUIRED if p.default is p.empty else p.default, **change}
+                annotation = more.pop("annotation", None) or resolve_annotation(p, call)
+                keys[p.name] = key_of(p.name, annotation, **more)
+            else:
+                keys[p.name] = change
     # Composer's base classes take (*args, **kwargs) and drop them: their heirs without an __init__ have no keywords.
     passes_on = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
-    return Section(keys, required, refused, passes_on, left_out=left_out)
+    return Section(keys, default, refused, open=passes_on)
 
 
-def _key(parameter: inspect.Parameter, function: Callable[..., Any], change: Node | dict[str, Any]) -> Node:
-    if not isinstance(change, dict):
-        return change
-    if "annotation" not in change:
-        change = {**change, "annotation": resolve_annotation(parameter, function)}
-    if parameter.default is parameter.empty:
-        return key_of(parameter.name, **{"required": True, **change})
-    return key_of(parameter.name, **{"default": parameter.default, **change})
-
-
-def key_of(name: str, annotation: Any, default: Any = ABSENT, **fields: Any) -> Key:
-    """A key of a constructor; times are checked as what their name says."""
-    from composer.core import Time
-
+def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
+    """A key of a constructor; times, which libraries also call text, are checked as what their name says."""
     if "off" in (words := choices_of(annotation)):
         annotation = Literal[(*words, False)]  # YAML reads a bare off as false
-    key = Key(annotation, default=default)
-    if mentions(annotation, Time) or (name.endswith("interval") and mentions(annotation, str)):
-        key = replace(key, check=check_interval if name.endswith("interval") else check_moment)
+    repeated = name.endswith(("interval", "half_life"))
+    rules: dict[str, Any] = {}
+    if mentions(annotation, Time) or (mentions(annotation, str) and (repeated or is_time(default))):
+        rules["check"] = check_interval if repeated else check_moment
     elif name.endswith("interval"):
-        key = replace(key, at_least=1)
-    key = replace(key, **fields)
-    plain = _plain(key.default)
-    return replace(key, default=plain if plain is ABSENT or fits(plain, key.annotation) else ABSENT)
+        rules["at_least"] = 1
+    plain = default if isinstance(default, NoDefault) else _plain(default)
+    unsayable = not isinstance(plain, NoDefault) and not fits(plain, annotation)
+    return Key(annotation, ABSENT if unsayable else plain, **rules | fields)
 
 
 def _plain(value: Any) -> Any:

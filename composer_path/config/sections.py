@@ -3,173 +3,143 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from typing import Any, Literal, get_args
 
+from composer import Trainer
+from composer.core import Precision
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from streaming import StreamingDataset
+from streaming.base.batching import batching_methods
+from streaming.base.hashing import get_hashes
+from streaming.base.partition import algos as partition_algos
+from streaming.base.shuffle import algos as shuffle_algos
+
+from composer_path.batches.dataset import ConversationDataset
+from composer_path.batches.loader import build_dataloader
+from composer_path.batches.mixture import build_stream
 from composer_path.config import rules
-from composer_path.config.schema import Choice, Key, Node, Section, key_of, section_of
+from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
+from composer_path.models.attentional_pooler import PoolerSettings
+from composer_path.models.execution import choose_execution
+from composer_path.models.projector import MlpSettings, untrained_projector
+from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.records.prompts import get_template
+from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
+from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+from composer_path.run.sharding import FSDP1_DEFAULTS
+from composer_path.storage.places import check_readable
+from composer_path.stream.guarded import GuardedStreamingDataset
+from composer_path.weights.assembly import assemble_model
+from composer_path.weights.language_folder import build_language_model
+from composer_path.weights.projector_file import build_projector
+from composer_path.weights.vision_file import build_vision_encoder
 
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
 
 
 @cache
 def config_schema() -> Section:
-    """The whole YAML. Imports the libraries whose signatures it reads (some seconds)."""
+    """The whole YAML."""
+    schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
-            "version": Key(Literal[1], required=True),
-            "seed": Key(int, required=True, at_least=0),
-            "save_root": Key(str, required=True),
-            "variables": Section({}, open=True, left_out="empty"),
-            "tokenizer": _tokenizer(),
+            "version": Key(Literal[1]),
+            "seed": Key(int, at_least=0),
+            "save_root": Key(str),
+            "variables": Section({}, {}, open=True),
+            "tokenizer": section_of(load_tokenizer, default=REQUIRED),
             "model": _model(),
-            "execution": _execution(),
-            "train_loader": _loader(required=True),
-            "eval_loader": _loader(required=False),
+            "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
+            "train_loader": _loader(REQUIRED),
+            "eval_loader": _loader(None),
             "optimizer": _optimizer(),
-            "scheduler": _scheduler(),
-            "algorithms": _named_sections("algorithms"),
-            "callbacks": _named_sections("callbacks"),
-            "loggers": _named_sections("loggers"),
+            "scheduler": Choice("name", schedules, REQUIRED),
+            **{name: _named_sections(name) for name in ("algorithms", "callbacks", "loggers")},
             "trainer": _trainer(),
         }
     )
 
 
-def _scheduler() -> Choice:
-    return Choice("name", {name: section_of(cls) for name, cls in named_classes("scheduler").items()}, required=True)
-
-
-def _tokenizer() -> Section:
-    from composer_path.records.vocabulary import load_tokenizer
-
-    return section_of(load_tokenizer, required=True)
-
-
 def _model() -> Section:
-    from composer_path.models.attentional_pooler import PoolerSettings
-    from composer_path.models.projector import MlpSettings, untrained_projector
-    from composer_path.models.vision_encoder import untrained_vision_encoder
-    from composer_path.weights.assembly import assemble_model
-    from composer_path.weights.language_folder import build_language_model
-    from composer_path.weights.projector_file import build_projector
-    from composer_path.weights.vision_file import build_vision_encoder
-
     from_parts = dict.fromkeys(("in_dim", "out_dim"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
+    decided["attention"] = "use model.attention"
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
-    mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0}})
-    sections: dict[str, Any] = {
-        "vision_encoder": section_of(
-            build_vision_encoder,
-            untrained_vision_encoder,
-            required=True,
-            changes={"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1},
-        ),
-        "projector": section_of(
-            build_projector,
-            untrained_projector,
-            required=True,
-            refused=from_parts,
-            changes={"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp},
-        ),
-        "language_model": section_of(
-            build_language_model,
-            required=True,
-            refused={**decided, "attention": "use model.attention"},
-            changes={"config": {"check": rules.check_language_model}},
-        ),
+    mlp = section_of(MlpSettings, changes={"depth": AT_LEAST_0})
+    vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1}
+    projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
+    config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
+    builders: dict[str, Any] = {
+        "vision_encoder": ((build_vision_encoder, untrained_vision_encoder), {}, vision),
+        "projector": ((build_projector, untrained_projector), from_parts, projector),
+        "language_model": ((build_language_model,), decided, config),
     }
-    return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=sections, required=True)
+    parts: dict[str, Any] = {
+        name: section_of(*functions, refused=refused, changes=changes, default=REQUIRED)
+        for name, (functions, refused, changes) in builders.items()
+    }
+    return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
 
 
-def _execution() -> Section:
-    from composer_path.models.execution import choose_execution
-
-    numbers = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
-    return section_of(choose_execution, leave_out=("model",), changes=numbers, left_out="empty")
-
-
-def _loader(required: bool) -> Section:
-    from streaming import StreamingDataset
-    from streaming.base.batching import batching_methods
-    from streaming.base.hashing import get_hashes
-    from streaming.base.partition import algos as partition_algos
-    from streaming.base.shuffle import algos as shuffle_algos
-
-    from composer_path.batches.dataset import ConversationDataset
-    from composer_path.batches.loader import build_dataloader
-    from composer_path.batches.mixture import build_stream, check_streams
-    from composer_path.stream.guarded import GuardedStreamingDataset
-
+def _loader(default: Any) -> Section:
     built = ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
     refused = dict.fromkeys(built, "leave it out; it is read from the model") | {"batch_size": "use global_batch_size"}
-    places: dict[str, Any] = {key: {"check": rules.check_place} for key in ("local", "remote")}
-    template = {"annotation": str | dict | None, "check": rules.check_template}
-    inherited = {**template, "default": "${...template}"}  # the dataset's, where a stream names none
-    stream = section_of(build_stream, leave_out=("name", "text"), changes={**places, "template": inherited})
+    of_streaming = dict.fromkeys(("stream_name", "stream_config"), "use streams")
+    of_streaming["download_retry"] = "use fault_timeout, the seconds in which a file must have arrived"
+    checks: dict[str, Any] = {
+        "local": {"check": check_readable},
+        "remote": {"check": check_readable},
+        "template": {"annotation": str | dict | None, "check": get_template},
+    }
+    stream = section_of(build_stream, leave_out=("name", "text"), changes=checks)
+    # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
+    words: dict[str, Any] = {
+        "shuffle_algo": Literal[tuple(shuffle_algos)],
+        "partition_algo": Literal[tuple(partition_algos)],
+        "batching_method": Literal[tuple(batching_methods)],
+        "sampling_method": Literal["balanced", "fixed"],
+        "validate_hash": Literal[tuple(sorted(get_hashes()))] | None,
+    }
     counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
-    dataset = section_of(
-        ConversationDataset,
-        GuardedStreamingDataset,
-        StreamingDataset,
-        refused={
-            **refused,
-            "download_retry": "use fault_timeout, the seconds in which a file must have arrived",
-            **dict.fromkeys(("stream_name", "stream_config"), "use streams"),
-        },
-        required=True,
-        changes={
-            **places,
-            "template": template,
-            **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
-            **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
-            "streams": Section({}, members=stream, check=check_streams),
-            # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
-            "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
-            "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
-            "batching_method": {"annotation": Literal[tuple(batching_methods)]},
-            "sampling_method": {"annotation": Literal["balanced", "fixed"]},
-            "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
-            "cache_limit": {"check": rules.check_bytes},
-            "epoch_size": {"check": rules.check_epoch_size},
-            "shuffle_seed": AT_LEAST_0,
-        },
-    )
-    return section_of(
-        build_dataloader,
-        required=required,
-        refused=refused,
-        changes={
-            "dataset": dataset,
-            **dict.fromkeys(("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor"), AT_LEAST_1),
-            **dict.fromkeys(("num_workers", "timeout"), AT_LEAST_0),
-        },
-    )
+    changes = {
+        **checks,
+        **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
+        **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
+        **{key: {"annotation": annotation} for key, annotation in words.items()},
+        "streams": Section({}, members=stream),
+        "cache_limit": {"check": rules.check_bytes},
+        "epoch_size": {"check": rules.check_epoch_size},
+        "shuffle_seed": AT_LEAST_0,
+    }
+    datasets = (ConversationDataset, GuardedStreamingDataset, StreamingDataset)
+    numbers: dict[str, Any] = {
+        **dict.fromkeys(("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor"), AT_LEAST_1),
+        **dict.fromkeys(("num_workers", "timeout"), AT_LEAST_0),
+    }
+    dataset = section_of(*datasets, refused=refused | of_streaming, changes=changes, default=REQUIRED)
+    return section_of(build_dataloader, refused=refused, changes=numbers | {"dataset": dataset}, default=default)
 
 
 def _optimizer() -> Choice:
-    from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
-
-    changes: dict[str, Any] = {
-        **dict.fromkeys(("lr", "weight_decay", "eps"), AT_LEAST_0),
-        "betas": {"check": rules.check_beta},
-    }
-    sections: dict[Any, Section] = {}
+    changes: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "eps"), AT_LEAST_0)
+    changes["betas"] = {"check": rules.check_beta}
+    sections = {}
     for name in get_args(OptimizerName):
-        try:
-            functions: list[Any] = [build_optimizer, optimizer_class(name)]
-        except ValueError:  # its package isn't installed: said when it is built
-            functions = [build_optimizer]
+        functions: list[Any] = [build_optimizer]
+        with suppress(ValueError):  # its package isn't installed: said when it is built
+            functions.append(optimizer_class(name))
         sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=changes)
-    return Choice("name", sections, required=True)
+    return Choice("name", sections, REQUIRED)
 
 
 def _named_sections(name: str) -> Section:
     """`snake_name: {keywords}`; of an `is_run_object` the keyword-only arguments come from the run."""
-    refused = {
+    trainers = {
         "checkpoint_saver": "use trainer.save_interval and its neighbours",
         "console": "use trainer.log_to_console",
         "progress_bar": "use trainer.progress_bar",
@@ -180,16 +150,12 @@ def _named_sections(name: str) -> Section:
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
         supplied = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        if key not in refused:
-            sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), left_out="absent")
-    refused = {key: hint for key, hint in refused.items() if key in named_classes(name)}
-    return Section(sections, refused=refused, left_out="empty")
+        if key not in trainers:
+            sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), default=ABSENT)
+    return Section(sections, {}, {key: hint for key, hint in trainers.items() if key in named_classes(name)})
 
 
 def _trainer() -> Section:
-    from composer import Trainer
-    from composer.core import Precision
-
     elsewhere = {
         **{key: f"use the section {key}" for key in ("model", "algorithms", "callbacks", "loggers")},
         **{f"{key}_dataloader": f"use the section {key}_loader" for key in ("train", "eval")},
@@ -204,17 +170,17 @@ def _trainer() -> Section:
     objects = ("algorithm_passes", "console_stream", "load_object_store", "profiler")
     return section_of(
         Trainer,
-        required=True,
+        default=REQUIRED,
         refused=elsewhere | dict.fromkeys(objects, "leave it out; it takes an object, which a YAML can't hold"),
         changes={
-            "run_name": {"annotation": str, "required": True, "check": rules.check_run_name},
-            "max_duration": {"required": True, "check": rules.check_max_duration},
+            "run_name": {"annotation": str, "default": REQUIRED, "check": rules.check_run_name},
+            "max_duration": {"default": REQUIRED, "check": rules.check_max_duration},
             "eval_interval": {"check": rules.check_eval_interval},
             "console_log_interval": {"check": rules.check_console_interval},
             "save_interval": {"annotation": str | int | None},  # null saves nothing
             "progress_bar": {"annotation": bool | None, "default": None},  # null: where a terminal can draw it
             # Composer's own default on a GPU is fp16.
-            "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "required": True},
+            "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "default": REQUIRED},
             "device": {"annotation": Literal["cpu", "gpu"] | None},
             **dict.fromkeys(("dist_timeout", "scale_schedule_ratio"), ABOVE_0),
             "parallelism_config": Section({"fsdp": _fsdp()}),
@@ -224,10 +190,6 @@ def _trainer() -> Section:
 
 def _fsdp() -> Choice:
     """Composer sets any word as an attribute of its FSDP1 configuration, so its fields are the list of keys."""
-    from composer.utils.parallelism import FSDP2Config, FSDPConfig
-
-    from composer_path.run.sharding import FSDP1_DEFAULTS
-
     mixed = Literal["param_dtype", "reduce_dtype", "buffer_dtype"]
     words: dict[str, Any] = {
         "mixed_precision": Literal["DEFAULT", "PURE", "FULL"] | dict[mixed, Literal["fp32", "bf16"]],
@@ -245,7 +207,7 @@ def _fsdp() -> Choice:
         keys: dict[str, Node] = {
             item.name: key_of(item.name, words.get(item.name, item.type), defaults.get(item.name, item.default))
             for item in fields(cls)
-            if not item.name.startswith("_") and item.name not in objects and item.name not in ours
+            if not item.name.startswith("_") and item.name not in (*objects, *ours)
         }
         sections[version] = Section(keys, refused=ours)
-    return Choice("version", sections, default=2)
+    return Choice("version", sections, selected=2)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+UNIONS = (Union, types.UnionType)
 LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+# Annotation -> its words, and what YAML's values of it are in Python.
+PLAIN: dict[Any, tuple[str, Any]] = {
+    int: ("a whole number", int),
+    float: ("a number", int | float),
+    str: ("text", str),
+    Path: ("text", str),
+    bool: ("true or false", bool),
+    types.NoneType: ("null", types.NoneType),
+    None: ("null", types.NoneType),
+}
 
 
 def resolve_annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
@@ -37,36 +49,28 @@ def fits(value: Any, annotation: Any) -> bool:
     Stricter than Python on one point (true is no number), and easier on three that YAML can't say: a whole number is
     a float, a list is a tuple, text is a path. A type that YAML has no word for (a tensor, a function) fits nothing.
     """
-    origin, args = get_origin(annotation), get_args(annotation)
-    if annotation is Any or annotation is object or isinstance(annotation, TypeVar):
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in (Any, object) or isinstance(origin, TypeVar):
         return True
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return any(fits(value, member) for member in args)
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in args)
-    if annotation is None or annotation is type(None):
-        return value is None
-    if origin in LISTS or annotation in LISTS:
-        return isinstance(value, list) and _items_fit(value, origin or annotation, args)
-    if origin in MAPPINGS or annotation in MAPPINGS:
+    if origin in LISTS:
+        if not isinstance(value, list) or not args:
+            return isinstance(value, list)
+        members = args if _is_fixed(origin, args) else args[:1] * len(value)
+        return len(members) == len(value) and all(map(fits, value, members))
+    if origin in MAPPINGS:
         return isinstance(value, Mapping) and (
             not args or all(fits(key, args[0]) and fits(item, args[1]) for key, item in value.items())
         )
-    if isinstance(value, bool) or annotation is bool:
-        return isinstance(value, bool) and annotation is bool
-    if annotation is float:
-        return isinstance(value, int | float)
-    if annotation is Path:
-        return isinstance(value, str)
-    return isinstance(annotation, type) and annotation in (int, str) and isinstance(value, annotation)
+    return origin in PLAIN and isinstance(value, PLAIN[origin][1]) and isinstance(value, bool) == (origin is bool)
 
 
-def _items_fit(values: list[Any], kind: Any, args: tuple[Any, ...]) -> bool:
-    if not args:
-        return True
-    if kind is tuple and args[-1] is not Ellipsis:
-        return len(values) == len(args) and all(map(fits, values, args))
-    return all(fits(value, args[0]) for value in values)
+def _is_fixed(origin: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is a tuple of so many items."""
+    return origin is tuple and args[-1] is not Ellipsis
 
 
 def mentions(annotation: Any, wanted: Any) -> bool:
@@ -81,39 +85,30 @@ def choices_of(annotation: Any) -> list[str]:
     return [choice for member in get_args(annotation) for choice in choices_of(member)]
 
 
+def nearest(word: Any, known: Iterable[Any]) -> str | None:
+    """The known word that one may have meant."""
+    return next(iter(difflib.get_close_matches(str(word), map(str, known), n=1)), None)
+
+
 def describe(annotation: Any) -> str:
     """What YAML could say here: "a whole number or null"."""
     return " or ".join(dict.fromkeys(_words(annotation))) or "nothing that a YAML can say"
 
 
 def _words(annotation: Any) -> list[str]:
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin in (Union, types.UnionType):
-        members = sorted(args, key=lambda member: member is type(None))  # null is said last
+    origin, args = get_origin(annotation) or annotation, get_args(annotation)
+    if origin in UNIONS:
+        members = sorted(args, key=lambda member: member is types.NoneType)  # null is said last
         return [word for member in members for word in _words(member)]
     if origin is Literal:
         return [repr(choice) if isinstance(choice, str) else str(choice).lower() for choice in args]
-    if origin in LISTS or annotation in LISTS:
-        return [_words_for_list(origin or annotation, args)]
-    if origin in MAPPINGS or annotation in MAPPINGS:
-        values = f" of names to {describe(args[1])}" if args and args[1] is not Any else ""
-        return [f"a mapping{values}"]
-    plain = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        Path: "text",
-        bool: "true or false",
-        type(None): "null",
-        None: "null",
-        Any: "anything",
-    }
-    return [plain[annotation]] if annotation in plain else []
-
-
-def _words_for_list(kind: Any, args: tuple[Any, ...]) -> str:
-    if not args or args[0] is Any:
-        return "a list"
-    if kind is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)}: {', '.join(describe(member) for member in args)}"
-    return f"a list of: {describe(args[0])}"
+    if origin in LISTS:
+        if not args or args[0] is Any:
+            return ["a list"]
+        size = (
+            f" {len(args)}: {', '.join(map(describe, args))}" if _is_fixed(origin, args) else f": {describe(args[0])}"
+        )
+        return [f"a list of{size}"]
+    if origin in MAPPINGS:
+        return ["a mapping" + (f" of names to {describe(args[1])}" if args and args[1] is not Any else "")]
+    return ["anything"] if origin is Any else [PLAIN[origin][0]] if origin in PLAIN else []

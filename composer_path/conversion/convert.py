@@ -145,7 +145,7 @@ def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None
         raise ConvertError(f"{place}: must hold parts to merge, found a complete data set")
     manifest = read_manifest(place)
     if manifest is None:
-        raise ConvertError(f"{place}: must hold parts to merge, found none; write them with convert.py --part i/N")
+        raise ConvertError(f"{place}: must hold parts to merge, found none; `convert --part i/N` writes them")
     dones: list[PartitionDone] = []
     missing: Counter[int] = Counter()  # partitions of each part
     parts, total = manifest.parts, manifest.num_partitions

@@ -11,7 +11,8 @@ from typing import Any
 from composer_path.conversion.rejections import ConvertError
 from composer_path.shards.columns import FORMAT_VERSION
 from composer_path.shards.index import CARD_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths, is_ours, write_json
-from composer_path.storage.places import Bucket, Folder, StorageError, is_remote, open_place, shown
+from composer_path.storage.errors import StorageError, shown
+from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,10 @@ def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder
     elif not Path(data).is_file():
         found = "a folder" if Path(data).is_dir() else "no such file"
         raise ConvertError(f"--data {data}: must be a JSON or JSONL file, found {found}")
+    try:
+        check_readable(images)
+    except StorageError as error:
+        raise ConvertError(f"--images {error}") from None
     if not is_remote(images) and not Path(images).is_dir():
         raise ConvertError(f"--images {images}: must be the folder of the images, found no such folder")
     try:

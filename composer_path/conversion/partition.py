@@ -28,7 +28,8 @@ from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.columns import COLUMNS, packed_parts
 from composer_path.shards.index import DONE_NAME, IMAGE_HASHES_NAME, Part
 from composer_path.shards.writer import ShardWriter, verify
-from composer_path.storage.places import Bucket, Folder, StorageError, is_remote, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket, Folder, is_remote, open_place
 
 COUNTS = ("records", "images", "text_only", "turns", "without_tag", "dropped_turns", "image_bytes")
 

@@ -80,7 +80,7 @@ class ConvertSummary:
         rows += [("rejected records listed in", self.rejected_file)] if self.rejected_file else []
         rows += [("hashes lead back through", self.mapping_file)] if self.mapping_file else []
         if self.part is not None:
-            rows += [("part", f"{self.part}; when all are there: convert.py merge OUT")]
+            rows += [("part", f"{self.part}; when all are there: composer-path merge OUT")]
         return "\n".join(f"{name:<36}{value}" for name, value in rows)
 
 

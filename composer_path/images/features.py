@@ -1,4 +1,4 @@
-"""Vision features in place of images: what data_prep/encode.py stores, so that training skips the vision encoder.
+"""Vision features in place of images: what `composer-path encode` stores, so that training skips the vision encoder.
 
 A set of features says so in its index.json, under `features`, which every reader has at hand before the first shard. In
 the column of images each image is then a header of 16 bytes and its features, bf16, one token after the other.
@@ -30,14 +30,8 @@ class FeaturesError(ValueError):
 class FeatureSet:
     """How the features of a set were made; what must be the same for the model that is trained on them.
 
-    Attributes:
-        encoder: Keywords that rebuild the vision encoder, without its weights.
-        weights: Hash of its weights.
-        fit: How images were made square, see `load_image`.
-        decoder: What decoded them.
-        pad_color: What they were filled up with.
-        num_tokens: Tokens of an image.
-        dim: Their width.
+    `encoder` are keywords that rebuild the vision encoder, `weights` the hash of its weights; `fit`, `decoder` and
+    `pad_color` are those of `ImagePreparation`; an image has `num_tokens` tokens of width `dim`.
     """
 
     encoder: Mapping[str, Any]
@@ -55,42 +49,27 @@ class FeatureSet:
     def differences(self, other: FeatureSet) -> list[str]:
         """What another one says otherwise."""
         ours, theirs = (json.loads(json.dumps(one.to_json())) for one in (self, other))
-        if ours.pop("weights") != theirs.pop("weights"):
-            return [*_differing(ours, theirs), "weights of the vision encoder"]
-        return _differing(ours, theirs)
-
-
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    flat = [one.pop("encoder") | {key: value for key, value in one.items()} for one in (dict(ours), dict(theirs))]
-    return [
-        f"{key} ({flat[0].get(key)} stored, {flat[1].get(key)} here)"
-        for key in dict.fromkeys([*flat[0], *flat[1]])
-        if flat[0].get(key) != flat[1].get(key)
-    ]
+        weights = ["weights of the vision encoder"] if ours.pop("weights") != theirs.pop("weights") else []
+        ours, theirs = (one.pop("encoder") | one for one in (ours, theirs))
+        changed = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        return [f"{key} ({ours.get(key)} stored, {theirs.get(key)} here)" for key in changed] + weights
 
 
 def features_in_index(index: bytes) -> FeatureSet | None:
-    """What a set's index says of its features; None for a set of images.
-
-    Raises:
-        FeaturesError: Features of a later version of this file.
-    """
+    """What a set's index says of its features; None for a set of images."""
     if b'"features"' not in index:  # spares the reading of a long one
         return None
     found = json.loads(index).get(INDEX_KEY)
     if found is None:
         return None
-    names = {field.name for field in fields(FeatureSet)}
-    if found.get("dtype") != "bfloat16" or not names <= set(found):
+    names = [field.name for field in fields(FeatureSet)]
+    if found.get("dtype") != "bfloat16" or not set(names) <= set(found):
         raise FeaturesError("index.json: found features of a kind that this version doesn't know; encode the set again")
     return FeatureSet(**{name: found[name] for name in names})
 
 
 def common_features(indices: Mapping[str, bytes]) -> FeatureSet | None:
-    """What all sets of a run say of their features.
-
-    Args:
-        indices: Place of each set, and its index.json.
+    """What all sets of a run say of their features, from the index.json of each place.
 
     Raises:
         FeaturesError: Some hold features and others images, or those of another encoder.
@@ -119,16 +98,11 @@ def is_features(data: bytes | memoryview) -> bool:
 
 
 def unpack_features(data: bytes | memoryview, expected: FeatureSet) -> BFloat16[Tensor, "tokens dim"]:
-    """What `pack_features` stored.
-
-    Raises:
-        FeaturesError: It is damaged, or of another shape than the index says.
-    """
+    """What `pack_features` stored; refused where it is damaged, or of another shape than the index says."""
     shape = _HEADER.unpack_from(data)[1:] if is_features(data) and len(data) >= _HEADER.size else None
     if shape != (expected.num_tokens, expected.dim) or len(data) != _HEADER.size + 2 * shape[0] * shape[1]:
         raise FeaturesError(
             f"stored features must be {expected.num_tokens} tokens of {expected.dim}, found {len(data)} bytes of "
             f"{'another kind' if shape is None else f'{shape[0]} x {shape[1]}'}; encode the set again"
         )
-    values = torch.frombuffer(bytearray(data), dtype=torch.bfloat16, offset=_HEADER.size)
-    return values.view(*shape)
+    return torch.frombuffer(bytearray(data), dtype=torch.bfloat16, offset=_HEADER.size).view(*shape)

@@ -55,17 +55,13 @@ _UPRIGHT = {
 
 # PNG: what pixels are made of. Everything else (text, eXIf, iCCP, tIME, gAMA, animation) is left out.
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 # Where an orientation may stand. Pillow finds it by decoding, so a file without these words is not asked.
 _PNG_MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
-    """Read an image's header and check its size; no pixel is decoded yet.
-
-    Args:
-        data: The file's bytes: JPEG, PNG, TIFF, WebP, BMP, GIF or JPEG 2000.
-        max_pixels: The most pixels (width times height) that may be decoded.
+    """Read an image's header and check that it has no more than `max_pixels`; no pixel is decoded yet.
 
     Raises:
         ImageError: `unreadable-image`, `too-many-pixels` or `too-narrow`.
@@ -82,22 +78,15 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
             raise _unreadable(name, data, error) from None
         _check_size(image.width, image.height, max_pixels)
         return image
-    raise ImageError(
-        "unreadable-image",
-        f"{len(data)} bytes that are no known image format",
-        f"store it as one of {', '.join(name for name, _, _ in _FORMATS)}",
-    )
+    fix = f"store it as one of {', '.join(name for name, _, _ in _FORMATS)}"
+    raise ImageError("unreadable-image", f"{len(data)} bytes that are no known image format", fix)
 
 
 def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode an image to upright pixels in one of three plain modes.
+    """Decode an image to upright pixels of mode "L", "RGB" or "I;16" (16-bit grey; `to_rgb` scales it).
 
-    EXIF orientation is applied, transparency is composited on white, palette, CMYK and the rest become RGB.
-    Of a file with several frames or pages the first is taken. Colour profiles are not applied (nor does the
-    reference).
-
-    Returns:
-        A PIL image of mode "L", "RGB" or "I;16" (16-bit grey, not scaled yet; `to_rgb` does that).
+    EXIF orientation is applied, transparency is composited on white, palette, CMYK and the rest become RGB. Of a file
+    with several frames or pages the first is taken. Colour profiles are not applied (nor does the reference).
 
     Raises:
         ImageError: As `open_image`, and for data that can't be decoded in full.
@@ -118,17 +107,14 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Check that an image can be decoded in full, as fast as its format allows.
 
     A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made. One whose data end
-    early is found, though decoders take it (see `Jpeg.check_complete`).
-
-    Raises:
-        ImageError: As `decode_pixels`.
+    early is found, though decoders take it (see `Jpeg.complete`). Raises as `decode_pixels`.
     """
     image = open_image(data, max_pixels)
     if isinstance(image, JpegImageFile):
         _check_jpeg(image, Jpeg(bytes(data)), data)
-        return
-    _load(image, data)
-    _in_plain_mode(image)
+    else:
+        _load(image, data)
+        _in_plain_mode(image)
 
 
 def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
@@ -138,17 +124,9 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = Tru
     2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
     3. Anything else (EXIF-rotated, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the decoded pixels.
 
-    Args:
-        data: The file's bytes.
-        max_pixels: The most pixels (width times height) that may be decoded.
-        decode: Decode also what is kept bit for bit, which finds damage inside its compressed data. Without, only
-            its structure is read, from the header to the end marker.
-
-    Returns:
-        A JPEG or PNG file of which `decode_pixels` gives exactly the pixels it gives of `data`.
-
-    Raises:
-        ImageError: As `check_image`.
+    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. With `decode` also what is kept bit for
+    bit is decoded, which finds damage inside its compressed data; without, only the structure is read, from the header
+    to the end marker. Raises as `check_image`.
     """
     data = bytes(data)
     image = open_image(data, max_pixels)
@@ -189,11 +167,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
     longer, shorter = max(width, height), min(width, height)
     # Padding makes a square of the longer side: it must fit in memory as well.
     if longer > MAX_ASPECT_RATIO * shorter or longer**2 > max(max_pixels, MAX_PIXELS):
-        raise ImageError(
-            "too-narrow",
-            f"{size}: its square would hold {longer**2} pixels",
-            f"crop it (sides may differ by a factor of {MAX_ASPECT_RATIO} at most), or raise max_pixels",
-        )
+        fix = f"crop it (sides may differ by a factor of {MAX_ASPECT_RATIO} at most), or raise max_pixels"
+        raise ImageError("too-narrow", f"{size}: its square would hold {longer**2} pixels", fix)
 
 
 def _unreadable(name: str, data: bytes, error: Exception) -> ImageError:
@@ -209,15 +184,13 @@ def _load(image: ImageFile, data: bytes) -> None:
 
 
 def _check_jpeg(image: JpegImageFile, jpeg: Jpeg, data: bytes) -> bytes:
-    """Check that all pixels are there, and return the file without metadata."""
-    stripped = jpeg.stripped()
+    """The file without metadata, if all its pixels are there."""
     try:
-        jpeg.check_complete(image, stripped)
+        return jpeg.complete(image)
     except ImageError:
         raise
     except Exception as error:
         raise _unreadable("JPEG", data, error) from None
-    return stripped
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -227,18 +200,15 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _in_plain_mode(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError("unsupported-image", "floating-point pixels", "convert it to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _plain_16_bit(image)
     try:
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            return _plain_16_bit(image)
-        if image.mode == "F":
-            raise ImageError("unsupported-image", "floating-point pixels", "convert it to 8 or 16 bits")
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image).convert("RGB")
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except ImageError:
-        raise
     except (ValueError, OSError):
         found = f"pixels of mode {image.mode}"
         raise ImageError("unsupported-image", found, "convert it to 8-bit RGB or 16-bit grey") from None

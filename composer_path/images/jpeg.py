@@ -40,10 +40,10 @@ def is_jpeg(data: bytes) -> bool:
 
 
 class Jpeg:
-    """The structure of a JPEG file.
+    """The structure of a JPEG file; metadata, and whatever follows its end marker, is passed over.
 
     Args:
-        data: The file's bytes; metadata, and whatever follows its end marker, is passed over.
+        data: The file's bytes.
         whole: Its end marker must be there; decoders do without it if the pixels are complete.
 
     Raises:
@@ -67,24 +67,19 @@ class Jpeg:
         """The coding segments and scans, bit for bit, and nothing that lies before, between or after them."""
         return b"".join([*self._parts, b"\xff\xd9"])
 
-    def check_complete(self, header: JpegImageFile, stripped: bytes) -> None:
-        """Decode the file (an eighth of its pixels a side) and check that its last scan's data suffice.
+    def complete(self, header: JpegImageFile) -> bytes:
+        """What `stripped` gives, once it has been decoded (an eighth of its pixels a side) and its last scan suffices.
 
         The end marker is held back and bits that are no code follow the data instead. A decoder that has all it needs
         never looks at them; one that lacks data swallows them, and asks for more. What it can't tell: damage of no more
         than the last two blocks of 8 x 8 pixels, and a progressive file cut exactly at one of its restart markers.
-
-        Args:
-            header: The file, opened but not loaded.
-            stripped: What `stripped` returns.
-
-        Raises:
-            ImageError: `unreadable-image`.
+        `header` is the file, opened but not loaded.
         """
+        stripped = self.stripped()
         header.draft(None, (1, 1))
         if self._frame not in _HUFFMAN:  # arithmetic codes may end early by rule
             header.load()
-            return
+            return stripped
         header.load_prepare()
         decoder = Image._getdecoder(header.mode, "jpeg", header.tile[0][3], header.decoderconfig)
         decoder.setimage(header.im, header.tile[0][1])
@@ -93,6 +88,7 @@ class Jpeg:
                 raise self._refused("ends before its pixels do")
         finally:
             decoder.cleanup()
+        return stripped
 
     def _suffices(self, decoder: Any, stripped: bytes) -> bool:
         """Whether the decoder finishes, or, if it waits for further scans, has passed over what is no code."""
@@ -177,10 +173,7 @@ class Jpeg:
 
 
 def _color_segment(marker: int, payload: bytes) -> bytes:
-    """What a decoder needs of any other segment: that it is JFIF, or Adobe's colour transform.
-
-    Both say in which colours the data are (YCbCr, RGB, CMYK or YCCK); all else in them is made constant.
-    """
+    """What a decoder needs of any other segment: in which colours the data are; all else in it is made constant."""
     if marker == _APP0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
         return _PLAIN_JFIF
     if marker == _APP14 and payload.startswith(b"Adobe") and len(payload) >= 12:

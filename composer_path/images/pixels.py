@@ -21,13 +21,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 
-from composer_path.images.file import (
-    MAX_PIXELS,
-    decode_pixels,
-    open_image,
-    orientation_of,
-    to_rgb,
-)
+from composer_path.images.file import MAX_PIXELS, decode_pixels, open_image, orientation_of, to_rgb
 from composer_path.images.square import Fit, Square, is_square, pack_square, unpack_square
 from composer_path.records.rules import ImageError
 
@@ -106,17 +100,12 @@ class ImagePreparation:
 
         Raises:
             ImageError: As `load`, and for a square that is damaged.
-            ResizedMismatch: The shards were resized for another size, fit or padding colour. Not an ImageError, because
-                no other sample is better.
+            ResizedMismatch: The shards were resized for another size, fit or padding colour: no other sample is better.
         """
         return unpack_square(data, self.square) if is_square(data) else self.load(bytes(data))
 
     def resize(self, data: bytes) -> bytes:
-        """Make the finished square that `--resize` stores in place of the file.
-
-        Raises:
-            ImageError: As `load`.
-        """
+        """Make the finished square that `--resize` stores in place of the file."""
         return pack_square(self.load(data), self.square)
 
     def _fit_with_pil(self, image: Image.Image) -> Pixels:
@@ -162,9 +151,7 @@ def load_image(
 
 
 def normalize_image(
-    images: UInt8[Tensor, "*batch 3 height width"],
-    mean: Sequence[float] = IMAGE_MEAN,
-    std: Sequence[float] = IMAGE_STD,
+    images: UInt8[Tensor, "*batch 3 height width"], mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
 ) -> Float[Tensor, "*batch 3 height width"]:
     """Turn 8-bit pixels into what a vision encoder takes: (pixel / 255 - mean) / std in float32.
 

@@ -31,13 +31,7 @@ class ResizedMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Square:
-    """How a stored square was made; what must be the same for the model that is trained on it.
-
-    Attributes:
-        image_size: Height and width in pixels.
-        fit: `pad` or `crop`, see `load_image`.
-        pad_color: Red, green and blue of the padding; None for `crop`, which pads nothing.
-    """
+    """How a stored square was made, in the words of `ImagePreparation`; `crop` pads nothing and has no `pad_color`."""
 
     image_size: int
     fit: Fit
@@ -74,7 +68,7 @@ def square_of(data: bytes | memoryview) -> Square:
     """Read a square's header.
 
     Raises:
-        ImageError: `unreadable-image`, Its bytes are not as many as its header says.
+        ImageError: `unreadable-image`, its bytes are not as many as its header says.
         ResizedMismatch: A later version of composer_path wrote it.
     """
     version, fit, side, *color = _HEADER.unpack(data[: _HEADER.size])[1:] if len(data) >= _HEADER.size else (0,) * 6
@@ -89,29 +83,13 @@ def square_of(data: bytes | memoryview) -> Square:
 
 
 def unpack_square(data: bytes | memoryview, wanted: Square) -> UInt8[Tensor, "3 size size"]:
-    """A square's pixels, checked to be what the model wants.
-
-    Raises:
-        ImageError: As `square_of`.
-        ResizedMismatch: Another size, fit or padding.
-    """
-    check_resized(square_of(data), wanted)
-    size = wanted.image_size
-    # Copied: the bytes may not be written to, a tensor may.
-    pixels = torch.frombuffer(bytearray(memoryview(data)[_HEADER.size :]), dtype=torch.uint8)
-    return pixels.view(3, size, size)
-
-
-def check_resized(found: Square, wanted: Square) -> None:
-    """Compare how images were resized with what a model wants, in `load_image`'s terms.
-
-    `found` may come from the data card: `Square.of(**card["resized"])`.
-
-    Raises:
-        ResizedMismatch: They differ; names both.
-    """
+    """A square's pixels; raises as `square_of`, and `ResizedMismatch` for one that the model doesn't want."""
+    found = square_of(data)
     if found != wanted:
         raise ResizedMismatch(
             f"the model wants images with {wanted}; the shards hold images resized to {found}: convert the data again "
             "with --resize for this model, or without it"
         )
+    # Copied: the bytes may not be written to, a tensor may.
+    pixels = torch.frombuffer(bytearray(memoryview(data)[_HEADER.size :]), dtype=torch.uint8)
+    return pixels.view(3, wanted.image_size, wanted.image_size)

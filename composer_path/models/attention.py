@@ -10,6 +10,7 @@ Legend: t = tokens of the row, h = query heads, k = key/value heads, d = width o
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from typing import Any, Literal, get_args
@@ -28,19 +29,15 @@ PADDED = "sdpa"  # transformers' own
 
 
 def resolve_attention(backend: AttentionBackend, device_type: str | None = None) -> str:
-    """Name of the registered attention function for a backend.
+    """Name of the registered attention function for a backend, refused where it can't run.
 
-    Args:
-        backend: `auto` takes flash-attn's varlen kernel where it is installed on CUDA, else torch's
-            own flash kernel on CUDA, else one causal attention per sample.
-        device_type: "cuda", "cpu", ...; by default what this machine has.
-
-    Raises:
-        ValueError: Unknown backend, or one that can't run here.
+    `auto` takes flash-attn's kernel where it is installed on CUDA, else torch's own flash kernel on CUDA, else one
+    causal attention per sample. `device_type` is by default what this machine has.
     """
     if backend not in get_args(AttentionBackend):
-        known = ", ".join(get_args(AttentionBackend))
-        raise ValueError(f"attention: unknown backend '{backend}'; choose one of {known}")
+        raise ValueError(
+            f"attention: unknown backend '{backend}'; choose one of {', '.join(get_args(AttentionBackend))}"
+        )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     has_flash_attn = importlib.util.find_spec("flash_attn") is not None
@@ -80,9 +77,6 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
 
     A sliding window that is at least `max_seq_len` tokens long (or any, where `max_seq_len` is not known yet) never
     cuts and is accepted; the attention functions check the row they get once more.
-
-    Raises:
-        ValueError: Names the configuration key that padding-free attention doesn't honour.
     """
     refused = {
         "attn_logit_softcapping": "soft-capped attention logits",
@@ -91,22 +85,19 @@ def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None 
         "alibi": "ALiBi position biases",
         "layer_types": "layers of several attention kinds",
     }
-    for key, meaning in refused.items():
-        value = getattr(config, key, None)
-        if key == "layer_types":
-            kinds = set(value or ()) - {"full_attention"}
-            value = sorted(kinds) if kinds != {"sliding_attention"} else None  # judged by its window below
-        if value:
-            raise ValueError(
-                f"language model '{config.model_type}' uses {meaning} ({key}={value}), which padding-free attention "
-                "does not compute; choose a model with plain causal attention"
-            )
+    values = {key: getattr(config, key, None) for key in refused}
+    kinds = set(values["layer_types"] or ()) - {"full_attention"}
+    values["layer_types"] = sorted(kinds) if kinds != {"sliding_attention"} else None  # judged by its window below
+    for key in (key for key, value in values.items() if value):
+        raise ValueError(
+            f"language model '{config.model_type}' uses {refused[key]} ({key}={values[key]}), which padding-free "
+            "attention does not compute; choose a model with plain causal attention"
+        )
     positions = getattr(config, "max_position_embeddings", None)
     if max_seq_len is not None and positions is not None and max_seq_len > positions:
         log.warning("max_seq_len=%d is more than the %d positions the language model knows", max_seq_len, positions)
-    window = getattr(config, "sliding_window", None)
-    in_use = getattr(config, "use_sliding_window", True)
-    if window is not None and in_use and max_seq_len is not None and window < max_seq_len:
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and max_seq_len is not None and window < max_seq_len:
         raise ValueError(
             f"language model '{config.model_type}' uses a sliding window of {window} tokens, shorter than "
             f"max_seq_len={max_seq_len}, which padding-free attention does not compute; "
@@ -173,7 +164,8 @@ def _no_flash(query: Float[Tensor, "1 h t d"]) -> bool:
     return query.device.type == "cpu" or not half
 
 
-def packed_sdpa(
+def packed_attention(
+    backend: Literal["sdpa", "torch_flash", "flash_attn"],
     module: nn.Module,
     query: Float[Tensor, "1 h t d"],
     key: Float[Tensor, "1 k t d"],
@@ -183,13 +175,26 @@ def packed_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "1 t h d"], None]:
-    """One causal scaled-dot-product attention per sample; runs everywhere and is the CPU's fastest exact way."""
-    cu_seq_lens, _ = _borders(kwargs)
+    """Causal attention inside each sample, as transformers calls it.
+
+    `sdpa` is one scaled-dot-product attention per sample, which runs everywhere and is the CPU's fastest exact way.
+    The others are variable-length kernels for CUDA: torch's own (its operator's schema is pinned by a test), and the
+    flash-attn package's. What they can't take falls back on `sdpa`.
+    """
+    cu_seq_lens, max_length = _borders(kwargs)
+    falls_back = _no_flash(query)
     query, key, value = _one_dtype(query, key, value)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return _attend_each_sample(query, key, value, cu_seq_lens, dropout, scaling).transpose(1, 2), None
+    if backend == "sdpa" or falls_back:
+        if (groups := query.shape[1] // key.shape[1]) > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return _attend_each_sample(query, key, value, cu_seq_lens, dropout, scaling).transpose(1, 2), None
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [t, heads, d]
+    row = (q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout)
+    if backend == "torch_flash":
+        return torch.ops.aten._flash_attention_forward(*row, True, False, scale=scaling)[0][None], None
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*row, softmax_scale=scaling, causal=True)[None], None
 
 
 @torch.compiler.disable  # how many samples there are is known only when it runs
@@ -204,51 +209,5 @@ def _attend_each_sample(
     return torch.cat(parts, dim=2)
 
 
-def packed_torch_flash(
-    module: nn.Module,
-    query: Float[Tensor, "1 h t d"],
-    key: Float[Tensor, "1 k t d"],
-    value: Float[Tensor, "1 k t d"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Float[Tensor, "1 t h d"], None]:
-    """Torch's own variable-length flash kernel (CUDA); its operator's schema is pinned by a test."""
-    if _no_flash(query):
-        return packed_sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    cu_seq_lens, max_length = _borders(kwargs)
-    query, key, value = _one_dtype(query, key, value)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [t, heads, d]
-    output, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout, True, False, scale=scaling
-    )
-    return output[None], None
-
-
-def packed_flash_attn(
-    module: nn.Module,
-    query: Float[Tensor, "1 h t d"],
-    key: Float[Tensor, "1 k t d"],
-    value: Float[Tensor, "1 k t d"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Float[Tensor, "1 t h d"], None]:
-    """The flash-attn package's variable-length kernel (CUDA)."""
-    if _no_flash(query):
-        return packed_sdpa(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    from flash_attn import flash_attn_varlen_func
-
-    cu_seq_lens, max_length = _borders(kwargs)
-    query, key, value = _one_dtype(query, key, value)
-    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    output = flash_attn_varlen_func(
-        q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout, softmax_scale=scaling, causal=True
-    )
-    return output[None], None
-
-
-for _function in (packed_sdpa, packed_torch_flash, packed_flash_attn):
-    AttentionInterface.register(_function.__name__, _function)
+for _backend in ("sdpa", "torch_flash", "flash_attn"):
+    AttentionInterface.register(f"packed_{_backend}", functools.partial(packed_attention, _backend))

@@ -34,13 +34,8 @@ class AttentionalPooler(nn.Module):
     """The reference's pooler: learned queries attend to the image's tokens; no projection has a bias.
 
     Keys and values come from one matrix (keys first), heads are contiguous slices of the width, scores are scaled by
-    head width ** -0.5: found by parity with the reference's outputs.
-
-    Args:
-        in_dim: Width of the image's tokens.
-        dim: Width of the queries and of the output.
-        num_queries: Number of tokens that come out.
-        num_heads: Attention heads; must divide `dim`.
+    head width ** -0.5: found by parity with the reference's outputs. `in_dim` is the width of the image's tokens, for
+    the others see `PoolerSettings`.
     """
 
     def __init__(self, in_dim: int, dim: int, num_queries: int, num_heads: int) -> None:
@@ -69,12 +64,6 @@ class OpenClipAttentionalPooler(nn.Module):
     """open_clip's pooler, the one of CoCa and CONCH: `nn.MultiheadAttention` with biases.
 
     Parameter names and numbers are those of `open_clip.transformer.AttentionalPooler`, so its weights load as they are.
-
-    Args:
-        in_dim: Width of the image's tokens.
-        dim: Width of the queries and of the output.
-        num_queries: Number of tokens that come out.
-        num_heads: Attention heads; must divide `dim`.
     """
 
     def __init__(self, in_dim: int, dim: int, num_queries: int, num_heads: int) -> None:

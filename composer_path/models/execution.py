@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -17,22 +18,17 @@ from composer_path.models.path_mllm import PathMLLM
 Checkpointing = Literal["off", "selective", "full"]
 Fusion = Literal["off", "compile", "liger"]
 # What `selective` keeps: products of matrices and attention. All else is cheap to do again.
-KEPT = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::_flash_attention_forward",
-    "flash_attn::_flash_attn_varlen_forward",
+KEPT = re.compile(
+    r"aten::(mm|addmm|bmm|_flash_attention_forward|_scaled_dot_product_\w+)|flash_attn::_flash_attn_varlen_forward"
 )
-KEPT_PREFIX = "aten::_scaled_dot_product_"
 # Heads whose logits are more than a product with one matrix; `loss_chunk` computes just that.
-SCALED_HEADS = (
+SCALED_HEADS = [
     "final_logit_softcapping",
     "logit_scale",
     "logits_scaling",
     "lm_head_multiplier",
     "mup_width_multiplier",
-)
+]
 
 
 def choose_execution(
@@ -66,13 +62,13 @@ def choose_execution(
     for name, value in (("vision_chunk", vision_chunk), ("loss_chunk", loss_chunk), ("row_multiple", row_multiple)):
         if value is not None and value < 1:
             raise ValueError(f"execution.{name}: found {value}; it must be at least 1")
-    if loss_chunk is not None:
-        scaled = [key for key in SCALED_HEADS if getattr(model.language_model.config, key, None) not in (None, 1.0)]
-        if scaled:
-            raise ValueError(
-                f"execution.loss_chunk: language model '{model.language_model.config.model_type}' does more to its "
-                f"logits than one product ({', '.join(scaled)}); leave loss_chunk out"
-            )
+    config = model.language_model.config
+    scaled = [key for key in SCALED_HEADS if getattr(config, key, None) not in (None, 1.0)]
+    if loss_chunk is not None and scaled:
+        raise ValueError(
+            f"execution.loss_chunk: language model '{config.model_type}' does more to its logits than one product "
+            f"({', '.join(scaled)}); leave loss_chunk out"
+        )
     model.loss_chunk, model.row_multiple = loss_chunk, row_multiple
     vision_trained = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
     llm_blocks, vision_blocks = decoder_blocks(model.language_model), model.vision_encoder.blocks
@@ -103,25 +99,22 @@ def _recomputed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
     The block itself stays what it is: no wrapper changes the names of its weights, and FSDP's hooks stand outside.
     """
-    keywords: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
-    if kind == "selective":
-        keywords["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep)
+    selective = functools.partial(create_selective_checkpoint_contexts, _keep)
+    keywords: dict[str, Any] = {"context_fn": selective} if kind == "selective" else {}
 
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **keywords, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **keywords, **kwargs)
 
     return recomputed
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Whether the result of an operator is kept for the backward pass."""
-    name = operator.name().split(".")[0]
-    if name in KEPT or name.startswith(KEPT_PREFIX):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    kept = KEPT.fullmatch(operator.name().split(".")[0])
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _in_chunks(forward: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
@@ -144,9 +137,7 @@ def _use_liger(model: PathMLLM) -> None:
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
-        raise ValueError(
-            "execution.fusion: 'liger' needs the package liger-kernel (pip install composer_path[liger])"
-        ) from error
+        raise ValueError("execution.fusion: 'liger' needs liger-kernel (pip install composer_path[liger])") from error
     language_model = model.language_model
     if not torch.cuda.is_available():
         raise ValueError("execution.fusion: 'liger' needs a CUDA device; use 'compile' or 'off'")
@@ -155,12 +146,7 @@ def _use_liger(model: PathMLLM) -> None:
         raise ValueError(
             f"execution.fusion: liger-kernel doesn't know '{language_model.config.model_type}'; use 'compile' or 'off'"
         )
+    wanted = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    wanted["fused_linear_cross_entropy"] = False
     known = inspect.signature(apply).parameters
-    wanted = {
-        "rope": True,
-        "rms_norm": True,
-        "swiglu": True,
-        "cross_entropy": False,
-        "fused_linear_cross_entropy": False,
-    }
     apply(**{key: value for key, value in wanted.items() if key in known}, model=language_model)

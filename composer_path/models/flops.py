@@ -37,12 +37,9 @@ class PartFlops:
 
 
 class FlopCounter:
-    """Counts a batch's operations.
+    """Counts a batch's operations, from a model whose `requires_grad` flags say what learns.
 
     Sizes are read once, from the whole model: a sharded one shows a rank its share only.
-
-    Args:
-        model: Its `requires_grad` flags say what learns.
     """
 
     def __init__(self, model: PathMLLM) -> None:
@@ -66,8 +63,8 @@ class FlopCounter:
         head: Any = model.language_model.get_output_embeddings()
         self.head = 2.0 * head.weight.numel()
         self.vision_trained = trained["vision_encoder"]
-        self.projector_passes = _passes(trained["projector"], before=trained["vision_encoder"])
-        learns_before = trained["vision_encoder"] or trained["projector"]
+        self.projector_passes = _passes(trained["projector"], before=self.vision_trained)
+        learns_before = self.vision_trained or trained["projector"]
         self.language_passes = _passes(trained["language_model"], before=learns_before)
         self.attention_passes = 3 if trained["language_model"] or learns_before else 1
 
@@ -76,24 +73,17 @@ class FlopCounter:
     ) -> PartFlops:
         """Operations that forward and backward pass of these samples need, however they are computed.
 
-        Args:
-            lengths: Tokens of each sample, images included.
-            num_images: Of all samples together.
-            num_targets: Answer tokens of all samples together.
-            causal_share: Of attention's square that is counted; 1 for kernels that compute all of it.
+        `lengths` count a sample's tokens, images included; `num_images` and `num_targets` (answer tokens) are those of
+        all samples. `causal_share` of attention's square is counted; 1 is for kernels that compute all of it.
         """
         square = causal_share * self.attention * float(sum(length**2 for length in lengths))
         matrices = self.body * float(sum(lengths))
-        vision_passes = 3 if self.vision_trained else 1
+        vision_passes, patch_passes = (3, 2) if self.vision_trained else (1, 1)
+        blocks = vision_passes * (self.vision_matrices + self.vision_attention)
+        per_image, once = self.pooled[0] + self.mlp, self.pooled[1]
         return PartFlops(
-            vision_encoder=num_images
-            * (
-                vision_passes * (self.vision_matrices + self.vision_attention)
-                + (2 if self.vision_trained else 1) * self.vision_patches
-            ),
-            projector=num_images
-            * (self.projector_passes * (self.pooled[0] + self.mlp) + max(self.projector_passes, 1) * self.pooled[1])
-            + (self.projector_passes * self.pooled[2] if num_images else 0.0),
+            vision_encoder=num_images * (blocks + patch_passes * self.vision_patches),
+            projector=self.projector_passes * (num_images * per_image + once * (num_images > 0)),
             language_model=self.language_passes * matrices + self.attention_passes * square,
             head=self.language_passes * self.head * num_targets,
         )
@@ -101,15 +91,7 @@ class FlopCounter:
     def recomputed(
         self, lengths: Sequence[int], num_images: int, num_targets: int, *, blocks: bool, head: bool
     ) -> float:
-        """Operations done a second time in the backward pass.
-
-        Args:
-            lengths: As in `needed`.
-            num_images: Likewise.
-            num_targets: Likewise.
-            blocks: Whether all blocks' activations are recomputed (`activation_checkpointing: full`).
-            head: Whether the logits are (`loss_chunk`).
-        """
+        """Operations done twice: `blocks` by `activation_checkpointing: full`, the `head`'s by `loss_chunk`."""
         total = self.head * num_targets if head else 0.0
         if blocks:
             total += self.body * float(sum(lengths)) + 0.5 * self.attention * float(sum(n**2 for n in lengths))
@@ -125,12 +107,8 @@ def _passes(trained: bool, before: bool) -> int:
 
 def _matrix_entries(modules: Iterable[nn.Module], share_of_experts: float = 1.0) -> float:
     """Entries of all matrices; of a mixture of experts, those that one token meets."""
-    total = 0.0
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter.ndim >= 2:
-                total += parameter.numel() * (share_of_experts if ".experts." in f".{name}." else 1.0)
-    return total
+    matrices = ((name, p) for module in modules for name, p in module.named_parameters() if p.ndim >= 2)
+    return sum((p.numel() * (share_of_experts if ".experts." in f".{name}." else 1.0) for name, p in matrices), 0.0)
 
 
 def _share_of_experts(config: object) -> float:
@@ -139,16 +117,14 @@ def _share_of_experts(config: object) -> float:
     return chosen / experts if experts and chosen else 1.0
 
 
-def _pooler_flops(model: PathMLLM, tokens: int) -> tuple[float, float, float]:
-    """Operations of a forward pass of the pooler: an image's products, an image's attention, once for all images."""
+def _pooler_flops(model: PathMLLM, tokens: int) -> tuple[float, float]:
+    """Operations of a forward pass of the pooler: for each image, and once for all images."""
     pooler, queries = model.projector.pooler, model.projector.num_queries
     if pooler is None or queries is None:
-        return 0.0, 0.0, 0.0
+        return 0.0, 0.0
     query: nn.Parameter = pooler.query  # type: ignore[assignment]
     dim, in_dim = query.shape[1], model.projector.in_dim
-    keys_and_values = 2.0 * tokens * 2 * in_dim * dim
-    output, attention = 2.0 * queries * dim * dim, 4.0 * queries * tokens * dim
-    project_query = 2.0 * queries * dim * dim
-    if isinstance(pooler, AttentionalPooler):
-        return keys_and_values + output, attention, project_query
-    return keys_and_values + output + project_query, attention, 0.0
+    keys_and_values, attention = 2.0 * tokens * 2 * in_dim * dim, 4.0 * queries * tokens * dim
+    output = project_query = 2.0 * queries * dim * dim
+    for_each = keys_and_values + attention + output
+    return (for_each, project_query) if isinstance(pooler, AttentionalPooler) else (for_each + project_query, 0.0)

@@ -35,11 +35,7 @@ def untrained_language_model(
         config: Configuration keys (`model_type: llama`, `hidden_size: ...`), or the path of a `config.json`.
         attention: See `composer_path.models.attention.resolve_attention`.
         dtype: Of the weights; buffers (RoPE's frequencies) always stay fp32.
-        empty: Parameters on the meta device: for ranks that receive the weights from rank 0, or when a state dict
-            is loaded afterwards.
-
-    Raises:
-        ValueError: A path that isn't there, or an unsupported architecture.
+        empty: Parameters on the meta device, for ranks that receive the weights, or where they are loaded afterwards.
     """
     hf_config = load_language_model_config(config)
     with empty_parameters(enabled=empty):
@@ -73,9 +69,8 @@ def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:
     """The transformer blocks of a Hugging Face causal language model: what FSDP and checkpointing wrap one by one."""
     blocks = getattr(language_model.base_model, "layers", None)
     if not isinstance(blocks, nn.ModuleList):
-        raise ValueError(
-            f"language model {type(language_model).__name__}: its blocks are not found at base_model.layers"
-        )
+        name = type(language_model).__name__
+        raise ValueError(f"language model {name}: its blocks are not found at base_model.layers")
     return blocks
 
 

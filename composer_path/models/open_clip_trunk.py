@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import open_clip
@@ -17,10 +18,8 @@ class OpenClipTrunk(nn.Module):
     Which norm the tokens have had follows `VisionTransformer._pool` in open_clip/transformer.py. A CLIP tower applies
     `ln_post` to the tokens and then picks one: here they come after `ln_post`. A CoCa tower pools the raw tokens by
     attention, and its `ln_post` belongs to the pooled ones: here they come without it. The same holds for towers that
-    normalise after averaging (`final_ln_after_pool`). What lies behind the tokens (pooler, projection) is dropped.
-
-    Args:
-        tower: The tower. It is taken over, not copied.
+    normalise after averaging (`final_ln_after_pool`). What lies behind the tokens (pooler, projection) is dropped: the
+    tower is taken over, not copied.
     """
 
     num_prefix_tokens = 1
@@ -52,14 +51,8 @@ class OpenClipTrunk(nn.Module):
 
 
 def open_clip_vision_config(name: str) -> tuple[dict[str, Any], bool]:
-    """The `vision_cfg` of an open_clip model by name, and whether the model uses QuickGELU.
-
-    Raises:
-        ValueError: open_clip has no such model, or its tower is a ResNet, which has no tokens.
-    """
+    """The `vision_cfg` of an open_clip model by name, and whether the model uses QuickGELU."""
     if name not in open_clip.list_models():
-        import difflib
-
         nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3)
         raise ValueError(f"vision_encoder.name: open_clip has no model '{name}'; nearest names: {nearest}")
     config = open_clip.get_model_config(name)
@@ -76,33 +69,21 @@ def open_clip_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, 
 
     open_clip attaches them to weights, not to models; give `mean` and `std` where they matter and the tags differ.
     """
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    found = {
-        (tuple(tag_config["mean"]), tuple(tag_config["std"]))
-        for tag_config in (open_clip.get_pretrained_cfg(name, tag) for tag in tags)
-        if tag_config.get("mean") and tag_config.get("std")
-    }
-    if len(found) == 1:
-        return found.pop()
-    return tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags if tag.get("mean") and tag.get("std")}
+    own = tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)
+    return found.pop() if len(found) == 1 else own
 
 
 def build_open_clip_trunk(vision: dict[str, Any], quick_gelu: bool, image_size: int) -> OpenClipTrunk:
-    """The trunk of a `vision_cfg` at `image_size` pixels, random weights.
-
-    Raises:
-        ValueError: A key that open_clip's `CLIPVisionCfg` doesn't have.
-    """
+    """The trunk of a `vision_cfg` at `image_size` pixels, random weights."""
     from open_clip.model import CLIPVisionCfg, _build_vision_tower
 
     # Patch dropout belongs to contrastive pretraining; here it would change the number of tokens between steps.
     settings = {**vision, "image_size": image_size, "patch_dropout": 0.0, "output_tokens": False}
     known = CLIPVisionCfg.__dataclass_fields__
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise ValueError(
-            f"vision_encoder.kwargs: open_clip's vision settings have no {unknown}; known are {sorted(known)}"
-        )
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"vision_encoder.kwargs: open_clip's vision_cfg has no {unknown}; known are {sorted(known)}")
     # The output projection is dropped, so its width (the first argument) matters only to a pooler, dropped as well.
     heads = settings.get("attn_pooler_heads", 8)
     return OpenClipTrunk(_build_vision_tower(heads, CLIPVisionCfg(**settings), quick_gelu))

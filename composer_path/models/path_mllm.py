@@ -36,10 +36,6 @@ class PathMLLM(nn.Module):
         language_model: A transformers causal language model.
     """
 
-    vision_encoder: VisionEncoder
-    projector: Projector
-    language_model: PreTrainedModel
-
     def __init__(self, vision_encoder: VisionEncoder, projector: Projector, language_model: PreTrainedModel) -> None:
         super().__init__()
         self.vision_encoder = vision_encoder
@@ -143,8 +139,7 @@ class PathMLLM(nn.Module):
         if features.shape[0] == 0:
             dummy = self.project(features.new_zeros((1, *features.shape[1:])))
             return dummy[:0] + 0.0 * dummy.sum()
-        weight = next(self.projector.parameters(), features)
-        return self.projector(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
+        return self.projector(features)
 
     def embed_tokens(
         self,
@@ -158,18 +153,17 @@ class PathMLLM(nn.Module):
         vectors = image_embeds.flatten(0, 1).to(text_embeds.dtype)
         if image_index.shape[0] != vectors.shape[0]:
             raise ValueError(
-                f"{image_index.shape[0]} image placeholders for {vectors.shape[0]} image vectors "
-                f"({image_embeds.shape[0]} images of {image_embeds.shape[1]}): "
-                "the data were tokenized for another projector"
+                f"{image_index.shape[0]} image placeholders for {vectors.shape[0]} image vectors ({len(image_embeds)} "
+                f"images of {image_embeds.shape[1]}): the data were tokenized for another projector"
             )
         if image_embeds.shape[0] == 0:  # keep the dummy image's zero gradient in the graph
             return text_embeds + image_embeds.sum().to(text_embeds.dtype)
         return text_embeds.index_copy(0, image_index, vectors)
 
-    def num_image_tokens(self, height: int | None = None, width: int | None = None) -> int:
-        """How many tokens an image of this size takes in the text; without a size, the encoder's own."""
+    def num_image_tokens(self) -> int:
+        """How many tokens an image of the encoder's size takes in the text."""
         size = self.vision_encoder.image_size
-        return self.projector.num_image_tokens(self.vision_encoder.num_tokens(height or size, width or size))
+        return self.projector.num_image_tokens(self.vision_encoder.num_tokens(size, size))
 
     @torch.no_grad()
     def generate(
@@ -193,35 +187,20 @@ class PathMLLM(nn.Module):
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
     def trainable(self, modules: Sequence[ModuleName]) -> PathMLLM:
-        """Train the named modules only; the others lose their gradients.
-
-        Raises:
-            ValueError: A name that is none of vision_encoder, projector, language_model.
-        """
-        unknown = sorted(set(modules) - set(MODULES))
-        if unknown:
+        """Train the named modules only; the others lose their gradients."""
+        if unknown := sorted(set(modules) - set(MODULES)):
             raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")
         for name in MODULES:
             getattr(self, name).requires_grad_(name in modules)
         return self
-
-    def kind_of(self, module: nn.Module) -> str | None:
-        """Which unit of sharding and checkpointing a submodule is, or None.
-
-        Returns:
-            `llm_blocks`, `vision_blocks`, `vision_encoder` or `projector`.
-        """
-        if module is self.vision_encoder or module is self.projector:
-            return "projector" if module is self.projector else "vision_encoder"
-        kinds = {"llm_blocks": decoder_blocks(self.language_model), "vision_blocks": self.vision_encoder.blocks}
-        return next((kind for kind, blocks in kinds.items() if any(module is block for block in blocks)), None)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.
 
         Embeddings, final norm and head stay in the root, tied or not; no unit mixes dtypes.
         """
-        return self.kind_of(module) is not None
+        blocks = (*decoder_blocks(self.language_model), *self.vision_encoder.blocks)
+        return any(module is unit for unit in (self.vision_encoder, self.projector, *blocks))
 
     def param_init_fn(self, module: nn.Module) -> None:
         """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""

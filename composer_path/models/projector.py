@@ -20,11 +20,7 @@ Settings = TypeVar("Settings", "MlpSettings", PoolerSettings)
 
 @dataclass(frozen=True)
 class MlpSettings:
-    """What the MLP is made from.
-
-    Attributes:
-        depth: Number of linear layers with GELU between them: 0 is the identity, 1 one linear layer.
-    """
+    """What the MLP is made from: `depth` linear layers with GELU between them; 0 is the identity."""
 
     depth: int = 2
 
@@ -32,29 +28,15 @@ class MlpSettings:
 class Projector(nn.Module):
     """An optional attentional pooler with its LayerNorm, then an MLP.
 
-    Args:
-        in_dim: Width of the vision encoder's tokens.
-        out_dim: Width of the language model.
-        pooler: None for no pooler.
-        mlp: Its MLP.
-
     Attributes:
-        config: Keywords that rebuild the projector, without its weights.
-
-    Raises:
-        ValueError: `num_heads` doesn't divide the pooler's `dim`, or depth 0 where the width has to change.
+        config: Keywords of `untrained_projector` that rebuild it, without its weights.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, pooler: PoolerSettings | None, mlp: MlpSettings) -> None:
         super().__init__()
         self.in_dim = in_dim
-        self.out_dim = out_dim
-        self.config: dict[str, Any] = {
-            "in_dim": in_dim,
-            "out_dim": out_dim,
-            "pooler": None if pooler is None else asdict(pooler),
-            "mlp": asdict(mlp),
-        }
+        self.config: dict[str, Any] = {"in_dim": in_dim, "out_dim": out_dim, "pooler": pooler and asdict(pooler)}
+        self.config["mlp"] = asdict(mlp)
         width = in_dim
         self.num_queries: int | None = None
         self.pooler: nn.Module | None = None
@@ -62,10 +44,8 @@ class Projector(nn.Module):
         if pooler is not None:
             width = pooler.dim
             if width % pooler.num_heads:
-                raise ValueError(
-                    f"projector.pooler: dim must be divisible by num_heads, found dim {width} and "
-                    f"num_heads {pooler.num_heads}"
-                )
+                found = f"found dim {width} and num_heads {pooler.num_heads}"
+                raise ValueError(f"projector.pooler: dim must be divisible by num_heads, {found}")
             self.num_queries = pooler.num_queries
             self.pooler = POOLERS[pooler.kind](in_dim, width, pooler.num_queries, pooler.num_heads)
             self.ln = nn.LayerNorm(width)
@@ -76,25 +56,18 @@ class Projector(nn.Module):
             )
         layers: list[nn.Module] = []
         for index in range(mlp.depth):
-            if index:
-                layers.append(nn.GELU())
-            layers.append(nn.Linear(width if index == 0 else out_dim, out_dim))
+            layers += [nn.GELU(), nn.Linear(out_dim, out_dim)] if index else [nn.Linear(width, out_dim)]
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
-        """1. Take the weights' dtype. 2. Pool and normalise, if there is a pooler. 3. MLP.
-
-        Raises:
-            ValueError: The features' width isn't the `in_dim` that the projector was built for.
-        """
+        """1. Take the weights' dtype. 2. Pool and normalise, if there is a pooler. 3. MLP."""
         if features.shape[-1] != self.in_dim:
             raise ValueError(
                 f"projector: features of width {features.shape[-1]} came in, but it was built for width {self.in_dim} "
                 "(the vision encoder's dim)"
             )
-        weight = next(self.parameters(), None)
-        if weight is not None:  # the identity has none
-            features = features.to(weight.dtype)
+        weight = next(self.parameters(), features)  # the identity has none
+        features = features.to(weight.dtype)  # a frozen encoder may be in bf16 beside an fp32 projector
         if self.pooler is not None and self.ln is not None:
             features = self.ln(self.pooler(features))
         return self.mlp(features)
@@ -134,10 +107,8 @@ def untrained_projector(
         if pooler is not None and not has_pooler:
             raise ValueError(f"projector: type '{type}' has no pooler, but 'pooler' is given; remove one of the two")
         if mlp is not None and settings.depth != type_depth:
-            raise ValueError(
-                f"projector: type '{type}' has an MLP of depth {type_depth}, but mlp.depth is {settings.depth}; "
-                "remove one of the two"
-            )
+            found = f"has an MLP of depth {type_depth}, but mlp.depth is {settings.depth}"
+            raise ValueError(f"projector: type '{type}' {found}; remove one of the two")
         settings = MlpSettings(type_depth)
         if has_pooler and pooler is None:
             pooler = {}
@@ -147,14 +118,12 @@ def untrained_projector(
 
 def _parse_type(name: str) -> tuple[bool, int]:
     """Whether a name of the reference's has a pooler, and the depth of its MLP."""
-    match = REFERENCE_TYPE.fullmatch(name)
-    if match is None:
+    if (match := REFERENCE_TYPE.fullmatch(name)) is None:
         raise ValueError(
             f"projector.type: unknown type '{name}'; known are attn_pool+mlp2x_gelu, attn_pool+linear, linear, "
             "mlpNx_gelu (N = 1, 2, ...) and identity"
         )
-    depth = 1 if match["linear"] else int(match["depth"] or 0)
-    return match["pooler"] is not None, depth
+    return match["pooler"] is not None, 1 if match["linear"] else int(match["depth"] or 0)
 
 
 def _settings(settings: type[Settings], where: str, given: Mapping[str, Any]) -> Settings:

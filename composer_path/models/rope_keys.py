@@ -14,11 +14,7 @@ TRANSFORMERS_MAJOR = int(transformers.__version__.split(".")[0])
 def old_rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers 4's `rope_theta`, `rope_scaling` and `partial_rotary_factor`, which transformers 5 reads as well.
 
-    Args:
-        parameters: Transformers 5's `rope_parameters`; empty where a configuration is in the old words already.
-
-    Raises:
-        ValueError: They differ from layer to layer, for which the old keys have no words.
+    `parameters` are transformers 5's `rope_parameters`; empty where a configuration is in the old words already.
     """
     if any(isinstance(value, Mapping) for value in parameters.values()):
         raise ValueError(
@@ -37,6 +33,5 @@ def read_rope_parameters(config: PretrainedConfig) -> None:
     parameters = getattr(config, "rope_parameters", None)
     if TRANSFORMERS_MAJOR >= 5 or not parameters:
         return
-    for key, value in old_rope_keys(parameters).items():
-        setattr(config, key, value)
+    config.update(old_rope_keys(parameters))
     del config.rope_parameters

@@ -24,10 +24,8 @@ Tokens = Literal["all", "patches", "cls_patches"]
 # The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
 COCA_VIT_L: dict[str, Any] = {"name": "vit_large_patch16_224", "image_size": 448, "kwargs": {"init_values": 1.0}}
 # Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files.
-RESERVED = frozenset(
-    {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
-    | {"num_classes", "img_size", "global_pool"}
-)
+RESERVED = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
+RESERVED |= {"num_classes", "img_size", "global_pool"}
 
 
 class VisionEncoder(nn.Module):
@@ -44,9 +42,6 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         dim: Width of the tokens.
-
-    Raises:
-        ValueError: `tokens` isn't known, or asks for a CLS token that the trunk doesn't have.
     """
 
     def __init__(
@@ -64,18 +59,13 @@ class VisionEncoder(nn.Module):
         if tokens not in get_args(Tokens):
             raise ValueError(f"vision_encoder.tokens: must be one of {get_args(Tokens)}, found '{tokens}'")
         self.trunk: Any = trunk  # Any: what a ViT has beyond nn.Module, no type says
-        self.image_size = image_size
-        self.patch_size = patch_size
-        self.tokens = tokens
-        self.mean = mean
-        self.std = std
+        self.image_size, self.patch_size = image_size, patch_size
+        self.mean, self.std = mean, std
         self.config = config
         self.dim: int = trunk.embed_dim
         has_class_token = getattr(trunk, "cls_token", None) is not None or isinstance(trunk, OpenClipTrunk)
         if tokens == "cls_patches" and not has_class_token:
-            raise ValueError(
-                "vision_encoder.tokens: 'cls_patches' needs a CLS token, but this ViT has none; take 'patches'"
-            )
+            raise ValueError("vision_encoder.tokens: 'cls_patches' needs a CLS token, found none; take 'patches'")
         self.num_prefix_tokens: int = trunk.num_prefix_tokens  # CLS, then registers
         self.num_kept_prefix_tokens = {"all": self.num_prefix_tokens, "patches": 0, "cls_patches": 1}[tokens]
 
@@ -83,16 +73,10 @@ class VisionEncoder(nn.Module):
         """1. Check the size and take the weights' dtype. 2. Run the trunk. 3. Keep the tokens that are wanted.
 
         It calls `trunk.forward_features`, not the trunk: FSDP's unit is this module, the trunk isn't one of its own.
-
-        Args:
-            images: Already normalised with `mean` and `std`.
-
-        Raises:
-            ValueError: Images of a size that the encoder wasn't built for.
+        `images` are normalised with `mean` and `std` already.
         """
         self.num_tokens(images.shape[-2], images.shape[-1])
-        images = images.to(next(self.trunk.parameters()).dtype)
-        features = self.trunk.forward_features(images)
+        features = self.trunk.forward_features(images.to(next(self.trunk.parameters()).dtype))
         kept, prefix = self.num_kept_prefix_tokens, self.num_prefix_tokens
         if kept == prefix:
             return features
@@ -101,22 +85,19 @@ class VisionEncoder(nn.Module):
     def num_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of this size (in pixels) gives.
 
-        Raises:
-            ValueError: The encoder doesn't take this size: it takes `image_size` only, or with timm's
-                `dynamic_img_size: true` any multiple of its patch size.
+        It must be `image_size`, or with timm's `dynamic_img_size: true` any multiple of the patch size.
         """
-        if not getattr(self.trunk, "dynamic_img_size", False) and (height, width) != (self.image_size, self.image_size):
+        side, patch = self.image_size, self.patch_size
+        if not getattr(self.trunk, "dynamic_img_size", False) and (height, width) != (side, side):
             raise ValueError(
-                f"vision encoder: an image of {height}x{width} px, but it was built for "
-                f"{self.image_size}x{self.image_size}; set image_size, or for a timm ViT "
-                "kwargs: {dynamic_img_size: true}"
+                f"vision encoder: an image of {height}x{width} px, but it was built for {side}x{side}; set image_size, "
+                "or for a timm ViT kwargs: {dynamic_img_size: true}"
             )
-        if height % self.patch_size or width % self.patch_size:
+        if height % patch or width % patch:
             raise ValueError(
-                f"vision encoder: sides must be multiples of its patch size {self.patch_size}, "
-                f"found {height}x{width} px"
+                f"vision encoder: sides must be multiples of its patch size {patch}, found {height}x{width} px"
             )
-        return (height // self.patch_size) * (width // self.patch_size) + self.num_kept_prefix_tokens
+        return (height // patch) * (width // patch) + self.num_kept_prefix_tokens
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -150,30 +131,25 @@ def untrained_vision_encoder(
         ValueError: Unknown names or keywords, or a size that the patch size doesn't divide.
     """
     kwargs = {key: _layer_name(value) for key, value in (kwargs or {}).items()}
-    refused = sorted(RESERVED & set(kwargs))
-    if refused:
-        raise ValueError(
-            f"vision_encoder.kwargs: {refused} can't be given here; sizes and weights have keys of their own"
-        )
+    if refused := sorted(RESERVED & set(kwargs)):
+        raise ValueError(f"vision_encoder.kwargs: {refused} can't be given here; sizes and weights have their own keys")
     trunk: Any
-    default_mean: Sequence[float]
-    default_std: Sequence[float]
+    library, _, model_name = name.partition("/")
     if name == "coca_vit-l":
         image_size = COCA_VIT_L["image_size"] if image_size is None else image_size
         trunk = _build_timm_trunk(COCA_VIT_L["name"], image_size, {**COCA_VIT_L["kwargs"], **kwargs})
-        default_mean, default_std = IMAGE_MEAN, IMAGE_STD
-    elif name.startswith("timm/"):
-        trunk = _build_timm_trunk(name.removeprefix("timm/"), image_size, kwargs)
-        default_mean, default_std = trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"]
-    elif name.startswith("open_clip/"):
-        model_name = name.removeprefix("open_clip/")
+        normalization: tuple[Sequence[float], Sequence[float]] = IMAGE_MEAN, IMAGE_STD
+    elif library == "timm":
+        trunk = _build_timm_trunk(model_name, image_size, kwargs)
+        normalization = trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"]
+    elif library == "open_clip":
         vision, quick_gelu = open_clip_vision_config(model_name)
         if vision.get("timm_model_name"):
             trunk = _build_timm_trunk(vision["timm_model_name"], image_size or vision.get("image_size"), kwargs)
         else:
             image_size = vision.get("image_size", 224) if image_size is None else image_size
             trunk = build_open_clip_trunk({**vision, **kwargs}, quick_gelu, image_size)
-        default_mean, default_std = open_clip_normalization(model_name)
+        normalization = open_clip_normalization(model_name)
     else:
         raise ValueError(
             f"vision_encoder.name: unknown name '{name}'; it must be 'coca_vit-l', 'timm/<timm ViT>' or "
@@ -183,24 +159,12 @@ def untrained_vision_encoder(
     patch_size: int = trunk.patch_size if isinstance(trunk, OpenClipTrunk) else trunk.patch_embed.patch_size[0]
     if size % patch_size:
         raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
-    mean_of_channels = _three_floats("mean", default_mean if mean is None else mean)
-    std_of_channels = _three_floats("std", default_std if std is None else std)
-    return VisionEncoder(
-        trunk,
-        image_size=size,
-        patch_size=patch_size,
-        tokens=tokens,
-        mean=mean_of_channels,
-        std=std_of_channels,
-        config={
-            "name": name,
-            "image_size": size,
-            "tokens": tokens,
-            "mean": list(mean_of_channels),
-            "std": list(std_of_channels),
-            "kwargs": kwargs,
-        },
-    )
+    known: dict[str, Any] = {"image_size": size, "tokens": tokens}
+    for key, given, usual in (("mean", mean, normalization[0]), ("std", std, normalization[1])):
+        known[key] = tuple(map(float, usual if given is None else given))
+        if len(known[key]) != 3:
+            raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(known[key])}")
+    return VisionEncoder(trunk, patch_size=patch_size, **known, config={"name": name, **known, "kwargs": kwargs})
 
 
 def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
@@ -209,8 +173,7 @@ def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any])
         nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"vision_encoder.name: timm has no model '{name}'; nearest names: {nearest}")
     settings = {key: _layer_class(value) if key.endswith("_layer") else value for key, value in kwargs.items()}
-    if image_size is not None:
-        settings["img_size"] = image_size
+    settings |= {} if image_size is None else {"img_size": image_size}
     try:
         trunk = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **settings)
     except (TypeError, AssertionError) as error:  # an unknown keyword; sizes that timm asserts
@@ -239,9 +202,3 @@ def _layer_class(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return getattr(timm.layers, value, None) or getattr(nn, value, None) or value
-
-
-def _three_floats(key: str, values: Sequence[float]) -> tuple[float, ...]:
-    if len(values) != 3:
-        raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(values)}")
-    return tuple(float(value) for value in values)

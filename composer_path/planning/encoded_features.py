@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from composer.core.precision import get_precision_context
+from composer.utils import dist
 from jaxtyping import BFloat16, UInt8
 from torch import Tensor
 
@@ -24,18 +26,23 @@ from composer_path.images.features import (
     pack_features,
 )
 from composer_path.images.pixels import ImagePreparation, normalize_image
+from composer_path.models.language_model import cast_parameters
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.parallel import in_threads
 from composer_path.records.rules import ImageError
 from composer_path.run.names import named_classes
 from composer_path.run.preparation import images_of
+from composer_path.run.sharding import compute_dtype, settle_precision
 from composer_path.shards.columns import pack_images, unpack_images
 from composer_path.shards.index import INDEX_NAME, empty_place, new_set, publish_new
 from composer_path.shards.mds import ShardError
 from composer_path.shards.view import ShardView
+from composer_path.weights.vision_file import build_vision_encoder
 
 _SIZE_LIMIT = 2**28  # 160 images of the reference's encoder in a shard
 _KEPT = ("format", "format_version", "composer_path", "source", "columns")
+# A sample's columns, and each stored image with its pixels; None where it can't be decoded.
+Decoded = tuple[dict[str, Any], list[tuple[bytes, UInt8[Tensor, "3 height width"] | None]]]
 
 
 @dataclass
@@ -53,27 +60,13 @@ class EncodedSummary:
         return f"{self.samples:,} samples, {self.images:,} images{left}, {self.bytes / 1e9:.3f} GB of features"
 
 
+@dataclass(frozen=True, eq=False)
 class FeatureEncoder:
-    """A vision encoder as training runs it, with how training prepares images for it.
+    """A vision encoder as training runs it, with how training prepares images for it."""
 
-    Args:
-        vision_encoder: Frozen, in the dtype and on the device that it runs in.
-        images: How training prepares images for it.
-        precision: Composer's name of the precision that training runs in.
-    """
-
-    def __init__(
-        self,
-        vision_encoder: VisionEncoder,
-        images: ImagePreparation,
-        precision: str,
-    ) -> None:
-        self.vision_encoder, self.images, self.precision = vision_encoder, images, precision
-
-    @property
-    def feature_set(self) -> FeatureSet:
-        """What its features are known by."""
-        return feature_set_of(self.vision_encoder, self.images)
+    vision_encoder: VisionEncoder  # frozen, in the dtype and on the device that it runs in
+    images: ImagePreparation
+    precision: str  # Composer's name of the one that training runs in
 
     def decode(self, image: bytes) -> UInt8[Tensor, "3 height width"] | None:
         """An image's pixels, as training sees them; None where they can't be had."""
@@ -85,8 +78,6 @@ class FeatureEncoder:
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "images 3 height width"]) -> BFloat16[Tensor, "images tokens dim"]:
         """Features of a batch of images, on the CPU."""
-        from composer.core.precision import get_precision_context
-
         encoder = self.vision_encoder
         device = next(encoder.parameters()).device
         images = normalize_image(pixels.to(device), mean=encoder.mean, std=encoder.std)
@@ -108,19 +99,11 @@ def feature_set_of(encoder: VisionEncoder, images: ImagePreparation) -> FeatureS
 
 
 def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None) -> FeatureEncoder:
-    """The vision encoder of a configuration, with the same weights as in training.
-
-    Args:
-        settings: The configuration as plain mappings.
-        device: `cuda` or `cpu`; None for a GPU where there is one.
+    """The vision encoder of a configuration, with the same weights as in training; on a GPU where there is one.
 
     Raises:
         ValueError: The YAML trains the encoder, so its features would change.
     """
-    from composer_path.models.language_model import cast_parameters
-    from composer_path.run.sharding import compute_dtype, settle_precision
-    from composer_path.weights.vision_file import build_vision_encoder
-
     if "vision_encoder" in settings["model"]["trainable"]:
         raise ValueError("model.trainable: vision_encoder learns in this run, so its features can't be stored")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,10 +119,8 @@ def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None
 
 def weights_hash(vision_encoder: VisionEncoder) -> str:
     """A hash of an encoder's weights, as they are in bf16: in which dtype they are held doesn't matter."""
-    state = hashlib.sha256()
-    parameters = {
-        name.replace("_checkpoint_wrapped_module.", ""): one for name, one in vision_encoder.named_parameters()
-    }
+    state, wrapper = hashlib.sha256(), "_checkpoint_wrapped_module."
+    parameters = {name.replace(wrapper, ""): parameter for name, parameter in vision_encoder.named_parameters()}
     for name, parameter in sorted(parameters.items()):
         values = parameter.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
         state.update(f"{name} {list(values.shape)}".encode())
@@ -157,15 +138,8 @@ def encode_set(
 ) -> EncodedSummary:
     """Write a set with features in place of its images; all else is copied bit for bit, in the same order.
 
-    The new set has an index only when all of it is verified; a run that ends early leaves nothing.
-
-    Args:
-        view: The set to encode.
-        out: Folder or address for the new one; nothing may lie there.
-        encoder: Of the training that will read it.
-        batch_size: Images that are encoded together.
-        workers: Threads that decode images.
-        progress: Called with the number of samples that are done.
+    The new set has an index only when all of it is verified; a run that ends early leaves nothing. Threads decode
+    images, of which `batch_size` are encoded together; `progress` gets the number of samples that are done.
 
     Raises:
         ShardError: The set can't be read or holds features already, or something lies at `out`.
@@ -183,24 +157,12 @@ def encode_set(
             summary.images += len(stored)
             summary.undecodable += sum(not is_features(image) for image in stored)
             summary.bytes += sum(map(len, stored))
-        features = encoder.feature_set.to_json()
-        publish_new(place, writer, _card(view, summary, features), {INDEX_KEY: features})
+        features = {INDEX_KEY: feature_set_of(encoder.vision_encoder, encoder.images).to_json()}
+        # What still holds of the old set's card, and how the features were made.
+        card: dict[str, Any] = {key: view.card[key] for key in _KEPT if key in view.card}
+        card |= {"records": summary.samples, "images": summary.images, "undecodable": summary.undecodable}
+        publish_new(place, writer, card | features, features)
     return summary
-
-
-@dataclass(frozen=True)
-class DecodedSample:
-    """A sample on its way to features.
-
-    Attributes:
-        columns: As stored.
-        images: The stored files.
-        pixels: Of each image; None where it can't be decoded.
-    """
-
-    columns: dict[str, Any]
-    images: list[bytes]
-    pixels: list[UInt8[Tensor, "3 height width"] | None]
 
 
 def _encoded(
@@ -208,88 +170,58 @@ def _encoded(
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     """Samples with what is stored of their images: features, or the file itself where it can't be decoded."""
 
-    def decode(columns: dict[str, Any]) -> DecodedSample:
-        images = unpack_images(columns["images"])
-        return DecodedSample(columns, images, [encoder.decode(image) for image in images])
+    def decode(columns: dict[str, Any]) -> Decoded:
+        return columns, [(image, encoder.decode(image)) for image in unpack_images(columns["images"])]
 
     samples = (columns for number in range(len(view.shards)) for _, columns in view.records(number))
-    group: list[DecodedSample] = []
-    num_images = 0
+    group: list[Decoded] = []
     # Two threads at least and two groups ahead: while one group is encoded, the next one is decoded.
     for sample in in_threads(decode, samples, max(2, workers), ahead=2 * batch_size + workers):
         group.append(sample)
-        num_images += len(sample.images)
-        if num_images >= batch_size or len(group) >= 8 * batch_size:
+        if sum(len(images) for _, images in group) >= batch_size or len(group) >= 8 * batch_size:
             yield from _finish(group, encoder, batch_size)
-            group, num_images = [], 0
+            group = []
     yield from _finish(group, encoder, batch_size)
 
 
 def _finish(
-    group: list[DecodedSample], encoder: FeatureEncoder, batch_size: int
+    group: list[Decoded], encoder: FeatureEncoder, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    good = [pixels for sample in group for pixels in sample.pixels if pixels is not None]
-    features = (
-        pack_features(of_image)
-        for at in range(0, len(good), batch_size)
-        for of_image in encoder.encode(torch.stack(good[at : at + batch_size]))
-    )
-    for sample in group:
-        decoded = zip(sample.images, sample.pixels, strict=True)
-        yield sample.columns, [image if pixels is None else next(features) for image, pixels in decoded]
-
-
-def _card(view: ShardView, summary: EncodedSummary, features: dict[str, Any]) -> dict[str, Any]:
-    """The new set's data card: what still holds of the old one's, and how the features were made."""
-    return {
-        **{key: view.card[key] for key in _KEPT if key in view.card},
-        "records": summary.samples,
-        "images": summary.images,
-        "undecodable": summary.undecodable,
-        INDEX_KEY: features,
-    }
+    good = [pixels for _, images in group for _, pixels in images if pixels is not None]
+    batches = (torch.stack(good[at : at + batch_size]) for at in range(0, len(good), batch_size))
+    features = (pack_features(of_image) for batch in batches for of_image in encoder.encode(batch))
+    for columns, images in group:
+        yield columns, [image if pixels is None else next(features) for image, pixels in images]
 
 
 def check_features(dataset: Any, vision_encoder: VisionEncoder, algorithms: Iterable[str]) -> None:
-    """Whether a loader's stored features are those that this run's encoder would make; nothing is asked of images.
+    """Whether a dataset's stored features are those that this run's encoder would make; nothing is asked of images.
 
-    Args:
-        dataset: A `ConversationDataset`.
-        vision_encoder: As it was built: only rank 0 needs its weights.
-        algorithms: Their names in the YAML.
+    Only rank 0 needs the encoder's weights; algorithms are those of the YAML, by name.
 
     Raises:
         FeaturesError: Another encoder, other image settings, an encoder that learns, or an algorithm that changes
             images; on all ranks.
     """
-    from composer.utils import dist
-
-    stored: FeatureSet | None = dataset.features
-    if stored is None:
+    if dataset.features is None:
         return
-    where = ", ".join(stream.where for stream in dataset.streams)
     found: list[str | None] = [None]
     if dist.get_global_rank() == 0:
-        found[0] = _mismatch(stored, where, dataset.images, vision_encoder, algorithms)
+        found[0] = _mismatch(dataset, vision_encoder, algorithms)
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(found, src=0)
     if found[0] is not None:
         raise FeaturesError(found[0])
 
 
-def _mismatch(
-    stored: FeatureSet,
-    where: str,
-    images: ImagePreparation,
-    vision_encoder: VisionEncoder,
-    algorithms: Iterable[str],
-) -> str | None:
+def _mismatch(dataset: Any, vision_encoder: VisionEncoder, algorithms: Iterable[str]) -> str | None:
+    where = ", ".join(stream.where for stream in dataset.streams)
     for name in algorithms:
         if getattr(named_classes("algorithms")[name], "changes_images", False):
             return f"algorithms.{name} changes images, and {where} holds features of them; leave out one of the two"
     if any(parameter.requires_grad for parameter in vision_encoder.parameters()):
         return f"model.trainable: vision_encoder can't learn from {where}, which holds its features; train on images"
-    differing = stored.differences(feature_set_of(vision_encoder, images))
+    differing = dataset.features.differences(feature_set_of(vision_encoder, dataset.images))
     if not differing:
         return None
     fix = "encode the images again with composer-path encode and this run's YAML, or train on the images"

@@ -6,6 +6,7 @@ Memory is counted from the model's sizes and from a step run without data (`step
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,32 +34,20 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.1}  # bytes a trained weight: two in fp
 
 @dataclass(frozen=True)
 class SampleSize:
-    """What a sample holds on average.
+    """What a sample holds on average."""
 
-    Args:
-        tokens: Images included.
-        answers: Answer tokens.
-        images: Their number.
-    """
-
-    tokens: int
-    answers: int
+    tokens: int  # images included
+    answers: int  # tokens of them
     images: int
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs to plan for.
-
-    Args:
-        gpus: Their number.
-        memory: Bytes of each.
-        peak: FLOP/s of each.
-    """
+    """GPUs to plan for."""
 
     gpus: int
-    memory: float
-    peak: float
+    memory: float  # bytes of each
+    peak: float  # FLOP/s of each
 
 
 @dataclass(frozen=True)
@@ -78,21 +67,13 @@ class Standing:
 
 @dataclass(frozen=True)
 class Fit:
-    """What one kind of activation checkpointing asks for.
-
-    Args:
-        checkpointing: `off`, `selective` or `full`.
-        per_token: Bytes of a row's token.
-        fixed: Bytes of any row.
-        most_tokens: The largest row that fits.
-        recomputed: Operations done twice, as a share of what is needed.
-    """
+    """What one kind of activation checkpointing asks for."""
 
     checkpointing: str
-    per_token: float
-    fixed: float
-    most_tokens: int
-    recomputed: float
+    per_token: float  # bytes of a row's token
+    fixed: float  # bytes of any row
+    most_tokens: int  # of the largest row that fits
+    recomputed: float  # operations done twice, as a share of what is needed
 
 
 @dataclass(frozen=True)
@@ -142,11 +123,7 @@ class Plan:
 
 
 def parse_memory(text: str) -> float:
-    """Bytes of a GPU's memory: `80GB` (10^9, as on datasheets) or `131GiB` (2^30).
-
-    Raises:
-        ValueError: It is no such size.
-    """
+    """Bytes of a GPU's memory: `80GB` (10^9, as on datasheets) or `131GiB` (2^30)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(gb|gib)", text.strip().lower())
     if match is None or not float(match[1]):
         raise ValueError(f"--gpu-memory: must be a size such as 80GB, found '{text}'")
@@ -154,18 +131,13 @@ def parse_memory(text: str) -> float:
 
 
 def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
-    """Count a run's memory and work.
-
-    Args:
-        config: From `load_config`; weights needn't be there, the language model's `config.json` must.
-        machine: What it should run on.
-        sample: What its samples hold on average.
+    """Count a run's memory and work. Weights needn't be there; the language model's `config.json` must.
 
     Raises:
         ValueError: The samples can't be, or the model can't be built.
     """
     settings = plain(config)
-    parallelism = settings["trainer"]["parallelism_config"]
+    parallelism, optimizer = settings["trainer"]["parallelism_config"], settings["optimizer"]["name"]
     fsdp = parallelism and parallelism["fsdp"]
     model = _empty_model(settings, "off")
     if sample.answers >= sample.tokens - sample.images * model.num_image_tokens():
@@ -176,18 +148,16 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     counter = FlopCounter(model)
     lengths = ([sample.tokens], sample.images, sample.answers)
     flops = counter.needed(*lengths)
-    sizes: dict[str, tuple[int, bool]] = {name: _size(getattr(model, name)) for name in MODULES}
-    standing = standing_bytes(model, fsdp, settings["optimizer"]["name"], machine.gpus)
+    counts: dict[str, tuple[int, int]] = {name: _size(list(getattr(model, name).parameters())) for name in MODULES}
+    sizes = {name: (count, learning > 0) for name, (count, learning) in counts.items()}
+    standing = standing_bytes(model, fsdp, optimizer, machine.gpus)
     free = machine.memory * (1 - RESERVED) - standing.total
-    loss_chunk = settings["execution"]["loss_chunk"]
-    fits = []
+    fits, loader, execution = [], settings["train_loader"], settings["execution"]
     for kind in get_args(Checkpointing):
         per_token, fixed = bytes_of_rows(_empty_model(settings, kind), sample)
         most = int((free - fixed) / per_token) if free > fixed else 0
-        again = counter.recomputed(*lengths, blocks=kind == "full", head=loss_chunk is not None)
+        again = counter.recomputed(*lengths, blocks=kind == "full", head=execution["loss_chunk"] is not None)
         fits.append(Fit(kind, per_token, fixed, most, again / flops.total))
-    loader = settings["train_loader"]
-    chosen = settings["execution"]["activation_checkpointing"] or "off"  # a bare off is false to YAML
     trained = sum(count for count, learns in sizes.values() if learns)
     everything = sum(count * (4.0 if learns else 2.0) for count, learns in sizes.values())
     only_projector = all(name == "projector" for name, (_, learns) in sizes.items() if learns)
@@ -202,9 +172,9 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
         global_batch_size=loader["global_batch_size"],
         max_tokens=loader["max_tokens_per_microbatch"],
         max_seq_len=loader["dataset"]["max_seq_len"],
-        chosen=chosen,
+        chosen=execution["activation_checkpointing"] or "off",  # a bare off is false to YAML
         host_bytes=sizes["projector"][0] * 4.0 if only_projector else everything,
-        checkpoint_bytes=trained * (4 + MOMENTS[settings["optimizer"]["name"]]),
+        checkpoint_bytes=trained * (4 + MOMENTS[optimizer]),
     )
 
 
@@ -215,19 +185,17 @@ def _empty_model(settings: Mapping[str, Any], checkpointing: str) -> PathMLLM:
     return choose_execution(to_meta(model), **execution | {"activation_checkpointing": checkpointing})
 
 
-def _size(module: torch.nn.Module) -> tuple[int, bool]:
-    parameters = list(module.parameters())
-    return sum(p.numel() for p in parameters), any(p.requires_grad for p in parameters)
+def _size(parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
+    """Weights, and those that learn."""
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def bytes_of_rows(model: PathMLLM, sample: SampleSize) -> tuple[float, float]:
     """Peak of a step in bf16, by the token and whatever the row: a straight line through two rows."""
     few = max(1, 2048 // sample.tokens)
     with computing_in(model, torch.bfloat16):
-        first, second = (
-            peak_of_step(model, RowSize(number, sample.tokens, sample.answers, sample.images))
-            for number in (few, 2 * few)
-        )
+        rows = (RowSize(samples, *dataclasses.astuple(sample)) for samples in (few, 2 * few))
+        first, second = (peak_of_step(model, row) for row in rows)
     per_token = (second - first) / (few * sample.tokens)
     return per_token, max(0.0, first - per_token * few * sample.tokens)
 
@@ -238,33 +206,29 @@ def standing_bytes(model: PathMLLM, fsdp: Mapping[str, Any] | None, optimizer: s
     Under FSDP a block is gathered while the one before it still computes; both, and the root (embeddings, final norm,
     head), are whole in bf16. Gradients of such a pair are whole in bf16, and once more in fp32 for their reduction.
     """
-    shards = 1 if fsdp is None else min(gpus, GPUS_A_NODE) if "HYBRID" in str(fsdp.get("sharding_strategy")) else gpus
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    count, trained = _size(list(model.parameters()))
+    spread = 4.0 * trained + 2.0 * (count - trained), 4.0 * trained, MOMENTS[optimizer] * trained
     if fsdp is None:  # autocast keeps a bf16 copy of each weight it has used
-        return Standing(4.0 * trained + 2.0 * frozen, 4.0 * trained, MOMENTS[optimizer] * trained, 2.0 * trained)
-    units = _units(model)
-    root, blocks = units[0], sorted(units[1:], reverse=True)
-    if fsdp.get("reshard_after_forward", True):
-        whole = root[0] + sum(count for count, _ in blocks[:2])
-    else:
-        whole = root[0] + sum(count for count, _ in blocks)
+        return Standing(*spread, 2.0 * trained)
+    # The versions have different settings, see Composer's FSDPConfig and FSDP2Config.
+    hybrid = fsdp["version"] == 1 and "HYBRID" in fsdp["sharding_strategy"]
+    shards = min(gpus, GPUS_A_NODE) if hybrid else gpus
+    root, *blocks = _units(model)
+    largest = sorted(blocks, reverse=True)
+    whole = largest if fsdp["version"] == 2 and not fsdp["reshard_after_forward"] else largest[:2]
     reduced = root[1] + max((learning for _, learning in blocks), default=0)
-    return Standing(
-        weights=(4.0 * trained + 2.0 * frozen) / shards,
-        gradients=4.0 * trained / shards,
-        moments=MOMENTS[optimizer] * trained / shards,
-        gathered=2.0 * whole + (2.0 + 4.0) * reduced,
-    )
+    gathered = 2.0 * (root[0] + sum(count for count, _ in whole)) + (2.0 + 4.0) * reduced
+    weights, gradients, moments = (size / shards for size in spread)
+    return Standing(weights, gradients, moments, gathered)
 
 
 def _units(model: PathMLLM) -> list[tuple[int, int]]:
-    """Weights, and those that learn, of each FSDP unit; what is left over, the root, comes first."""
-    units, taken = [], set()
+    """Sizes of each FSDP unit; what is left over, the root, comes first."""
+    units: list[tuple[int, int]] = []
+    taken: set[torch.nn.Parameter] = set()
     # Innermost first: what a block holds isn't its encoder's.
-    for module in reversed([module for module in model.modules() if model.fsdp_wrap_fn(module)]):
+    for module in reversed([model, *(module for module in model.modules() if model.fsdp_wrap_fn(module))]):
         own = [p for p in module.parameters() if p not in taken]
         taken.update(own)
-        units.append((sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)))
-    left = [p for p in model.parameters() if p not in taken]
-    return [(sum(p.numel() for p in left), sum(p.numel() for p in left if p.requires_grad)), *units]
+        units.insert(0, _size(own))
+    return units

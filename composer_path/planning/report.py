@@ -9,13 +9,9 @@ MIB = 2.0**20
 
 
 def format_plan(plan: Plan, *, mfu: float, samples: int | None, price: float | None) -> str:
-    """Memory, microbatches, work and time.
+    """Memory, microbatches, work and time, at the share of the peak (`mfu`) that is assumed to be used.
 
-    Args:
-        plan: From `make_plan`.
-        mfu: The share of the peak that is assumed to be used.
-        samples: Of the run; None leaves hours and cost out.
-        price: Of a GPU for an hour; None leaves the cost out.
+    Without the run's `samples` it leaves out hours and cost; without the price of a GPU's hour, the cost.
     """
     sections = [_memory(plan), _microbatches(plan), _work(plan, mfu), _run(plan, mfu, samples, price)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
@@ -36,38 +32,31 @@ def _memory(plan: Plan) -> list[str]:
         ("reserved", reserved, f"{RESERVED:.0%} for context, NCCL and fragments (an assumption)"),
         ("activations", free, "what is left"),
     ]
-    lines += ["", "memory of a GPU, GB"]
-    lines += [f"  {name:12} {size / GB:7.1f}  {what}" for name, size, what in rows]
-    lines += [
-        "",
-        f"saving: rank 0 gathers {plan.host_bytes / GB:.1f} GB of weights in its host memory; "
-        f"a checkpoint holds {plan.checkpoint_bytes / GB:.1f} GB",
-    ]
-    return lines
+    lines += ["", "memory of a GPU, GB", *(f"  {name:12} {size / GB:7.1f}  {what}" for name, size, what in rows), ""]
+    gathers = f"rank 0 gathers {plan.host_bytes / GB:.1f} GB of weights in its host memory"
+    return [*lines, f"saving: {gathers}; a checkpoint holds {plan.checkpoint_bytes / GB:.1f} GB"]
 
 
 def _microbatches(plan: Plan) -> list[str]:
     sample = plan.sample
+    images = f"{sample.images} image{'s' if sample.images != 1 else ''}"
     lines = [
-        f"samples of {sample.tokens} tokens, {sample.answers} of them answers, {sample.images} "
-        f"image{'s' if sample.images != 1 else ''}",
+        f"samples of {sample.tokens} tokens, {sample.answers} of them answers, {images}",
         "  activation_checkpointing   MiB a token   largest microbatch   computed twice",
     ]
     for fit in plan.fits:
         mark = "  <- this YAML" if fit.checkpointing == plan.chosen else ""
         most = f"{fit.most_tokens:,} tokens" if fit.most_tokens >= sample.tokens else "nothing fits"
         lines.append(f"  {fit.checkpointing:24} {fit.per_token / MIB:13.2f} {most:>20} {fit.recomputed:16.0%}{mark}")
-    wanted = (
-        f"max_tokens_per_microbatch {plan.wanted_tokens:,}" if plan.max_tokens else f"{plan.wanted_tokens:,} tokens"
-    )
+    tokens, largest = f"{plan.wanted_tokens:,}", plan.chosen_fit.most_tokens
+    wanted = f"max_tokens_per_microbatch {tokens}" if plan.max_tokens else f"{tokens} tokens"
     if plan.fitting:
         lines.append(f"this YAML fits: {wanted}")
-    elif plan.chosen_fit.most_tokens >= plan.max_seq_len:
-        lines.append(f"this YAML doesn't fit: {wanted}; lower it to {plan.chosen_fit.most_tokens // 256 * 256}")
+    elif largest >= plan.max_seq_len:
+        lines.append(f"this YAML doesn't fit: {wanted}; lower it to {largest // 256 * 256}")
     else:
-        lines.append(
-            f"this YAML doesn't fit: {wanted}, and a sample of max_seq_len {plan.max_seq_len:,} doesn't either"
-        )
+        longest = f"a sample of max_seq_len {plan.max_seq_len:,}"
+        lines.append(f"this YAML doesn't fit: {wanted}, and {longest} doesn't either")
     best = plan.best
     if best is None:
         lines.append("no kind of checkpointing fits: take more GPUs, optimizer adamw_8bit, or a shorter max_seq_len")
@@ -82,10 +71,8 @@ def _microbatches(plan: Plan) -> list[str]:
 def _work(plan: Plan, mfu: float) -> list[str]:
     flops = plan.flops
     parts = ", ".join(f"{name} {value / flops.total:.1%}" for name, value in vars(flops).items() if value)
-    lines = [
-        f"a sample needs {flops.total / 1e12:.2f} TFLOP ({parts})",
-        "  GPU    floor, ms a sample   at the assumed MFU",
-    ]
+    lines = [f"a sample needs {flops.total / 1e12:.2f} TFLOP ({parts})"]
+    lines.append("  GPU    floor, ms a sample   at the assumed MFU")
     for name, peak in PEAK_FLOPS.items():
         floor = flops.total / peak
         lines.append(f"  {name:6} {1e3 * floor:18.1f} {1e3 * floor / mfu:17.1f} ms  ({mfu / floor:.1f} samples/s)")

@@ -24,26 +24,18 @@ from composer_path.models.path_mllm import PathMLLM
 
 @dataclass(frozen=True)
 class RowSize:
-    """What a row holds: equally long samples.
-
-    Args:
-        samples: Their number.
-        tokens: Of each, images included.
-        targets: Answer tokens of each.
-        images: Of each.
-    """
+    """What a row holds: equally long samples."""
 
     samples: int
-    tokens: int
-    targets: int
-    images: int
+    tokens: int  # of each, images included
+    targets: int  # answer tokens of each
+    images: int  # of each
 
 
 class LiveBytes(TorchDispatchMode):
     """Within it, the bytes of tensors that operators made and that are still alive: now, and at most.
 
-    Args:
-        known: Tensors that were there before, such as parameters; their storages aren't counted.
+    Storages of `known` tensors, which were there before, aren't counted.
     """
 
     def __init__(self, known: Iterator[Tensor]) -> None:
@@ -55,18 +47,12 @@ class LiveBytes(TorchDispatchMode):
         """Run an operator and note what it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
+            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage()) not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage.nbytes())
         return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self.seen:
-            return
-        self.seen.add(storage)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
 
     def _forget(self, size: int) -> None:
         self.now -= size
@@ -93,11 +79,8 @@ def _flash_on_meta() -> Iterator[None]:
 def peak_of_step(model: PathMLLM, row: RowSize) -> int:
     """Bytes that forward and backward pass of a row take at most, beside parameters and their gradients.
 
-    A gradient is counted until it is complete, as where it is handed on to its owner right away.
-
-    Args:
-        model: On the meta device (see `to_meta`), or a real one.
-        row: What it is given.
+    A gradient is counted until it is complete, as where it is handed on to its owner right away. The model lies on the
+    meta device (see `to_meta`), or a real one.
     """
     device = next(model.parameters()).device
     batch = _empty_batch(model, row, device)

@@ -23,14 +23,10 @@ class TemplateError(ValueError):
 def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -> tuple[list[str], list[Trim]]:
     """The template's own text around each message's content, and how it trims that content.
 
-    Args:
-        roles: `system`, `user` or `assistant` of each message.
-        tokenizer: One of transformers' that has a chat template.
-        date: What the template gets when it asks for today's.
+    `roles` are `system`, `user` or `assistant` of each message; `date` is what a template gets that asks for today's.
 
     Raises:
         TemplateError: The template refuses such a conversation, or doesn't write each message once and in order.
-        ValueError: There is no chat template, or one that asks for the date in an unknown way.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -42,12 +38,12 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
     # An em space on both sides tells whether the template trims contents; no template writes one itself.
     marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
     messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
+    day = read_date(date)
+    template = _with_fixed_date(tokenizer.get_chat_template(), day)
+    date_string = day.strftime("%d %b %Y")  # what LLaMA-3's template looks for
     try:
         rendered = tokenizer.apply_chat_template(
-            messages,
-            chat_template=_with_fixed_date(tokenizer.get_chat_template(), read_date(date)),
-            tokenize=False,
-            date_string=read_date(date).strftime("%d %b %Y"),  # what LLaMA-3's template looks for
+            messages, chat_template=template, tokenize=False, date_string=date_string
         )
     except jinja2.TemplateError as error:  # for example a template without system messages
         raise TemplateError(
@@ -71,11 +67,7 @@ def trimmed(text: str, trim: Trim) -> str:
 
 
 def read_date(date: str | datetime.date) -> datetime.date:
-    """A day from the words of a YAML.
-
-    Raises:
-        ValueError: It is none.
-    """
+    """A day from the words of a YAML."""
     if isinstance(date, datetime.date):
         return date
     for form in ("%d %b %Y", "%Y-%m-%d"):

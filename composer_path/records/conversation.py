@@ -45,16 +45,12 @@ class Conversation:
 
     @classmethod
     def from_record(cls, record: object) -> Conversation:
-        """Check a record against every rule that needs no file and build its conversation.
-
-        Args:
-            record: One element of the input list, as `json.loads` gives it.
+        """Check a record, as `json.loads` gives it, against every rule that needs no file; build its conversation.
 
         Raises:
             RecordError: The first rule that is broken; `problems_of` lists all of them.
         """
-        problems = problems_of(record)
-        if problems:
+        if problems := problems_of(record):
             raise problems[0]
         assert isinstance(record, dict)
         turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
@@ -65,18 +61,9 @@ class Conversation:
         if image_without_tag:
             turns[0] = Turn("human", f"{IMAGE_TAG}\n{turns[0].text}")
         metadata = {key: record[key] for key in METADATA_TYPES if record.get(key) is not None}
-        for key in ("patient", "slide"):
-            if key in metadata:
-                metadata[key] = str(metadata[key])
-        return cls(
-            turns=tuple(turns),
-            images=images,
-            system=record.get("system"),
-            id=id_of(record),
-            metadata=metadata,
-            dropped_turns=dropped_turns,
-            image_without_tag=image_without_tag,
-        )
+        metadata |= {key: str(metadata[key]) for key in ("patient", "slide") if key in metadata}
+        system = record.get("system")
+        return cls(tuple(turns), images, system, id_of(record), metadata, dropped_turns, image_without_tag)
 
     @property
     def num_images(self) -> int:
@@ -89,11 +76,7 @@ class Conversation:
 
     @classmethod
     def from_shard(cls, data: Mapping[str, Any], num_images: int) -> Conversation:
-        """Build the conversation of a shard's sample; its images have no names there.
-
-        Args:
-            data: The `conversation` column, as `to_shard` wrote it.
-            num_images: Number of images in the sample's `images` column.
+        """Build the conversation of a shard's sample from what `to_shard` wrote; its images have no names there.
 
         Raises:
             ValueError: Tags and images differ in number, so the shard wasn't written by `convert`.

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from composer_path.records.chat_template import FIXED_DATE, TemplateError, read_date, render_around, trimmed
-from composer_path.records.conversation import IMAGE_TAG, Conversation, Turn
+from composer_path.records.conversation import Conversation, Turn
+from composer_path.records.rules import IMAGE_TAG
 from composer_path.records.vocabulary import TextEncoder
 
 ImagePosition = Literal["front", "inline"]  # of an image: in front of its turn's text, or where its tag stands
@@ -48,6 +49,7 @@ class ImageSlot:
 
 
 Segment = Text | SpecialToken | ImageSlot
+Segments = list[Segment]
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,14 @@ class PromptTemplate(ABC):
     """How a conversation is written for the language model."""
 
     name: ClassVar[str]
-
     # Whether a model that was trained with it can be asked a question; one without can only caption.
     takes_question: ClassVar[bool] = True
-
     # The reference tokenizes the text after each image or special token as a text of its own (in LLaMA's vocabulary:
     # with a leading space). False leaves it to the tokenizer.
     prefix_after_special: ClassVar[bool] = True
 
     @abstractmethod
-    def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
-    ) -> list[Segment]:
+    def segments(self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition) -> Segments:
         """The conversation's segments; when its last turn is a question, they end where the answer starts.
 
         Raises:
@@ -87,9 +85,7 @@ class PlainTemplate(PromptTemplate):
     name: ClassVar[str] = "plain"
     takes_question: ClassVar[bool] = False
 
-    def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
-    ) -> list[Segment]:
+    def segments(self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition) -> Segments:
         """See PromptTemplate; `image_position` changes nothing, as no text but the caption is left."""
         questions = [turn for turn in conversation.turns if turn.role == "human"]
         if len(questions) != 1:
@@ -114,9 +110,7 @@ class LlavaLlama2Template(PromptTemplate):
 
     name: ClassVar[str] = "llava_llama_2"
 
-    def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
-    ) -> list[Segment]:
+    def segments(self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition) -> Segments:
         """See PromptTemplate. Each answer is supervised with the spaces around it and the end-of-sequence token."""
         eos_id = encoder.tokenizer.eos_token_id
         if eos_id is None:
@@ -126,7 +120,7 @@ class LlavaLlama2Template(PromptTemplate):
             )
         system = self.system if conversation.system is None else conversation.system
         opening = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n" if system else "[INST] "
-        segments: list[Segment] = []
+        segments: Segments = []
         for turn in conversation.turns:
             if turn.role == "human":
                 question = _question(turn.text, image_position)
@@ -156,9 +150,7 @@ class ChatTemplate(PromptTemplate):
     def __post_init__(self) -> None:
         read_date(self.date)
 
-    def segments(
-        self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition
-    ) -> list[Segment]:
+    def segments(self, conversation: Conversation, encoder: TextEncoder, image_position: ImagePosition) -> Segments:
         """See PromptTemplate."""
         system = self.system if conversation.system is None else conversation.system
         turns = list(conversation.turns)
@@ -171,33 +163,26 @@ class ChatTemplate(PromptTemplate):
             messages.insert(0, ("system", system))
         chunks, trims = render_around([role for role, _ in messages], encoder.tokenizer, self.date)
 
-        segments: list[Segment] = []
+        segments: Segments = []
         end_is_due = False  # an answer stands before this chunk, so its end is supervised
         for chunk, trim, (role, text) in zip(chunks, trims, messages, strict=False):
             answer = role == "assistant"
+            text = trimmed(text, trim)
             if answer and chunk.endswith(" "):
-                chunk, text = chunk[:-1], " " + trimmed(text, trim)
-            else:
-                text = trimmed(text, trim)
+                chunk, text = chunk[:-1], " " + text
             segments += _template_text(chunk, encoder, end_is_due)
             segments += _question(text, image_position) if role == "user" else [Text(text, supervised=answer)]
             end_is_due = answer
-        if asking:
-            return segments[:-1]
-        return segments + _template_text(chunks[-1], encoder, end_is_due)
+        return segments[:-1] if asking else segments + _template_text(chunks[-1], encoder, end_is_due)
 
 
 TEMPLATES: dict[str, type[PromptTemplate]] = {
-    template.name: template for template in (PlainTemplate, LlavaLlama2Template, ChatTemplate)
+    one.name: one for one in (PlainTemplate, LlavaLlama2Template, ChatTemplate)
 }
 
 
 def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTemplate:
-    """A template by name, or by name and its settings, such as `{"name": "llava_llama_2", "system": "…"}`.
-
-    Raises:
-        ValueError: No template has this name, or it has no such setting.
-    """
+    """A template by name, or by name and its settings, such as `{"name": "llava_llama_2", "system": "…"}`."""
     if isinstance(template, PromptTemplate):
         return template
     settings = {"name": template} if isinstance(template, str) else dict(template)
@@ -212,33 +197,28 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
     return TEMPLATES[name](**settings)
 
 
-def _bos(encoder: TextEncoder) -> list[Segment]:
+def _bos(encoder: TextEncoder) -> Segments:
     id = encoder.tokenizer.bos_token_id
     return [] if id is None else [SpecialToken(id)]
 
 
-def _question(text: str, image_position: ImagePosition) -> list[Segment]:
+def _question(text: str, image_position: ImagePosition) -> Segments:
     """A human turn with its images: in front of the text (one as in the reference, several line by line), or inline."""
     parts = text.split(IMAGE_TAG)
-    if len(parts) == 1:
-        return [Text(text)]
-    if image_position == "inline":
-        segments: list[Segment] = [Text(parts[0])]
-        for part in parts[1:]:
-            segments += [ImageSlot(), Text(part)]
-        return segments
+    if len(parts) == 1 or image_position == "inline":
+        return [Text(parts[0]), *(segment for part in parts[1:] for segment in (ImageSlot(), Text(part)))]
     rest = "".join(parts).strip()
     return [*_image_row(len(parts) - 1), *([Text("\n" + rest)] if rest else [])]
 
 
-def _image_row(num_images: int) -> list[Segment]:
+def _image_row(num_images: int) -> Segments:
     """Images in order with a newline between them."""
     return [ImageSlot() if index % 2 == 0 else Text("\n") for index in range(2 * num_images - 1)]
 
 
-def _template_text(chunk: str, encoder: TextEncoder, end_is_due: bool) -> list[Segment]:
+def _template_text(chunk: str, encoder: TextEncoder, end_is_due: bool) -> Segments:
     """What a chat template wrote itself; supervised up to its first special token if an answer stands before it."""
-    segments: list[Segment] = []
+    segments: Segments = []
     for part in encoder.split_special_tokens(chunk):
         if isinstance(part, int):
             segments.append(SpecialToken(part, supervised=end_is_due))

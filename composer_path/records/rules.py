@@ -80,21 +80,15 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _PRINTABLE_ROLES = {*ROLES, "answer", "bot", "chatgpt", "doctor", "function", "model", "question", "system", "tool"}
 
 # Key -> accepted types and how the error names them. bool is an int in Python, but not a number in JSON.
+_STRING, _NAME = ((str,), "a string"), ((str, int), "a string or a whole number")
 METADATA_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "source": ((str,), "a string"),
-    "organ": ((str,), "a string"),
-    "stain": ((str,), "a string"),
+    **dict.fromkeys(("source", "organ", "stain"), _STRING),
     "magnification": ((str, int, float), "a string or a number"),
     "mpp": ((int, float), "a number above 0 (micrometres per pixel)"),
     "meta": ((dict,), "an object"),
-    "patient": ((str, int), "a string or a whole number"),
-    "slide": ((str, int), "a string or a whole number"),
+    **dict.fromkeys(("patient", "slide"), _NAME),
 }
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "id": ((str, int), "a string or a whole number"),
-    "system": ((str,), "a string"),
-    **METADATA_TYPES,
-}
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {"id": _NAME, "system": _STRING, **METADATA_TYPES}
 # A region of a slide: the least value of each number. Left and top edge may lie outside of the scan.
 _REGION_NUMBERS = {"x": None, "y": None, "width": 1, "height": 1, "level": 0}
 _REGION_KEYS = ("file", *_REGION_NUMBERS)
@@ -109,8 +103,7 @@ def problems_of(record: object) -> list[RecordError]:
     if not isinstance(record, dict):
         fix = "write {'id': ..., 'image': ..., 'conversations': [...]}"
         return [RecordError("not-an-object", _describe(record), fix)]
-    problems = [*_type_problems(record)]
-    return problems or [*_turn_problems(record)]
+    return [*_type_problems(record)] or [*_turn_problems(record)]
 
 
 def images_of(record: dict[str, Any]) -> list[Any]:
@@ -164,16 +157,16 @@ def _turn_type_problems(turn: object, where: str) -> Iterator[RecordError]:
         yield _wrong_type(_describe(turn), "an object {'from': ..., 'value': ...}", where)
         return
     for key in ("from", "value"):
+        place = f"{where}.{key}"
         if key not in turn:
-            yield _missing_key(f"{where}.{key}")
+            yield _missing_key(place)
         else:
-            place = f"{where}.{key}"
-            yield from _value_problems(turn[key], (str,), "a string", place, required=True, empty=True)
+            yield from _value_problems(turn[key], *_STRING, place, required=True, empty=True)
     role = turn.get("from")
     if isinstance(role, str) and role not in ROLES:
-        known = role if role.lower() in _PRINTABLE_ROLES else ""
-        fix = "put it under the record's key 'system'" if known.lower() == "system" else "rename the role"
-        yield RecordError("unknown-role", repr(known) if known else _describe(role), fix, f"{where}.from")
+        found = repr(role) if role.lower() in _PRINTABLE_ROLES else _describe(role)
+        fix = "put it under the record's key 'system'" if role.lower() == "system" else "rename the role"
+        yield RecordError("unknown-role", found, fix, f"{where}.from")
 
 
 def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
@@ -198,17 +191,16 @@ def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         fix = "add the answer or leave the last question out"
         yield RecordError("last-turn-not-assistant", "'human'", fix, f"conversations[{len(turns) - 1}]")
 
-    leading = int(roles[0] == "assistant")
     num_tags = 0
-    for index, (role, text) in enumerate(zip(roles, (turn["value"] for turn in turns), strict=True)):
-        where = f"conversations[{index}].value"
+    for index, (role, turn) in enumerate(zip(roles, turns, strict=True)):
+        text, where = turn["value"], f"conversations[{index}].value"
         if role == "human":
             num_tags += text.count(IMAGE_TAG)
             continue
         if IMAGE_TAG in text:
             found = f"{text.count(IMAGE_TAG)} in an answer"
             yield RecordError("tag-in-answer", found, "move the tag into a question", where)
-        if index >= leading and not text.strip():
+        if index > 0 and not text.strip():  # a leading one is dropped
             found = "blanks only" if text else "an empty string"
             yield RecordError("empty-answer", found, "write the answer or leave the turns out", where)
     num_images = len(images_of(record))

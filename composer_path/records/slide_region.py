@@ -66,12 +66,7 @@ class SlideRegion:
 
 
 def read_region(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a rectangle of the slide at `path`: OpenSlide's pixels on white, as RGB.
-
-    Args:
-        path: The slide's file.
-        region: Of it.
-        max_pixels: Larger regions are refused before anything is read.
+    """Read a rectangle of the slide at `path`, once it has no more than `max_pixels`: OpenSlide's on white, as RGB.
 
     Raises:
         ImageError: `unreadable-image`, `unknown-level`, `region-outside` or `too-many-pixels`.
@@ -100,24 +95,14 @@ def read_region(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIX
 
 
 def region_png(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> bytes:
-    """Read a region of the slide at `path` as a PNG file of its pixels alone, free of metadata.
-
-    Raises:
-        ImageError: As `read_region`.
-        OpenSlideMissing: The package isn't there.
-    """
+    """Read a region as a PNG file of its pixels alone, free of metadata; raises as `read_region`."""
     file = io.BytesIO()
     read_region(path, region, max_pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def mpp_of(path: str | Path, level: int = 0) -> float | None:
-    """Micrometres per pixel of a level, as the slide's file says; None if it doesn't say.
-
-    Raises:
-        ImageError: `unreadable-image` or `unknown-level`.
-        OpenSlideMissing: The package isn't there.
-    """
+    """Micrometres per pixel of a level, as the slide's file says; None if it doesn't say. Raises as `read_region`."""
 
     def read(slide: OpenSlide) -> float | None:
         downsample = _downsample(slide, level)

@@ -98,9 +98,7 @@ class TextPreparation:
         labels = self.tokenize(Conversation(turns=(Turn("human", "?"), Turn("assistant", "!"))), tokenizer).labels
         return int(labels[labels != IGNORE_INDEX][-1])
 
-    def _tokenize(
-        self, conversation: Conversation, encoder: TextEncoder, max_seq_len: int | None
-    ) -> TokenizedConversation:
+    def _tokenize(self, conversation: Conversation, encoder: TextEncoder, limit: int | None) -> TokenizedConversation:
         """1. Segments of the template. 2. Ids of each, with its mark as label. 3. Stop where the limit is reached."""
         segments = _joined(self.template.segments(conversation, encoder, self.image_position))
         num_slots = sum(isinstance(segment, ImageSlot) for segment in segments)
@@ -113,9 +111,8 @@ class TextPreparation:
         prefix_after_special = self.template.prefix_after_special or encoder.prefix_after_special
         input_ids: list[int] = []
         labels: list[int] = []
-        num_images = 0
+        num_images, truncated = 0, False
         prefix = True  # the next text starts a new piece
-        truncated = False
         for segment in segments:
             if isinstance(segment, ImageSlot):
                 ids, supervised = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
@@ -124,7 +121,7 @@ class TextPreparation:
             else:
                 ids, supervised = encoder.encode(segment.text, prefix), segment.supervised
             prefix = not isinstance(segment, Text) and prefix_after_special
-            room = len(ids) if max_seq_len is None else max_seq_len - len(input_ids)
+            room = len(ids) if limit is None else limit - len(input_ids)
             truncated = len(ids) > room
             if isinstance(segment, ImageSlot):
                 ids = [] if truncated else ids
@@ -159,9 +156,8 @@ def tokenize_prompt(
     image_position: ImagePosition = TextPreparation.image_position,
 ) -> Int64[Tensor, " tokens"]:
     """`TextPreparation.prompt` with the settings one by one."""
-    return TextPreparation(get_template(template), num_image_tokens, None, image_position).prompt(
-        conversation, tokenizer
-    )
+    text = TextPreparation(get_template(template), num_image_tokens, None, image_position)
+    return text.prompt(conversation, tokenizer)
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:
@@ -176,12 +172,10 @@ def _joined(segments: list[Segment]) -> list[Segment]:
 
 
 def _image_lengths(num_image_tokens: NumImageTokens, num_images: int) -> list[int]:
-    if isinstance(num_image_tokens, int):
-        lengths = [num_image_tokens] * num_images
-    elif isinstance(num_image_tokens, Sequence):
-        lengths = list(num_image_tokens)
-    else:
+    if callable(num_image_tokens):
         lengths = [num_image_tokens(index) for index in range(num_images)]
+    else:
+        lengths = [num_image_tokens] * num_images if isinstance(num_image_tokens, int) else list(num_image_tokens)
     if len(lengths) != num_images or any(length < 1 for length in lengths):
         raise ValueError(
             f"num_image_tokens: needs a count of at least 1 for each of the {num_images} images, found {lengths}"

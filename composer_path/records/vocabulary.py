@@ -30,9 +30,6 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
         path: A Hugging Face tokenizer folder, a folder that holds only `tokenizer.model`, or a `.model` file itself
             (the last two are read as a LLaMA tokenizer whose BOS, EOS and unknown token are the file's own).
         **kwargs: Passed to transformers (`use_fast`, `legacy`, `padding_side`, …).
-
-    Raises:
-        ValueError: Nothing is there, or what is there is no tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -77,8 +74,7 @@ def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
     file = path / "tokenizer_config.json"
     if int(__version__.split(".")[0]) < 5 and file.is_file():  # which fails on two words of transformers 5
         settings = json.loads(file.read_text(encoding="utf-8"))
-        extra = settings.get("extra_special_tokens")
-        if isinstance(extra, list):
+        if isinstance(extra := settings.get("extra_special_tokens"), list):
             kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra} | kwargs
         if settings.get("tokenizer_class") == "TokenizersBackend":
             tokenizer_class = PreTrainedTokenizerFast
@@ -98,8 +94,8 @@ def _load_sentencepiece_file(file: Path, **kwargs: Any) -> Tokenizer:
         ) from error
     ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     config: dict[str, Any] = {name: pieces.id_to_piece(id) if id >= 0 else None for name, id in ids.items()}
-    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False}
-    config |= {"clean_up_tokenization_spaces": False}
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "clean_up_tokenization_spaces": False}
+    config |= {"add_bos_token": True, "add_eos_token": False}
     # A folder is the one form that transformers 4 and 5 read alike; the file itself stays where it is.
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(file, Path(folder, "tokenizer.model"))
@@ -118,10 +114,8 @@ class TextEncoder:
     off. Added tokens count as special even if they are not flagged so (some chat models add their markers like that),
     except runs of whitespace, which some vocabularies store as added tokens.
 
-    Args:
-        tokenizer: A slow or fast tokenizer of transformers.
-
     Attributes:
+        tokenizer: A slow or fast one of transformers.
         special_tokens: The special tokens' text and ids.
         prefix_after_special: Whether the tokenizer itself starts a new text (with its leading space) after a special
             token, as LLaMA-2's does.
@@ -135,9 +129,9 @@ class TextEncoder:
         # Longest first, so that <|end|> never hides <|end|>x.
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, by_length)) or "(?!)")
-        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-        self._strips_left = {text for text, token in added.items() if token.lstrip}
-        self._strips_right = {text for text, token in added.items() if token.rstrip}
+        added = list(tokenizer.added_tokens_decoder.values())
+        self._strips_left = {token.content for token in added if token.lstrip}
+        self._strips_right = {token.content for token in added if token.rstrip}
         self._encode_start, self._encode_inside = _sentencepiece_encoders(tokenizer) or _own_encoders(tokenizer)
         self.prefix_after_special = self._measure_prefix_after_special()
 
@@ -145,20 +139,13 @@ class TextEncoder:
         return TextEncoder, (self.tokenizer,)  # rebuilt in another process: the encoders don't pickle
 
     def encode(self, text: str, prefix: bool = True) -> list[int]:
-        """Turn text into ids.
+        """Turn text into ids; `</s>` or `<|im_end|>` in it are spelled out in ordinary tokens.
 
-        Args:
-            text: Any text; `</s>` or `<|im_end|>` in it are spelled out in ordinary tokens.
-            prefix: The text starts a new piece, so it gets the leading space that vocabularies such as LLaMA's put
-                there; False continues the text before it.
+        With `prefix` the text starts a new piece, so it gets the leading space that vocabularies such as LLaMA's put
+        there; without, it continues the text before it.
         """
-        if not text:
-            return []
-        encode = self._encode_start if prefix else self._encode_inside
-        ids = encode(text)
-        if self._marker_ids.isdisjoint(ids):
-            return ids
-        return self._encode_in_parts(text, prefix)
+        ids = (self._encode_start if prefix else self._encode_inside)(text) if text else []
+        return ids if self._marker_ids.isdisjoint(ids) else self._encode_in_parts(text, prefix)
 
     def split_special_tokens(self, text: str) -> list[int | str]:
         """Split a template's own text (never a conversation's) into special token ids and the text between them."""
@@ -198,11 +185,9 @@ class TextEncoder:
 
 def text_encoder(tokenizer: Tokenizer | TextEncoder) -> TextEncoder:
     """The encoder of a tokenizer; built once for each tokenizer object, and again when tokens were added to it."""
-    return (
-        tokenizer
-        if isinstance(tokenizer, TextEncoder)
-        else _build_encoder(tokenizer, len(tokenizer.added_tokens_decoder))
-    )
+    if isinstance(tokenizer, TextEncoder):
+        return tokenizer
+    return _build_encoder(tokenizer, len(tokenizer.added_tokens_decoder))
 
 
 @lru_cache(maxsize=8)
@@ -218,8 +203,7 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _sentencepiece_encoders(tokenizer: Tokenizer) -> tuple[_Encode, _Encode] | None:
     """Sentencepiece's own segmentation at the start of a text and inside one; None if the tokenizer's ids differ."""
-    file = _sentencepiece_file(tokenizer)
-    if file is not None:
+    if (file := _sentencepiece_file(tokenizer)) is not None:
         proto = file.read_bytes()
     elif hasattr(tokenizer, "sp_model"):
         proto = tokenizer.sp_model.serialized_model_proto()

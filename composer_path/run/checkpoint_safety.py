@@ -11,7 +11,7 @@ import os
 import pickle
 import pkgutil
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,19 +49,18 @@ def require_safe_checkpoints() -> None:
 def is_harmless(path: str | Path, specs: Iterable[tuple[int, int]] | None = None) -> bool:
     """Whether nothing in a checkpoint file could run code when it is loaded.
 
-    Args:
-        path: A single-file checkpoint, or `.metadata` or a `.distcp` file of a sharded one.
-        specs: For a `.distcp` file, offset and length in bytes of the entries that will be read.
+    It is a single-file checkpoint, or `.metadata` or a `.distcp` file of a sharded one; `specs` are offset and length
+    in bytes of the `.distcp` entries that will be read.
 
     Raises:
         ValueError: Lists the names it would call.
     """
     path = Path(path)
     if path.name == METADATA:
-        refused = {name for name in metadata_names(path) if not HARMLESS_METADATA.fullmatch(name)}
+        names, harmless = metadata_names(path), HARMLESS_METADATA
     else:
-        refused = {name for name in pickled_names(path, specs) if not HARMLESS.fullmatch(name)}
-    if refused:
+        names, harmless = pickled_names(path, specs), HARMLESS
+    if refused := {name for name in names if not harmless.fullmatch(name)}:
         raise ValueError(
             f"checkpoint '{path}' would call {', '.join(sorted(refused))} when it is loaded, which no checkpoint of "
             "this project needs; it is refused. Export the weights to safetensors where it came from, and load those"
@@ -76,13 +75,14 @@ def pickled_names(path: Path, specs: Iterable[tuple[int, int]] | None = None) ->
     names: set[str] = set()
     with path.open("rb") as file:
         for offset, length in specs:
-            part = io.BufferedReader(FilePart(file, offset, length))
+            part = io.BufferedReader(_FilePart(file, offset, length))
             names.update(torch.serialization.get_unsafe_globals_in_checkpoint(part))
     return names
 
 
-def metadata_names(path: Path) -> Iterator[str]:
+def metadata_names(path: Path) -> set[str]:
     """Names that a sharded checkpoint's `.metadata`, a plain pickle, would call; reading stops at the first bad one."""
+    found: list[str] = []
 
     class Names(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -91,14 +91,13 @@ def metadata_names(path: Path) -> Iterator[str]:
                 raise pickle.UnpicklingError(found[-1])
             return super().find_class(module, name)
 
-    found: list[str] = []
     with path.open("rb") as file:
         try:
             Names(file).load()
         except pickle.UnpicklingError:
             if not found or HARMLESS_METADATA.fullmatch(found[-1]):
                 raise ValueError(f"'{path}' is damaged: it is no pickle") from None
-    yield from found
+    return set(found)
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -110,33 +109,27 @@ def read_pickle(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-class FilePart(io.RawIOBase):
+class _FilePart(io.RawIOBase):
     """A stretch of an open file as a file of its own, without copying it."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         super().__init__()
-        self.file, self.offset, self.length = file, offset, length
-        self.position = 0
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move within the stretch."""
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
         self.position = min(max(start + offset, 0), self.length)
         return self.position
 
     def readinto(self, buffer: Any) -> int:
-        """Read up to the stretch's end."""
         self.file.seek(self.offset + self.position)
-        wanted = min(len(buffer), self.length - self.position)
-        data = self.file.read(wanted)
+        data = self.file.read(min(len(buffer), self.length - self.position))
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)

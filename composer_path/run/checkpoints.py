@@ -35,8 +35,7 @@ class TrainedOnly:
         def forget_missing(module: nn.Module, incompatible: Any) -> None:
             if self.active:
                 frozen = tuple(frozen_names(module))
-                missing = [key for key in incompatible.missing_keys if not key.endswith(frozen)]
-                incompatible.missing_keys[:] = missing
+                incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(frozen)]
 
         module.register_state_dict_post_hook(drop_frozen)
         module.register_load_state_dict_post_hook(forget_missing)
@@ -77,17 +76,16 @@ class ResumableCheckpoints(Callback):
         """Composer's saver only counts its own process's checkpoints; tell it of those a resumed run left."""
         for saver in state.callbacks:
             if isinstance(saver, CheckpointSaver) and saver.num_checkpoints_to_keep >= 0:
-                sharded = state.fsdp_sharded_state_dict_enabled
+                folder, sharded = saver.folder.format(run_name=state.run_name), state.fsdp_sharded_state_dict_enabled
                 if sharded or dist.get_global_rank() == 0:
-                    folder = Path(saver.folder.format(run_name=state.run_name))
-                    saver.saved_checkpoints[:0] = earlier_checkpoints(folder, sharded)
+                    saver.saved_checkpoints[:0] = earlier_checkpoints(Path(folder), sharded)
 
 
 def earlier_checkpoints(folder: Path, sharded: bool) -> list[str]:
     """Checkpoints in a folder, oldest first, as Composer's saver names them."""
     found = []
     for path in folder.glob("ep*-ba*"):
-        match = re.match(r"ep(\d+)-ba(\d+)", path.name)
+        match = re.match(r"ep\d+-ba(\d+)", path.name)
         if match and path.is_dir() == sharded and not path.is_symlink():
-            found.append((int(match[2]), str(path / f"__{dist.get_global_rank()}_0.distcp") if sharded else str(path)))
+            found.append((int(match[1]), str(path / f"__{dist.get_global_rank()}_0.distcp") if sharded else str(path)))
     return [path for _, path in sorted(found)]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from functools import cache
+from importlib import import_module
 
 # Composer's words that no rule splits well; and "annealing", which every schedule does.
-_SPELLINGS = {
-    "Annealing": "",
-    "NaN": "Nan",
-    "MLPerf": "Mlperf",
-    "WandB": "Wandb",
-    "MLFlow": "Mlflow",
-    "CometML": "Cometml",
-    "MosaicML": "Mosaicml",
+_SPELLINGS = {"Annealing": ""} | {
+    word: word.capitalize() for word in ("NaN", "MLPerf", "WandB", "MLFlow", "CometML", "MosaicML")
 }
 _COMPOSER_BASES = {
     "scheduler": ("composer.optim.scheduler", "ComposerScheduler", "_scheduler"),
@@ -32,12 +26,21 @@ def named_classes(section: str) -> dict[str, type]:
     Args:
         section: `scheduler`, `algorithms`, `callbacks` or `loggers`.
     """
-    base_module, base_name, suffix = _COMPOSER_BASES[section]
-    base = getattr(importlib.import_module(base_module), base_name)
-    classes = _classes_of("composer.optim" if section == "scheduler" else f"composer.{section}", base, suffix)
-    if section in ("algorithms", "callbacks"):
-        classes |= _classes_of(f"composer_path.{section}", base, suffix)
-    return classes
+    module, name, suffix = _COMPOSER_BASES[section]
+    base = getattr(import_module(module), name)
+    # Loggers are callbacks to Composer, but have a section of their own.
+    others = () if section == "loggers" else import_module("composer.loggers").LoggerDestination
+    packages = ["composer.optim" if section == "scheduler" else f"composer.{section}"]
+    packages += [f"composer_path.{section}"] if section in ("algorithms", "callbacks") else []
+    return {
+        snake_name(name).removesuffix(suffix): member
+        for package in packages
+        for name, member in vars(import_module(package)).items()
+        if inspect.isclass(member)
+        and issubclass(member, base)
+        and member is not base
+        and not issubclass(member, others)
+    }
 
 
 def snake_name(class_name: str) -> str:
@@ -45,18 +48,3 @@ def snake_name(class_name: str) -> str:
     for word, spelling in _SPELLINGS.items():
         class_name = class_name.replace(word, spelling)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", class_name).lower()
-
-
-def _classes_of(package: str, base: type, suffix: str) -> dict[str, type]:
-    from composer.loggers import LoggerDestination
-
-    members = vars(importlib.import_module(package))
-    return {
-        snake_name(name).removesuffix(suffix): member
-        for name, member in members.items()
-        if inspect.isclass(member)
-        and issubclass(member, base)
-        and member is not base
-        # Loggers are callbacks to Composer, but have a section of their own.
-        and (issubclass(base, LoggerDestination) or not issubclass(member, LoggerDestination))
-    }

@@ -34,8 +34,7 @@ def build_optimizer(
     Raises:
         ValueError: Nothing is trained, a trained module has no learning rate, or torchao isn't installed.
     """
-    if name not in get_args(OptimizerName):
-        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(get_args(OptimizerName))}")
+    cls = optimizer_class(name)
     groups: list[dict[str, Any]] = []
     for module_name in MODULES:
         trained = [p for p in getattr(model, module_name).parameters() if p.requires_grad]
@@ -44,10 +43,8 @@ def build_optimizer(
         if isinstance(lr, Mapping) and module_name not in lr:
             raise ValueError(f"optimizer.lr: no learning rate for the trained module '{module_name}'")
         rate = lr[module_name] if isinstance(lr, Mapping) else lr
-        for decay, parameters in (
-            (weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim <= 1]),
-        ):
+        matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
+        for decay, parameters in ((weight_decay, matrices), (0.0, others)):
             if parameters:
                 groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": module_name})
     if not groups:
@@ -55,26 +52,26 @@ def build_optimizer(
     if name == "adamw_8bit":
         for group in groups:
             group["lr"] = torch.tensor(group["lr"])  # its compiled step would be compiled again for each new number
-        return optimizer_class(name)(groups, **keywords)
-    if keywords.get("fused") is None:
+    elif keywords.get("fused") is None:
         keywords["fused"] = torch.cuda.is_available()
-    return torch.optim.AdamW(groups, **keywords)
+    return cls(groups, **keywords)
 
 
 def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
     """The class behind a name.
 
     Raises:
-        ValueError: torchao isn't installed.
+        ValueError: There is none, or torchao isn't installed.
     """
     if name == "adamw":
         return torch.optim.AdamW
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(get_args(OptimizerName))}")
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:
-        raise ValueError(
-            "optimizer.name: 'adamw_8bit' needs the package torchao (pip install composer_path[lowmem])"
-        ) from error
+        fix = "needs the package torchao (pip install composer_path[lowmem])"
+        raise ValueError(f"optimizer.name: 'adamw_8bit' {fix}") from error
     return AdamW8bit
 
 

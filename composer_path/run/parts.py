@@ -8,24 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from composer_path.callbacks.step_line import StepLine
 from composer_path.run.names import named_classes
 
 
-def build_named(section: str, name: str, keywords: Mapping[str, Any] | None) -> Any:
-    """A class that a section of the YAML names, with its keywords."""
-    return named_classes(section)[name](**(keywords or {}))
+def build_named(section: str, *, name: str, **keywords: Any) -> Any:
+    """An object of the class that a section of the YAML names, with its keywords."""
+    return named_classes(section)[name](**keywords)
 
 
 def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str, Any]) -> list[Any]:
-    """The objects of `algorithms`, `callbacks` or `loggers`.
+    """The objects of `algorithms`, `callbacks` or `loggers`, from `snake_name: {keywords}`.
 
-    TensorBoard writes into the run's folder unless the YAML says otherwise. Where no progress bar can be drawn, the
-    console gets a line a step.
-
-    Args:
-        section: The section's name.
-        named: `snake_name: {keywords}`.
-        of_the_run: What classes with `is_run_object` get as keyword-only arguments.
+    Classes with `is_run_object` get their keyword-only arguments `of_the_run`. TensorBoard writes into the run's folder
+    unless the YAML says otherwise. Where no progress bar can be drawn, the console gets a line a step.
     """
     parts = []
     for name, keywords in named.items():
@@ -38,8 +34,6 @@ def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str,
             own["log_dir"] = str(of_the_run["run_folder"] / "runs")
         parts.append(cls(**own))
     if section == "loggers" and not sys.stderr.isatty():
-        from composer_path.callbacks import StepLine
-
         parts.append(StepLine())
     return parts
 

@@ -15,12 +15,7 @@ from composer_path.weights.folder import write_json
 
 
 class RunReport(Callback):
-    """Writes `config.yaml` and `summary.json` into the run's folder.
-
-    Args:
-        run_folder: Where to.
-        parameters: Numbers of trained and frozen ones.
-    """
+    """Writes `config.yaml` and `summary.json` into the run's folder."""
 
     def __init__(self, run_folder: Path, parameters: dict[str, int]) -> None:
         self.run_folder = run_folder
@@ -34,26 +29,18 @@ class RunReport(Callback):
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the held-out loss: the first and the newest."""
-        value = state.eval_metrics["heldout"]["token_loss"].compute().item()
         moment = "before" if state.timestamp.batch == 0 else "after"
-        self.summary["heldout_token_loss"][moment] = value
+        loss = state.eval_metrics["heldout"]["token_loss"].compute().item()
+        self.summary["heldout_token_loss"][moment] = loss
 
-    def eval_standalone_end(self, state: State, logger: Logger) -> None:
-        """The same for an evaluation outside of training."""
-        self.eval_end(state, logger)
+    eval_standalone_end = eval_end  # of an evaluation outside of training
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Write the summary."""
-        seconds = state.timestamp.total_wct.total_seconds()
-        self.summary |= {
-            "run": state.run_name,
-            "steps": state.timestamp.batch.value,
-            "samples": state.timestamp.sample.value,
-            "tokens": state.timestamp.token.value,
-            "seconds": seconds,
-            "samples_per_second": state.timestamp.sample.value / max(seconds, 1e-9),
-            "tokens_per_second": state.timestamp.token.value / max(seconds, 1e-9),
-        }
+        now, seconds = state.timestamp, state.timestamp.total_wct.total_seconds()
+        self.summary |= {"run": state.run_name, "steps": now.batch.value, "seconds": seconds}
+        for name, count in (("samples", now.sample.value), ("tokens", now.token.value)):
+            self.summary |= {name: count, f"{name}_per_second": count / max(seconds, 1e-9)}
         if dist.get_global_rank() == 0:
             write_json(self.run_folder / SUMMARY, self.summary)
 

@@ -22,10 +22,7 @@ FSDP1_DEFAULTS = {"sync_module_states": True, "state_dict_type": "sharded"}
 
 
 def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Composer's `parallelism_config` from the YAML's.
-
-    Args:
-        section: `{fsdp: {version: 2, reshard_after_forward: true, ...}}`, or None (also for `fsdp`) for DDP.
+    """Composer's `parallelism_config` from the YAML's; None (also for its `fsdp`) is DDP.
 
     Raises:
         ValueError: FSDP1 without a GPU, where it can't run.
@@ -38,10 +35,8 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
             warnings.simplefilter("ignore", UserWarning)
             return {"fsdp": FSDP2Config(**fsdp)}
     if not torch.cuda.is_available():
-        raise ValueError(
-            "trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; use version: 2 here, or leave the section "
-            "out for DDP"
-        )
+        fix = "use version: 2 here, or leave the section out for DDP"
+        raise ValueError(f"trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; {fix}")
     return {"fsdp": FSDPConfig(**fsdp)}
 
 
@@ -72,22 +67,20 @@ def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
 
 
 def held_as(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How this rank holds the model, as keywords of `assemble_model`: frozen parts in the compute dtype, or empty.
+    """How this rank holds the model, as keywords of `assemble_model`.
+
+    Frozen parts are held in the compute dtype; ranks to which FSDP sends rank 0's weights start empty.
 
     Args:
         settings: The complete configuration as plain mappings, its precision settled.
     """
     trainer = settings["trainer"]
+    section = trainer["parallelism_config"]
     return {
         "seed": settings["seed"],
-        "frozen_dtype": compute_dtype(trainer["precision"], trainer["parallelism_config"]),
-        "empty": starts_empty(trainer["parallelism_config"]),
+        "frozen_dtype": compute_dtype(trainer["precision"], section),
+        "empty": bool(section and section["fsdp"]) and dist.get_global_rank() != 0,
     }
-
-
-def starts_empty(section: Mapping[str, Any] | None) -> bool:
-    """Whether this rank builds the model without weights, to receive them from rank 0 when FSDP shards it."""
-    return bool(section and section["fsdp"]) and dist.get_global_rank() != 0
 
 
 def mend_gloo_averaging() -> bool:

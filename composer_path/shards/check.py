@@ -117,7 +117,7 @@ def _set_problems(view: ShardView) -> list[Problem]:
             marked = json.loads(view.place.read(name))["files"]
             beside = {part + file["name"]: (file["bytes"], file["xxh64"]) for file in marked}
         except (ValueError, KeyError, TypeError):
-            problems.append(Problem(name, "damaged", "it isn't what convert.py writes there"))
+            problems.append(Problem(name, "damaged", "it isn't what composer-path convert writes there"))
             continue
         for other in sorted(beside.keys() - shards):
             if other in files and view.place.digest(other) != beside[other]:
@@ -232,7 +232,7 @@ def _on_disk(view: ShardView, name: str) -> Iterator[Path]:
         with view.open_file(name):  # so that its errors are worded there
             yield place.path / name
         return
-    with tempfile.TemporaryDirectory(prefix="view_shards_") as folder:
+    with tempfile.TemporaryDirectory(prefix="composer-path-shards-") as folder:
         path = Path(folder, "shard")
         with view.open_file(name) as source, open(path, "wb") as target:
             shutil.copyfileobj(source, target, 4 * 2**20)

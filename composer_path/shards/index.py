@@ -12,7 +12,8 @@ from typing import Any
 from composer_path.shards.columns import COLUMNS
 from composer_path.shards.mds import Entry, ShardError
 from composer_path.shards.writer import ShardWriter
-from composer_path.storage.places import Bucket, Folder, StorageError, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket, Folder, open_place
 
 INDEX_NAME = "index.json"
 CARD_NAME = "dataset.json"

@@ -25,7 +25,7 @@ FORMAT = 1
 _PREFIX, _SUFFIX = "lengths-", ".npz"
 _COLUMNS = ("tokens", "answer_tokens", "images")
 _DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that numpy reads
-MEASURE_COMMAND = "python data_prep/measure_lengths.py"
+MEASURE_COMMAND = "composer-path lengths"
 
 
 class LengthsError(ValueError):

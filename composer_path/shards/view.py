@@ -20,7 +20,8 @@ from composer_path.records.conversation import Conversation
 from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.shards.index import CARD_NAME, INDEX_NAME
 from composer_path.shards.mds import PAGE, DamagedShard, Entry, MdsFile, ShardError, name_of, open_mds, stored_info
-from composer_path.storage.places import Bucket, StorageError, open_place
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket, open_place
 
 Result = TypeVar("Result")
 _WHOLE = 2**32  # bytes: more than a sample can have
@@ -55,14 +56,14 @@ class ShardView:
         index = self._read_json(INDEX_NAME)
         if index is None:
             raise ShardError(
-                f"{self.place}: must hold {INDEX_NAME}, found none; finish the set with convert.py --resume, or name "
-                "another place"
+                f"{self.place}: must hold {INDEX_NAME}, found none; finish the set with composer-path convert "
+                "--resume, or name another place"
             )
         shards = index.get("shards") if isinstance(index, dict) and index.get("version") == 2 else None
         if not isinstance(shards, list) or not all(map(_is_our_shard, shards)):
             raise ShardError(
                 f"{self.place}: {INDEX_NAME} must list MDS shards with the columns {', '.join(COLUMNS)}, found another "
-                "content; write shards with data_prep/convert.py"
+                "content; write shards with composer-path convert"
             )
         self.shards: list[Entry] = shards
         self.features: dict[str, Any] | None = index.get("features")  # None for a set of images

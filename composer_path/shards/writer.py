@@ -9,7 +9,8 @@ from typing import Any
 import xxhash
 
 from composer_path.shards.mds import Entry, MdsFormat, hash_of
-from composer_path.storage.places import Bucket, Folder, StorageError
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket, Folder
 
 
 class ShardWriter:

@@ -14,11 +14,8 @@ TEMPORARY_SUFFIX = ".unfinished"
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = False, mode: int = 0o666) -> None:
     """Write a file whole or not at all; an earlier one of this name stays until the new one is complete.
 
-    Args:
-        path: Its folder is made where it isn't there.
-        write: Called with the open file; a library that writes to a path takes `file.name`.
-        durable: Return only when a power cut can no longer take it.
-        mode: Rights of the file, less the user's mask: `0o600` for what only its owner may read.
+    `write` gets the open file; a library that writes to a path takes `file.name`. If `durable`, no power cut can take
+    the file afterwards. `mode` are its rights, less the user's mask: `0o600` for what only its owner may read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two processes that write the same file apart.
@@ -34,12 +31,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
         unfinished.unlink(missing_ok=True)
         raise
     if durable:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Return only when a power cut can no longer take a folder's names."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Return only when a power cut can no longer take a file, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

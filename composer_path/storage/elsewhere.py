@@ -34,43 +34,39 @@ class FsspecStore(Store):
     """A folder of such a store."""
 
     def __init__(self, url: str) -> None:
-        import fsspec
-
         super().__init__(url)
         self._url = url
-        self._root = fsspec.get_filesystem_class(url.partition("://")[0])._strip_protocol(url)
 
-    @property
-    def _system(self) -> Any:
-        """The client, which fsspec makes once a process; some connect at once."""
+    def _at(self, name: str) -> tuple[Any, str]:
+        """The client, which fsspec makes once a process (some connect at once), and a file's name in its words."""
         import fsspec
 
-        return fsspec.url_to_fs(self._url)[0]
-
-    def key(self, name: str) -> str:
-        """Name of a file in fsspec's words."""
-        return f"{self._root}/{name}"
+        system, root = fsspec.url_to_fs(self._url)
+        return system, f"{root}/{name}"
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file."""
+        system, start = self._at("")
         try:
-            found = self._system.find(self._root, detail=True)
+            return {name[len(start) :]: info["size"] for name, info in system.find(start[:-1], detail=True).items()}
         except FileNotFoundError:
             return {}
-        return {name[len(self._root) :].lstrip("/"): info["size"] for name, info in found.items()}
 
     def size(self, name: str) -> int:
         """Return a file's size."""
-        return self._system.info(self.key(name))["size"]
+        system, path = self._at(name)
+        return system.info(path)["size"]
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file whole."""
-        self._system.makedirs(self.key(name).rpartition("/")[0], exist_ok=True)
-        self._system.pipe_file(self.key(name), data)
+        system, path = self._at(name)
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        system.pipe_file(path, data)
 
     def delete(self, name: str) -> None:
         """Delete a file."""
-        self._system.rm_file(self.key(name))
+        system, path = self._at(name)
+        system.rm_file(path)
 
     @contextmanager
     def ask(self, name: str, start: int, end: int | None, stall: float) -> Iterator[Answer]:
@@ -83,7 +79,8 @@ class FsspecStore(Store):
 
         def read() -> None:
             try:
-                came.append(self._system.cat_file(self.key(name), start or None, end))
+                system, path = self._at(name)
+                came.append(system.cat_file(path, start or None, end))
             except BaseException as error:
                 came.append(error)
 
@@ -93,7 +90,6 @@ class FsspecStore(Store):
             thread.join(0.05)
             yield b""
         if isinstance(came[0], BaseException):
-            missing = isinstance(came[0], FileNotFoundError)
-            rule = "missing" if missing else "unreachable"
-            raise Fault(rule, named(came[0]), "check the place and the rights", transient=not missing)
+            rule = "missing" if isinstance(came[0], FileNotFoundError) else "unreachable"
+            raise Fault(rule, named(came[0]), "check the place and the rights", transient=rule == "unreachable")
         yield came[0]

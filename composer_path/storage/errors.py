@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from pathlib import Path
 _SECRET_NAMES = ("KEY", "SECRET", "TOKEN", "PASSW")
 NO_SUCH_RANGE = 416
 _MIN_SECRET = 6  # shorter values are words that messages are made of
-_REACH = "check the network and the endpoint, or raise fault_timeout"
 _MISSING = "check remote, or convert the data again"
 
 
@@ -23,21 +23,13 @@ class StorageError(OSError):
 
 @dataclass(eq=False)
 class Fault(Exception):
-    """Why an attempt failed.
+    """Why an attempt failed."""
 
-    Args:
-        rule: A short slug: missing, forbidden, unreachable, cut, ...
-        found: What was found.
-        fix: What to do, for who trains.
-        transient: Another attempt may succeed.
-        status: Of a server's answer, if it was one.
-    """
-
-    rule: str
+    rule: str  # a short slug: missing, forbidden, unreachable, cut, ...
     found: str
-    fix: str
-    transient: bool = False
-    status: int = 0
+    fix: str  # for who trains
+    transient: bool = False  # another attempt may succeed
+    status: int = 0  # of a server's answer, if it was one
 
 
 class Stopped(Exception):
@@ -83,16 +75,10 @@ def explained(url: str, verb: str) -> Iterator[None]:
 
 
 def status_fault(status: int, code: str = "", unsigned: bool = False) -> Fault:
-    """What a server's answer other than 2xx means.
-
-    Args:
-        status: Of HTTP.
-        code: The store's own word for it.
-        unsigned: No credentials were found.
-    """
+    """What a server's answer other than 2xx means; `code` is the store's own word for it."""
     found = f"answer {status} {code}".rstrip()
     if status >= 500 or status in (408, NO_SUCH_RANGE, 429) or code in ("RequestTimeout", "SlowDown", "Throttling"):
-        return Fault("unreachable", found, _REACH, transient=True, status=status)
+        return passing("unreachable", found, status)
     if status == 404:
         return Fault("missing", found, _MISSING, status=status)
     if status in (401, 403):
@@ -101,26 +87,32 @@ def status_fault(status: int, code: str = "", unsigned: bool = False) -> Fault:
     return Fault("refused", found, "check the credentials, the region and the endpoint", status=status)
 
 
-def unreachable(found: str) -> Fault:
-    """A place that doesn't answer."""
-    return Fault("unreachable", found, _REACH, transient=True)
-
-
-def cut(found: str, status: int = 0) -> Fault:
-    """An answer that ended too early."""
-    return Fault("cut", found, _REACH, transient=True, status=status)
+def passing(rule: str, found: str, status: int = 0) -> Fault:
+    """A fault that may pass: `unreachable`, a place that doesn't answer; `cut`, an answer that ended too early."""
+    return Fault(rule, found, "check the network and the endpoint, or raise fault_timeout", True, status)
 
 
 def broken_off(error: Exception) -> Fault:
     """A connection that failed, or ended before the object did."""
-    return (cut if "IncompleteRead" in f"{type(error).__name__} {error}" else unreachable)(named(error))
+    return passing("cut" if "IncompleteRead" in f"{type(error).__name__} {error}" else "unreachable", named(error))
 
 
 def source_fault(error: OSError) -> Fault:
     """What a folder that is read refused."""
-    reason = os.strerror(error.errno) if error.errno else type(error).__name__
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Fault("missing", "there is no such file", _MISSING)
     if isinstance(error, PermissionError):
-        return Fault("forbidden", reason, "ask for the right to read it")
-    return unreachable(reason)  # a network file system that hiccups
+        return Fault("forbidden", _reason(error), "ask for the right to read it")
+    return passing("unreachable", _reason(error))  # a network file system that hiccups
+
+
+def cache_fault(error: OSError) -> Fault:
+    """What the cache's disk refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        fix = "free some space, set cache_limit, or choose another folder as local"
+        return Fault("cache-full", _reason(error), fix)
+    return Fault("cache-not-writable", _reason(error), "choose a folder as local that this user can write to")
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else type(error).__name__

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from composer_path.storage.errors import Fault, broken_off, named, status_fault, unreachable
+from composer_path.storage.errors import Fault, broken_off, named, passing, status_fault
 from composer_path.storage.s3 import S3Store
 from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Store, client_of, pieces, wanted_range
 from composer_path.storage.transfer import Answer
@@ -21,8 +21,8 @@ from composer_path.storage.transfer import Answer
 def google_store(url: str) -> S3Store | GoogleStore:
     """Return the store of `gs://bucket/folder`."""
     if "GCS_KEY" in os.environ and "GCS_SECRET" in os.environ:
-        keys = (os.environ["GCS_KEY"], os.environ["GCS_SECRET"])
-        return S3Store(url, "https://storage.googleapis.com", keys, "auto")
+        keys = {"aws_access_key_id": os.environ["GCS_KEY"], "aws_secret_access_key": os.environ["GCS_SECRET"]}
+        return S3Store(url, "https://storage.googleapis.com", region_name="auto", **keys)
     return GoogleStore(url)
 
 
@@ -70,24 +70,22 @@ class GoogleStore(Store):
             yield Answer(content_range, None if length is None else int(length), pieces(answer.raw))
 
     @contextmanager
-    def _asked(
-        self, method: str, api: str, name: str | None = None, stall: float = STALL_SECONDS, **request: Any
-    ) -> Iterator[Any]:
+    def _asked(self, verb: str, api: str, name: str = "", stall: float = STALL_SECONDS, **more: Any) -> Iterator[Any]:
         """The answer to a request about an object, or the bucket; errors become faults."""
         from google.auth.exceptions import GoogleAuthError, TransportError
         from requests.exceptions import RequestException
         from urllib3.exceptions import HTTPError
 
-        request["timeout"] = (min(CONNECT_SECONDS, stall), stall)
+        more["timeout"] = (min(CONNECT_SECONDS, stall), stall)
         try:
             session, endpoint = client_of("google", _connect)
-            of = "" if name is None else f"/{quote(self.key(name), safe='')}"
-            with session.request(method, f"{endpoint}{api}/b/{self.bucket}/o{of}", **request) as answer:
+            of = f"/{quote(self.key(name), safe='')}" if name else ""
+            with session.request(verb, f"{endpoint}{api}/b/{self.bucket}/o{of}", **more) as answer:
                 if not answer.ok:
                     raise status_fault(answer.status_code)
                 yield answer
         except TransportError as error:  # the token couldn't be fetched
-            raise unreachable(named(error)) from None
+            raise passing("unreachable", named(error)) from None
         except GoogleAuthError as error:
             raise Fault("forbidden", named(error), "check the credentials, see docs/streaming.md") from None
         except (RequestException, HTTPError, ConnectionError, TimeoutError) as error:

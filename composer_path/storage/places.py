@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from composer_path.storage.atomic import sync_folder, write_whole
+from composer_path.storage.atomic import sync_path, write_whole
 from composer_path.storage.elsewhere import FsspecStore, why_unreadable
 from composer_path.storage.errors import Fault, StorageError, explained, shown, source_fault
 from composer_path.storage.google import GoogleStore, google_store
@@ -28,9 +28,7 @@ from composer_path.storage.transfer import Answer, Limits, fetch
 _CHUNK_BYTES = 4 * 2**20
 # Seconds between the attempts of one request: a store that rests for a minute costs no conversion.
 _PAUSES = (1, 2, 4, 8, 16, 30)
-
-# There what is missing is an object, and the place is as it should be.
-_OF_OBJECTS = ("read", "delete from")
+_OF_OBJECTS = ("read", "delete from")  # there what is missing is an object, and the place is as it should be
 
 Result = TypeVar("Result")
 
@@ -41,11 +39,7 @@ def is_remote(url: str | Path) -> bool:
 
 
 def check_readable(url: str | Path) -> None:
-    """Check that there is a way to read a place, without asking for anything there.
-
-    Raises:
-        StorageError: It is an address of a scheme that nothing here can read.
-    """
+    """Raise `StorageError` if nothing here can read an address of this scheme; nothing is asked for there."""
     scheme, sign, _ = os.fspath(url).partition("://")
     if sign and scheme not in _STORES and (why := why_unreadable(scheme)):
         rule = "must be a folder, s3://, gs://, or, with its package, what fsspec knows (az://, sftp://, hf://)"
@@ -53,11 +47,7 @@ def check_readable(url: str | Path) -> None:
 
 
 class Folder:
-    """A folder on a disk.
-
-    Attributes:
-        path: The folder; made with the first file that is written.
-    """
+    """A folder on a disk; made with the first file that is written."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -78,13 +68,7 @@ class Folder:
         return (self.path / name).read_bytes()
 
     def write(self, name: str, parts: Sequence[bytes], durable: bool = False) -> None:
-        """Write a file from its parts, whole or not at all.
-
-        Args:
-            name: Relative to the folder.
-            parts: Joined they are the content.
-            durable: Return only when a power cut can no longer take it.
-        """
+        """Write a file from its parts, whole or not at all; if `durable`, no power cut can take it afterwards."""
         write_whole(self.path / name, lambda file: file.writelines(parts), durable=durable)
 
     def delete(self, names: Iterable[str]) -> None:
@@ -95,24 +79,18 @@ class Folder:
             path.unlink(missing_ok=True)
             folders.update(parent for parent in path.parents if parent.is_relative_to(self.path))
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
-            try:
+            with suppress(OSError):  # not empty, not there, or a mount point
                 folder.rmdir()
-            except OSError:  # not empty, not there, or a mount point
-                continue
 
     def digest(self, name: str) -> tuple[int, str]:
         """Read a file back and return its size and xxh64."""
-        with open(self.path / name, "rb") as file:
-            return _digest(iter(lambda: file.read(_CHUNK_BYTES), b""))
+        return _digest(open(self.path / name, "rb"))
 
     def sync(self, names: Iterable[str]) -> None:
         """Return only when a power cut can no longer take these files."""
-        folders = {self.path}
-        for name in names:
-            sync_folder(self.path / name)
-            folders.add((self.path / name).parent)
-        for folder in folders:
-            sync_folder(folder)
+        paths = [self.path / name for name in names]
+        for path in (*paths, *{self.path, *(path.parent for path in paths)}):
+            sync_path(path)
 
     def fetch(self, name: str, to: Path, limits: Limits) -> None:
         """Copy a file in one attempt, see `storage.transfer.fetch`; this folder's faults are told from the other's."""
@@ -130,8 +108,7 @@ class Folder:
 class Bucket:
     """A folder of a bucket, or whatever else fsspec can reach. Requests are repeated for about a minute.
 
-    Raises:
-        StorageError: By every method but `fetch`, for whatever the store answers but that there is no such file.
+    Whatever the store answers but that there is no such file is a `StorageError`, by every method but `fetch`.
     """
 
     def __init__(self, url: str) -> None:
@@ -166,8 +143,7 @@ class Bucket:
 
     def digest(self, name: str) -> tuple[int, str]:
         """Read an object back from the store and return its size and xxh64."""
-        size, step = self.size(name), 4 * _CHUNK_BYTES
-        return _digest(self.read(name, start, min(start + step, size)) for start in range(0, size, step))
+        return _digest(self.open(name))
 
     def open(self, name: str) -> io.BufferedReader:
         """Open an object for reading piece by piece; FileNotFoundError if there is none."""
@@ -206,10 +182,8 @@ def open_place(url: str | Path) -> Folder | Bucket:
 
 def open_file(url: str | Path) -> io.BufferedReader:
     """Open one file for reading, on a disk or in a bucket."""
-    if not is_remote(url):
-        return open(url, "rb")
     folder, _, name = os.fspath(url).rpartition("/")
-    return Bucket(folder).open(name)
+    return Bucket(folder).open(name) if is_remote(url) else open(url, "rb")
 
 
 def copy_to_disk(place: Bucket, name: str, path: Path) -> None:
@@ -243,9 +217,9 @@ class _StoredObject(io.RawIOBase):
         return len(data)
 
 
-def _digest(chunks: Iterable[bytes]) -> tuple[int, str]:
-    hash, size = xxhash.xxh64(), 0
-    for chunk in chunks:
-        hash.update(chunk)
-        size += len(chunk)
-    return size, hash.hexdigest()
+def _digest(file: io.BufferedReader) -> tuple[int, str]:
+    hash = xxhash.xxh64()
+    with file:
+        while data := file.read(4 * _CHUNK_BYTES):
+            hash.update(data)
+        return file.tell(), hash.hexdigest()

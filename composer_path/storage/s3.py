@@ -19,20 +19,11 @@ from composer_path.storage.transfer import Answer
 
 
 class S3Store(Store):
-    """A folder of an S3 bucket.
+    """A folder of an S3 bucket; an endpoint and keywords of a boto3 session go before what boto3 finds."""
 
-    Args:
-        url: `s3://bucket/folder`.
-        endpoint: Of the store, in place of `S3_ENDPOINT_URL`.
-        keys: Its credentials, in place of boto3's.
-        region: Of the bucket, in place of boto3's.
-    """
-
-    def __init__(
-        self, url: str, endpoint: str | None = None, keys: tuple[str, str] | None = None, region: str | None = None
-    ) -> None:
+    def __init__(self, url: str, endpoint: str | None = None, **session: str) -> None:
         super().__init__(url)
-        self._endpoint, self._keys, self._region = endpoint, keys, region
+        self._endpoint, self._session = endpoint, session
         payers = os.environ.get("MOSAICML_STREAMING_AWS_REQUESTER_PAYS", "").split(",")
         self._request = {"Bucket": self.bucket}
         if self.bucket in [name.strip() for name in payers]:
@@ -76,8 +67,7 @@ class S3Store(Store):
         from botocore import UNSIGNED
         from botocore.config import Config
 
-        key, secret = self._keys or (None, None)
-        session = Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=self._region)
+        session = Session(**self._session)
         unsigned = session.get_credentials() is None
         config = Config(
             connect_timeout=min(CONNECT_SECONDS, stall),
@@ -98,7 +88,7 @@ class S3Store(Store):
         broken = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, boto.CredentialRetrievalError)
         unsigned = False
         try:
-            who = (self._endpoint, self._keys, self._region, stall)
+            who = (self._endpoint, stall, *self._session.items())
             client, unsigned = client_of(who, lambda: self._connect(stall))
             yield client
         except boto.ClientError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from composer_path.storage.errors import cut
+from composer_path.storage.errors import passing
 from composer_path.storage.transfer import Answer
 
 STALL_SECONDS = 60.0  # a dead connection is noticed, a slow one isn't cut off
@@ -23,11 +23,7 @@ _lock = threading.Lock()
 
 
 class Store(ABC):
-    """Objects below an address, by name relative to it; every method is one attempt, and raises `Fault`.
-
-    Args:
-        url: The address; `s3://bucket/folder`.
-    """
+    """Objects below an address, by name relative to it; every method is one attempt, and raises `Fault`."""
 
     def __init__(self, url: str) -> None:
         self.bucket, _, self.prefix = url.partition("://")[2].strip("/").partition("/")
@@ -46,7 +42,7 @@ class Store(ABC):
             first = answer.first(start)
             data = b"".join(answer.pieces)
         if answer.length is not None and len(data) < answer.length:
-            raise cut(f"{len(data):,} of {answer.length:,} bytes arrived")
+            raise passing("cut", f"{len(data):,} of {answer.length:,} bytes arrived")
         return data if first == start else data[start:end]
 
 

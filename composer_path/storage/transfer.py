@@ -2,75 +2,48 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from composer_path.storage.errors import NO_SUCH_RANGE, Fault, Stopped, cut
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from composer_path.storage.errors import NO_SUCH_RANGE, Fault, Stopped, cache_fault, passing
 
 
 @dataclass
 class Limits:
-    """What bounds an attempt.
+    """What bounds an attempt."""
 
-    Args:
-        stall: Seconds without a byte.
-        deadline: Moment of `time.monotonic()`.
-        stopped: Asked now and then.
-    """
-
-    stall: float
-    deadline: float
-    stopped: Callable[[], bool] = lambda: False
+    stall: float  # seconds without a byte
+    deadline: float  # moment of `time.monotonic()`
+    stopped: Callable[[], bool] = lambda: False  # asked now and then
 
 
 @dataclass
 class Answer:
-    """Bytes of an object on their way.
+    """Bytes of an object on their way."""
 
-    Args:
-        content_range: What the server says they are, `bytes 0-99/100`; None for all of them.
-        length: How many are announced, if that is said.
-        pieces: They themselves; an empty piece says that none has come yet.
-    """
-
-    content_range: str | None
-    length: int | None
-    pieces: Iterator[bytes]
+    content_range: str | None  # what the server says they are, `bytes 0-99/100`; None for all of them
+    length: int | None  # how many are announced, if that is said
+    pieces: Iterator[bytes]  # an empty piece says that none has come yet
 
     def first(self, wanted: int) -> int:
         """Position of its first byte: the wanted one, or 0 if the server sends all of the object again.
 
-        The range tells: servers are about that send a part with the status 200 of a whole.
-
-        Raises:
-            Fault: They are others; joined to what is there, they would make another file.
+        The range tells: servers are about that send a part with the status 200 of a whole. Other bytes, which would
+        make another file with what is there, raise `Fault`.
         """
         found = (self.content_range or "bytes 0-").removeprefix("bytes ").partition("-")[0]
         if found not in (str(wanted), "0"):
-            raise cut(f"the bytes from {wanted:,} on were asked for, others came", NO_SUCH_RANGE)
+            raise passing("cut", f"the bytes from {wanted:,} on were asked for, others came", NO_SUCH_RANGE)
         return int(found)
 
 
 def fetch(ask: Callable[[int], AbstractContextManager[Answer]], to: Path, limits: Limits, goes_on: bool) -> None:
-    """Bring an object to a file.
+    """Bring an object to an unfinished file, or raise `Fault`, or `Stopped` if it was called off.
 
-    Args:
-        ask: Asks for its bytes from a position on.
-        to: The unfinished file.
-        limits: Of this attempt.
-        goes_on: Where a cut transfer stopped; else begin again.
-
-    Raises:
-        Fault: It failed.
-        Stopped: It was called off.
+    `ask` asks for its bytes from a position on: where a cut transfer stopped if it `goes_on`, else the first.
     """
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +52,7 @@ def fetch(ask: Callable[[int], AbstractContextManager[Answer]], to: Path, limits
             try:
                 with ask(arrived) as answer:
                     if (first := answer.first(arrived)) != arrived:
-                        _clear(file)
+                        file.truncate(file.seek(0))  # open for appending, it would go on counting from where it was
                     for data in answer.pieces:
                         _check(limits, file.tell())
                         try:
@@ -88,17 +61,12 @@ def fetch(ask: Callable[[int], AbstractContextManager[Answer]], to: Path, limits
                             raise cache_fault(error) from None
             except Fault as fault:
                 if fault.status == NO_SUCH_RANGE:  # the part is as long as the object, or of another one
-                    _clear(file)
+                    file.truncate(file.seek(0))
                 raise
             if answer.length is not None and file.tell() < first + answer.length:
-                raise cut(f"{file.tell():,} of {first + answer.length:,} bytes arrived")
+                raise passing("cut", f"{file.tell():,} of {first + answer.length:,} bytes arrived")
     except OSError as error:
         raise cache_fault(error) from None
-
-
-def _clear(file: IO[bytes]) -> None:
-    file.seek(0)  # a file open for appending would go on counting from where it was
-    file.truncate()
 
 
 def _check(limits: Limits, arrived: int) -> None:
@@ -107,11 +75,3 @@ def _check(limits: Limits, arrived: int) -> None:
     if time.monotonic() > limits.deadline:
         fix = "raise fault_timeout, or convert with a smaller --size-limit"
         raise Fault("too-slow", f"{arrived:,} bytes had arrived", fix, transient=True)
-
-
-def cache_fault(error: OSError) -> Fault:
-    """What the cache's disk refused."""
-    reason = os.strerror(error.errno) if error.errno else type(error).__name__
-    if error.errno in _FULL:
-        return Fault("cache-full", reason, "free some space, set cache_limit, or choose another folder as local")
-    return Fault("cache-not-writable", reason, "choose a folder as local that this user can write to")

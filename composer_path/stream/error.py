@@ -1,58 +1,50 @@
-"""The one error that ends a run whose data can't be read, and how all processes of a machine learn of it."""
+"""The one error that ends a run whose data can't be read, and how all of its processes learn of it."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from streaming.base.shared import SharedArray
+from torch import distributed
 
 from composer_path.storage.errors import masked, without_password
 
 _NOTE_BYTES = 4096
 
+Value = TypeVar("Value")
+
 
 class StreamError(RuntimeError):
     """Data that can't be read: which shard, which rule, where, and what to do. Never holds credentials or text.
 
-    Args:
-        message: All of it as one line. (A loader's worker hands its error on by this text alone.)
+    Attributes:
         shard: The file's name in its index, or `index.json`, or "" where no file is meant.
         rule: A short slug: missing, forbidden, unreachable, size, hash, ...
         where: The set's place, or the cache folder.
         fix: What to do.
     """
 
-    def __init__(self, message: str, *, shard: str = "", rule: str = "", where: str = "", fix: str = "") -> None:
+    # A loader's worker hands its error on by the message alone, which is all of it as one line.
+
+    def __init__(self, message: str, shard: str = "", rule: str = "", where: str = "", fix: str = "") -> None:
         super().__init__(message)
         self.shard, self.rule, self.where, self.fix = shard, rule, where, fix
 
     @classmethod
     def of(cls, shard: str, rule: str, where: str, found: str, fix: str) -> StreamError:
         """The error with its usual wording."""
-        what = f"shard {shard} of " if shard and shard != "index.json" else f"{shard} of " if shard else ""
-        where, found = without_password(where), masked(found)
-        return cls(f"{what}{where}: {rule}: {found}; {fix}", shard=shard, rule=rule, where=where, fix=fix)
-
-    def to_json(self) -> str:
-        """For other processes."""
-        fields = {key: getattr(self, key) for key in ("shard", "rule", "where", "fix")}
-        return json.dumps({"message": str(self), **fields})
-
-    @classmethod
-    def from_json(cls, text: str) -> StreamError:
-        """What `to_json` wrote."""
-        return cls(**json.loads(text))
+        where = without_password(where)
+        file = "" if not shard else f"{shard} of " if shard == "index.json" else f"shard {shard} of "
+        return cls(f"{file}{where}: {rule}: {masked(found)}; {fix}", shard, rule, where, fix)
 
 
 class FailureNote:
-    """The first failure of any process that reads this data set on this machine, in shared memory.
+    """The first failure of any process that reads this data set on this machine, in shared memory of this name.
 
     A worker that failed would else leave the others waiting for its shard.
-
-    Args:
-        name: Of the shared memory; the same for all these processes.
     """
 
     def __init__(self, name: str) -> None:
@@ -64,15 +56,13 @@ class FailureNote:
 
     def write(self, error: StreamError) -> None:
         """Note a failure, unless there is one."""
-        if self.read() is not None:
-            return
-        data = error.to_json().encode()
-        if len(data) >= _NOTE_BYTES:
-            short: dict[str, Any] = {"shard": error.shard[:200], "rule": error.rule, "where": error.where[:300]}
-            data = StreamError(str(error)[:900], **short).to_json().encode()[: _NOTE_BYTES - 1]
-        values = np.frombuffer(data, np.uint8)
-        self._bytes[1 : len(values)] = values[1:]
-        self._bytes[0] = values[0]  # last: a reader looks here first
+        if not self.is_set():
+            texts, letters = (str(error), error.shard, error.rule, error.where, error.fix), _NOTE_BYTES
+            while len(data := json.dumps([text[:letters] for text in texts]).encode()) > _NOTE_BYTES:
+                letters //= 2
+            values = np.frombuffer(data, np.uint8)
+            self._bytes[1 : len(values)] = values[1:]
+            self._bytes[0] = values[0]  # last: a reader looks here first
 
     def is_set(self) -> bool:
         """Whether there is a failure."""
@@ -80,7 +70,25 @@ class FailureNote:
 
     def read(self) -> StreamError | None:
         """The failure, if there is one."""
-        values = self._bytes.numpy()
-        if not values[0]:
-            return None
-        return StreamError.from_json(values.tobytes().rstrip(b"\0").decode())
+        return StreamError(*json.loads(self._bytes.numpy().tobytes().rstrip(b"\0"))) if self.is_set() else None
+
+
+def of_all_ranks(value: Value) -> list[Value]:
+    """What each rank has, in their order."""
+    values = [value]
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        values *= distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def agree_on_failure(step: Callable[[], None]) -> None:
+    """Do something on this rank, then raise on all ranks what any of them met: none waits for one that is gone."""
+    failure: StreamError | None = None
+    try:
+        step()
+    except StreamError as error:
+        failure = error
+    for met in (failure, *of_all_ranks(failure)):
+        if met is not None:
+            raise met

@@ -28,11 +28,12 @@ from filelock import FileLock
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format import Reader
 
 from composer_path.storage.errors import Stopped
-from composer_path.stream.cache import INDEX, agree_on_failure, clear_left_overs, refresh_index, take_cache
-from composer_path.stream.error import FailureNote, StreamError
-from composer_path.stream.guarded_stream import FAULT_TIMEOUT, GuardedStream
+from composer_path.stream.cache import INDEX, clear_left_overs, refresh_index, take_cache
+from composer_path.stream.error import FailureNote, StreamError, agree_on_failure
+from composer_path.stream.guarded_stream import PATIENCE, GuardedStream
 from composer_path.stream.sample_reader import SampleReader
 from composer_path.stream.shared_prefix import prefix_picked_once
 
@@ -44,12 +45,9 @@ class GuardedStreamingDataset(StreamingDataset):
         local: Folder of the shards, or of their cache; or the shards' address, see `GuardedStream`.
         remote: Folder or address that they come from; None if they lie in `local`.
         streams: Several sets instead of one.
-        split: Subfolder of both.
         fault_timeout: Seconds in which a file must have arrived, all attempts together.
-        download_timeout: Seconds without a byte that end an attempt.
-        validate_hash: This checksum must be in the index; by default the cheapest that is there is taken.
-        keep_zip: Keep compressed shards beside the decompressed ones.
-        **streaming: Keywords of `streaming.StreamingDataset`.
+        **streaming: Keywords of `streaming.StreamingDataset`. `download_timeout` are seconds without a byte that end an
+            attempt; without `validate_hash` the cheapest checksum that is in the index is taken.
 
     Raises:
         StreamError: The data can't be read; on all ranks, whichever met it.
@@ -64,27 +62,21 @@ class GuardedStreamingDataset(StreamingDataset):
         local: str | None = None,
         remote: str | None = None,
         streams: Sequence[GuardedStream] | None = None,
-        split: str | None = None,
-        fault_timeout: float = FAULT_TIMEOUT,
-        download_timeout: float = 60.0,
-        validate_hash: str | None = None,
-        keep_zip: bool = False,
+        fault_timeout: float = PATIENCE,
         **streaming: Any,
     ) -> None:
         if (local is None) == (not streams):
             raise ValueError("give either local (and remote), or streams")
-        if local is not None:
-            streams = [GuardedStream(local=local, remote=remote)]
-        assert streams is not None
+        streams = streams or [GuardedStream(local=str(local), remote=remote)]
         self._cache_locks: list[IO[str]] = []
-        defaults = {"split": split, "download_timeout": download_timeout, "validate_hash": validate_hash}
-        defaults |= {"keep_zip": keep_zip, "download_retry": 0}
+        defaults = {"split": None, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False, **streaming}
+        defaults["download_retry"] = 0  # we count, and wait, ourselves
         for stream in streams:
             stream.fault_timeout = fault_timeout
             stream.apply_default(defaults)  # Streaming does so too, but we need them before
         leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
         agree_on_failure(lambda: self._prepare_caches(streams) if leads else None)
-        agree_on_failure(lambda: self._start(streams, defaults | streaming, leads))
+        agree_on_failure(lambda: self._start(streams, defaults, leads))
 
     def _prepare_caches(self, streams: Sequence[GuardedStream]) -> None:
         cached = [stream for stream in streams if stream.remote is not None]
@@ -94,19 +86,10 @@ class GuardedStreamingDataset(StreamingDataset):
             refresh_index(stream)
 
     def _start(self, streams: Sequence[GuardedStream], streaming: dict[str, Any], leads: bool) -> None:
-        try:
-            with prefix_picked_once():
-                super().__init__(streams=streams, **streaming)
-        except ValueError as error:
-            if not str(error).startswith("Reused local directory"):
-                raise
-            found = "two loaders of one run cache in the same folder"
-            fix = "give each loader, and each stream, its own folder as local"
-            raise StreamError.of("", "cache-in-use", str(streams[0].folder), found, fix) from None
-        state = hashlib.sha256()
-        for stream in streams:
-            state.update((stream.folder / INDEX).read_bytes())
-        self.data_hash = state.hexdigest()[:16]  # other data has another order of samples
+        with prefix_picked_once():
+            super().__init__(streams=streams, **streaming)
+        indexes = b"".join((stream.folder / INDEX).read_bytes() for stream in streams)
+        self.data_hash = hashlib.sha256(indexes).hexdigest()[:16]  # other data has another order of samples
         self._samples = SampleReader()
         self._starts: list[int] = self.sample_offset_per_shard.tolist()
         self._failure = FailureNote(f"{self._shm_prefix_int:06}_failure")
@@ -143,50 +126,53 @@ class GuardedStreamingDataset(StreamingDataset):
         return ", ".join(stream.where for stream in self.streams)
 
     def prepare_shard(self, shard_id: int | np.integer, blocking: bool = True) -> None:
-        """Have a shard on this machine, whole and checked; wait, if `blocking`, while another worker fetches it.
+        """Have a shard on this machine, whole and checked, or raise `StreamError`.
 
-        Raises:
-            StreamError: It can't be had.
+        While another worker fetches it this one waits, if `blocking`, or returns.
         """
-        started = time.monotonic()
-        stream: GuardedStream = self.streams[self.stream_per_shard[shard_id]]
-        shard = self.shards[shard_id]
-        name = self._name_of(shard_id)
-        if self._shard_states[shard_id] == _ShardState.LOCAL and (stream.folder / name).is_file():
-            # Streaming asks before each sample; the lock would cost more than a small sample's reading.
-            self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+        if self._is_here(shard_id):  # Streaming asks before each sample; the lock would cost more than reading it
             return
-        while not self._claim(shard_id, name):
+        started = time.monotonic()
+        while not self._claim(shard_id):
             if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
                 return
             self.raise_failure()
-            self._check_patience(started, int(self.sample_offset_per_shard[shard_id]))
+            self._check_patience(started, shard_id)
             time.sleep(TICK)
+        stream, shard, name = self._shard(shard_id)
+        delta, state = 0, _ShardState.REMOTE
         try:
             stream.stopped = self._failure.is_set  # not a method of ours: a cycle would keep the cache's lock
-            delta = stream.prepare_shard(shard)
+            delta, state = stream.prepare_shard(shard), _ShardState.LOCAL
         except BaseException as error:
-            with FileLock(self._cache_filelock_path):
-                self.cache_usage -= self._reserved(shard_id)
-                self._shard_states[shard_id] = np.uint8(_ShardState.REMOTE)
             raise self._note(error, name) from (None if isinstance(error, StreamError | Stopped) else error)
-        with FileLock(self._cache_filelock_path):
-            self.cache_usage += delta - self._reserved(shard_id)
-            self._shard_access_times[shard_id] = np.uint64(time.time_ns())
-            self._shard_states[shard_id] = np.uint8(_ShardState.LOCAL)
+        finally:
+            with FileLock(self._cache_filelock_path):
+                self.cache_usage += delta - self._reserved(shard_id)
+                self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+                self._shard_states[shard_id] = np.uint8(state)
 
-    def _claim(self, shard_id: int | np.integer, name: str) -> bool:
+    def _shard(self, shard_id: int | np.integer) -> tuple[GuardedStream, Reader, str]:
+        """A shard's stream, the shard, and its file's name."""
+        shard = self.shards[shard_id]
+        return self.streams[self.stream_per_shard[shard_id]], shard, shard.file_pairs[0][0].basename
+
+    def _is_here(self, shard_id: int | np.integer) -> bool:
+        """Whether a shard was checked and is still there; it is wanted now, so it won't be the first to make room."""
+        stream, _, name = self._shard(shard_id)
+        if self._shard_states[shard_id] != _ShardState.LOCAL or not (stream.folder / name).is_file():
+            return False
+        self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+        return True
+
+    def _claim(self, shard_id: int | np.integer) -> bool:
         """Whether this process is now the one that prepares a shard."""
         with FileLock(self._cache_filelock_path):
             state = self._shard_states[shard_id]
-            if state == _ShardState.PREPARING:
+            if state == _ShardState.PREPARING or self._is_here(shard_id):
                 return False
-            stream: GuardedStream = self.streams[self.stream_per_shard[shard_id]]
-            shard = self.shards[shard_id]
+            stream, shard, _ = self._shard(shard_id)
             if state == _ShardState.LOCAL:
-                if (stream.folder / name).is_file():
-                    self._shard_access_times[shard_id] = np.uint64(time.time_ns())
-                    return False
                 self.cache_usage -= shard.get_raw_size()  # somebody emptied the cache
             elif self.cache_limit and stream.remote is not None:
                 while self.cache_limit < self.cache_usage + shard.get_max_size() and self._make_room(shard_id):
@@ -197,8 +183,8 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def _reserved(self, shard_id: int | np.integer) -> int:
         """Bytes that count as used while a shard is on its way, so that two at once don't take the same room."""
-        cached = self.cache_limit and self.streams[self.stream_per_shard[shard_id]].remote is not None
-        return self.shards[shard_id].get_max_size() if cached else 0
+        stream, shard, _ = self._shard(shard_id)
+        return shard.get_max_size() if self.cache_limit and stream.remote is not None else 0
 
     def _make_room(self, wanted: int | np.integer) -> bool:
         """Remove the shard that was not read for the longest time, never one that has no remote."""
@@ -214,18 +200,14 @@ class GuardedStreamingDataset(StreamingDataset):
                 return True
         return False
 
-    def _check_patience(self, started: float, sample_id: int) -> None:
+    def _check_patience(self, started: float, shard_id: int | np.integer) -> None:
         """A process that was killed while it fetched a shard would leave the others waiting for ever."""
         seconds = 2 * max(stream.fault_timeout for stream in self.streams) + 30
-        if time.monotonic() - started > seconds and sample_id != -1:
-            shard_id, _ = self.spanner[sample_id]
-            stream = self.streams[self.stream_per_shard[shard_id]]
-            fix = "look for a process that was killed, and start again"
+        if time.monotonic() - started > seconds:
+            stream, _, name = self._shard(shard_id)
             found = f"another process has been preparing it for {seconds:.0f} s"
-            raise self._note(StreamError.of(self._name_of(shard_id), "stalled", stream.where, found, fix))
-
-    def _name_of(self, shard_id: int | np.integer) -> str:
-        return self.shards[shard_id].file_pairs[0][0].basename
+            fix = "look for a process that was killed, and start again"
+            raise self._note(StreamError.of(name, "stalled", stream.where, found, fix))
 
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Any:
         """A sample by its index; its shard is brought here and checked first."""
@@ -233,8 +215,8 @@ class GuardedStreamingDataset(StreamingDataset):
         if self._shard_states[shard_id] != _ShardState.LOCAL:
             self.prepare_shard(shard_id)
         try:
-            event = getattr(self, "_event", None)
-            record = None if event is not None and event.is_set() else self._samples.read(self.shards[shard_id], number)
+            stops = hasattr(self, "_event") and self._event.is_set()
+            record = None if stops else self._samples.read(self.shards[shard_id], number)
             if record is None:  # Streaming brings a file that is gone, or raises what another thread met
                 return super().get_item(int(sample_id), retry)
             self._shard_access_times[shard_id] = np.uint64(time.time_ns())
@@ -254,51 +236,43 @@ class GuardedStreamingDataset(StreamingDataset):
 
     def _damage(self, shard_id: int | np.integer, error: Exception) -> StreamError:
         """What is wrong with a shard that was good when it was checked, or whose contents aren't samples."""
-        stream: GuardedStream = self.streams[self.stream_per_shard[shard_id]]
-        name = self._name_of(shard_id)
+        stream, shard, name = self._shard(shard_id)
+        found = f"a sample of it can't be read ({type(error).__name__})"
         try:
-            good, _ = stream.look(self.shards[shard_id].file_pairs[0][0])
+            whole = stream.is_whole(shard.file_pairs[0][0])
         except StreamError as damage:
             return damage
-        found = f"a sample of it can't be read ({type(error).__name__})"
-        if not good:
+        if not whole:
             found += ", as the file changed in the cache after its check; it was removed there"
             return StreamError.of(name, "changed", str(stream.folder), found, "find out what writes there; start again")
         return StreamError.of(name, "unreadable", stream.where, found, "convert the data again")
 
     def on_exception(self, future: Future) -> None:
         """A thread's failure stops the others; `__iter__` raises it."""
-        error = future.exception()
-        if error is not None:
+        if (error := future.exception()) is not None:
             self._note(error)
             self._event.set()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
         """Streaming's loop, which also ends in the failure of any process, and when a shard never becomes ready."""
-        waiting_since = looked = time.monotonic()
+        waiting_since = time.monotonic()
         while not it.should_exit() and it.yield_index < it.total:
-            if it.ready_index <= it.yield_index:
-                now = time.monotonic()
-                if self._event.is_set() or now - looked > 0.1:
-                    looked = now
-                    self._stop_if_failed(it)
-                    self._check_patience(waiting_since, int(it.sample_ids[it.yield_index]))
+            waits = it.ready_index <= it.yield_index
+            if (waits or self._event.is_set()) and self._failure.is_set():
+                self._event.set()  # for this process's threads
+                it.on_exit()
+                self.raise_failure()
+            sample_id = int(it.sample_ids[it.yield_index])
+            if waits:
+                if sample_id != -1:
+                    self._check_patience(waiting_since, self._find(sample_id)[0])
                 time.sleep(TICK)
                 continue
-            if self._event.is_set():
-                self._stop_if_failed(it)
-            sample_id = it.sample_ids[it.yield_index]
             if sample_id != -1:
-                yield int(sample_id)
+                yield sample_id
             it.yield_index += 1
             waiting_since = time.monotonic()
         it.on_exit()
-
-    def _stop_if_failed(self, it: _Iterator) -> None:
-        if self._failure.is_set():
-            self._event.set()  # for this process's threads
-            it.on_exit()
-            self.raise_failure()
 
     def __iter__(self) -> Iterator[Any]:
         """All samples of this worker's share, or a `StreamError`."""
@@ -309,11 +283,10 @@ class GuardedStreamingDataset(StreamingDataset):
         before = getattr(self, "_iterator", None)
         try:
             yield from super().__iter__()
-        except StreamError:
-            self._event.set()  # ends this process's threads
-            raise
         except Exception as error:
-            self._event.set()
+            self._event.set()  # ends this process's threads
+            if isinstance(error, StreamError):
+                raise
             self.raise_failure()
             raise self._note(error) from error
         self.raise_failure()
@@ -332,11 +305,7 @@ class GuardedStreamingDataset(StreamingDataset):
         return super().state_dict(num_samples, from_beginning) | {"data_hash": self.data_hash}
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on there.
-
-        Raises:
-            StreamError: Amid an epoch of other data.
-        """
+        """Go on there, or raise `StreamError` amid an epoch of other data."""
         known = obj.get("data_hash")
         if known is not None and obj["sample_in_epoch"] and known != self.data_hash:
             found = f"sample {obj['sample_in_epoch']:,} of an epoch over other data is where the checkpoint stopped"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,15 @@ from streaming.base.compression import decompress
 from streaming.base.format import FileInfo, Reader
 from streaming.base.world import World
 
-from composer_path.storage.errors import Fault, Stopped
-from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place, shown
-from composer_path.storage.transfer import Limits, cache_fault
+from composer_path.storage.errors import Fault, Stopped, cache_fault, shown
+from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place
+from composer_path.storage.transfer import Limits
 from composer_path.stream.error import StreamError
 from composer_path.stream.stored_file import check_file, pick_hash
 
 log = logging.getLogger(__name__)
 
-FAULT_TIMEOUT = 180.0  # s; a rank that waits for another gives up after trainer.dist_timeout, 300 s by default
+PATIENCE = 180.0  # s; a rank that waits for another gives up after trainer.dist_timeout, 300 s by default
 # Bytes that don't have their hash are asked for again, in case they changed on their way; the file itself may be wrong.
 _MISMATCHES = 3
 
@@ -53,13 +55,7 @@ class GuardedStream(Stream):
     """
 
     def __init__(
-        self,
-        *,
-        local: str,
-        remote: str | None = None,
-        fault_timeout: float = FAULT_TIMEOUT,
-        name: str = "",
-        **stream: Any,
+        self, *, local: str, remote: str | None = None, fault_timeout: float = PATIENCE, name: str = "", **stream: Any
     ) -> None:
         remote = None if remote == local else remote
         if is_remote(local):
@@ -72,10 +68,8 @@ class GuardedStream(Stream):
         super().__init__(local=local, **stream)
         # Set afterwards, as Streaming refuses what its own clients can't reach; none of them is used.
         self.remote = None if remote is None else remote.rstrip("/")
-        if self._keep_zip is not None:
-            self.safe_keep_zip = self._keep_zip or remote is None
-        self.name = name
-        self.fault_timeout = fault_timeout
+        self.safe_keep_zip = bool(self._keep_zip) or remote is None
+        self.name, self.fault_timeout = name, fault_timeout
         self.stopped: Callable[[], bool] = bool  # no
 
     @property
@@ -91,71 +85,64 @@ class GuardedStream(Stream):
     @property
     def where(self) -> str:
         """Its place in messages."""
-        return str(self.folder if self._source is None else self._source)
+        return str(self._source or self.folder)
 
-    def error(self, shard: str, fault: Fault, attempts: int = 1, seconds: float = 0.0) -> StreamError:
-        """The named error of a fault."""
-        tries = f" (after {attempts} attempts in {seconds:.0f} s)" if attempts > 1 else ""
+    def error(self, shard: str, cause: Fault | OSError, tries: str = "") -> StreamError:
+        """The named error of a fault, or of what the cache's disk refused."""
+        fault = cause if isinstance(cause, Fault) else cache_fault(cause)
         where = str(self.folder) if fault.rule.startswith("cache-") else self.where
         return StreamError.of(shard, fault.rule, where, fault.found + tries, fault.fix)
 
     def bring(
         self, name: str, check: Callable[[Path], None], to: Path | None = None, patience: float | None = None
     ) -> None:
-        """Bring a file into the cache; it appears there when it is complete and has passed its check.
+        """Bring a file into the cache, where it appears when it is complete and has passed its check.
 
-        Args:
-            name: Of the file in the set.
-            check: Raises `Fault` if a file isn't the one that is meant.
-            to: Where to, by default its place in the cache.
-            patience: Seconds, by default `fault_timeout`.
-
-        Raises:
-            StreamError: It didn't come in time, or can't come.
-            Stopped: Another process failed meanwhile.
+        If it can't come, or not within `patience` (seconds; by default, and at most, `fault_timeout`), `StreamError` is
+        raised; `Stopped` if another process failed meanwhile.
         """
-        start, pause, mismatches, attempts = time.monotonic(), 0.2, 0, 0
+        start, pause, mismatches = time.monotonic(), 0.2, 0
         seconds = self.fault_timeout if patience is None else min(patience, self.fault_timeout)
         limits = Limits(min(self.download_timeout, seconds), start + seconds, self.stopped)
         source = self._source
         assert source is not None
-        part = self._part_of(name)
-        try:
-            while True:
-                attempts += 1
+        with self._part_of(name) as part:
+            for attempt in itertools.count(1):
                 try:
                     source.fetch(name, part, limits)
                     try:
                         check(part)
                     except Fault:
-                        part.unlink(missing_ok=True)
+                        part.unlink()
                         mismatches += 1
                         raise
                     os.replace(part, to or self.folder / name)
                     return
-                except Fault as fault:
-                    left = limits.deadline - time.monotonic()
-                    if not fault.transient or mismatches == _MISMATCHES or left <= 0:
-                        raise self.error(name, fault, attempts, time.monotonic() - start) from None
-                    wait = min(pause * random.uniform(0.7, 1.0), left)
-                    what = f"{name} of {self.where}: {fault.rule}: {fault.found}"
-                    log.warning("%s; attempt %d follows", what, attempts + 1)
                 except OSError as error:
-                    raise self.error(name, cache_fault(error)) from None
-                self._sleep(wait)
+                    raise self.error(name, error) from None
+                except Fault as fault:
+                    took = time.monotonic() - start
+                    if not fault.transient or mismatches == _MISMATCHES or took >= seconds:
+                        tries = f" (after {attempt} attempts in {took:.0f} s)" if attempt > 1 else ""
+                        raise self.error(name, fault, tries) from None
+                    what = f"{name} of {self.where}: {fault.rule}: {fault.found}"
+                    log.warning("%s; attempt %d follows", what, attempt + 1)
+                resume = time.monotonic() + min(pause * random.uniform(0.7, 1.0), seconds - took)
+                while (now := time.monotonic()) < resume:
+                    if self.stopped():
+                        raise Stopped
+                    time.sleep(min(resume - now, 0.1))
                 pause = min(2 * pause, 10.0)
+
+    @contextmanager
+    def _part_of(self, name: str) -> Iterator[Path]:
+        """Where a file may lie while it isn't complete; what is left of it goes."""
+        part = self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
+        try:
+            yield part
         finally:
-            part.unlink(missing_ok=True)
-
-    def _part_of(self, name: str) -> Path:
-        return self.folder / f"{name}.{os.getpid()}-{random.getrandbits(32):08x}.part"
-
-    def _sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            if self.stopped():
-                raise Stopped
-            time.sleep(min(left, 0.1))
+            with suppress(OSError):
+                part.unlink()
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """The index's shards; anything wrong with it is a named error."""
@@ -163,77 +150,63 @@ class GuardedStream(Stream):
             shards = super().get_shards(world, allow_unsafe_types)
             if not sum(map(len, shards)):
                 raise ValueError("it holds no sample")
-        except StreamError:
-            raise
         except Exception as error:
             fix = "convert the data again" if self.remote is None else "delete this cache folder, or convert again"
             found = f"{type(error).__name__}: {error}"
             raise StreamError.of("index.json", "index", str(self.folder), found, fix) from None
-        for shard in shards:
-            for info in (info for pair in shard.file_pairs for info in pair if info is not None):
-                self._hash_of(info)
+        for info in (info for shard in shards for pair in shard.file_pairs for info in pair if info is not None):
+            try:
+                pick_hash(info.hashes, self.validate_hash)
+            except Fault as fault:
+                raise self.error(info.basename, fault) from None
         return shards
-
-    def _hash_of(self, info: FileInfo) -> tuple[str, str] | None:
-        """The checksum that this file is checked with: name and value."""
-        try:
-            return pick_hash(info.hashes, self.validate_hash)
-        except Fault as fault:
-            raise self.error(info.basename, fault) from None
 
     def prepare_shard(self, shard: Reader) -> int:
         """Have a shard's files in the folder, whole and checked, and return the change of the cache's size in bytes."""
-        return sum(self._prepare_part(raw, zipped, shard.compression) for raw, zipped in shard.file_pairs)
+        before = self._size_of(shard)
+        for raw, zipped in shard.file_pairs:
+            if not self.is_whole(raw):
+                if zipped is None:
+                    self._bring(raw)
+                else:
+                    if not self.is_whole(zipped):
+                        self._bring(zipped)
+                    self._decompress(raw, zipped, shard.compression)
+            if zipped is not None and not self.safe_keep_zip:
+                (self.folder / zipped.basename).unlink(missing_ok=True)
+        return self._size_of(shard) - before
 
-    def _prepare_part(self, raw: FileInfo, zipped: FileInfo | None, compression: str | None) -> int:
-        good, delta = self.look(raw)
-        if not good and zipped is None:
-            delta += self._bring(raw)
-        elif not good and zipped is not None:
-            good, change = self.look(zipped)
-            delta += change + (0 if good else self._bring(zipped)) + self._decompress(raw, zipped, compression)
-        if zipped is not None and not self.safe_keep_zip and (self.folder / zipped.basename).exists():
-            os.remove(self.folder / zipped.basename)
-            delta -= zipped.bytes
-        return delta
+    def _size_of(self, shard: Reader) -> int:
+        """Bytes of a shard's files that are there."""
+        infos = (info for pair in shard.file_pairs for info in pair if info is not None)
+        return sum(info.bytes for info in infos if (self.folder / info.basename).is_file())
 
-    def _bring(self, info: FileInfo) -> int:
-        if self.remote is None:
-            fault = Fault("missing", "there is no such file", "copy it there again, or convert the data again")
-            raise self.error(info.basename, fault)
-        self.bring(info.basename, lambda path: check_file(path, info.bytes, self._hash_of(info)))
-        return info.bytes
-
-    def look(self, info: FileInfo) -> tuple[bool, int]:
-        """Whether a file is there and whole, and the change of the cache's size: a damaged one is removed from a cache.
-
-        Without a remote to have it from again, a damaged one is a `StreamError`.
-        """
+    def is_whole(self, info: FileInfo) -> bool:
+        """Whether a file is there and as the index says; a damaged one is removed from a cache, else an error."""
         path = self.folder / info.basename
         if not path.is_file():
-            return False, 0
+            return False
         try:
-            check_file(path, info.bytes, self._hash_of(info))
-        except Fault as fault:
-            if self.remote is None:
-                raise self.error(info.basename, fault) from None
-            log.warning("%s in the cache: %s: %s; it is fetched again", path, fault.rule, fault.found)
+            check_file(path, info, self.validate_hash)
+        except (Fault, OSError) as cause:
+            if self.remote is None or isinstance(cause, OSError):
+                raise self.error(info.basename, cause) from None
+            log.warning("%s in the cache: %s: %s; it is fetched again", path, cause.rule, cause.found)
             path.unlink(missing_ok=True)
-            return False, -info.bytes
-        except OSError as error:
-            raise self.error(info.basename, cache_fault(error)) from None
-        return True, 0
+            return False
+        return True
 
-    def _decompress(self, raw: FileInfo, zipped: FileInfo, compression: str | None) -> int:
-        part = self._part_of(raw.basename)
-        try:
-            part.write_bytes(decompress(compression, (self.folder / zipped.basename).read_bytes()))
-            check_file(part, raw.bytes, self._hash_of(raw))
-            os.replace(part, self.folder / raw.basename)
-        except Fault as fault:
-            raise self.error(zipped.basename, fault) from None
-        except OSError as error:
-            raise self.error(zipped.basename, cache_fault(error)) from None
-        finally:
-            part.unlink(missing_ok=True)
-        return raw.bytes
+    def _bring(self, info: FileInfo) -> None:
+        if self.remote is None:
+            fix = "copy it there again, or convert the data again"
+            raise self.error(info.basename, Fault("missing", "there is no such file", fix))
+        self.bring(info.basename, lambda path: check_file(path, info, self.validate_hash))
+
+    def _decompress(self, raw: FileInfo, zipped: FileInfo, compression: str | None) -> None:
+        with self._part_of(raw.basename) as part:
+            try:
+                part.write_bytes(decompress(compression, (self.folder / zipped.basename).read_bytes()))
+                check_file(part, raw, self.validate_hash)
+                os.replace(part, self.folder / raw.basename)
+            except (Fault, OSError) as cause:
+                raise self.error(zipped.basename, cause) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from streaming.base.format import FileInfo
 
 from composer_path.storage.errors import Fault
 
@@ -17,37 +18,22 @@ _AGAIN = "put a good copy there, or convert the data again"
 
 
 def pick_hash(hashes: Mapping[str, str], wanted: str | None = None) -> tuple[str, str] | None:
-    """The checksum to check a file with, and its value; None where the index has none.
-
-    Args:
-        hashes: Of the file, from its index.
-        wanted: Must be this one, if given.
-
-    Raises:
-        Fault: The index lacks it.
-    """
+    """The checksum to check a file with, and its value; None where the index has none, `Fault` if it lacks `wanted`."""
     if wanted is not None and wanted not in hashes:
         has = ", ".join(sorted(hashes)) or "none"
         fix = "leave validate_hash out: what the index has is always checked"
         raise Fault("no-such-hash", f"validate_hash is {wanted}, the index has {has}", fix)
-    names = [wanted] if wanted is not None else [name for name in (*_CHEAPEST, *sorted(hashes)) if name in hashes]
-    return (names[0], hashes[names[0]]) if names else None
+    name = wanted or next((name for name in (*_CHEAPEST, *sorted(hashes)) if name in hashes), None)
+    return None if name is None else (name, hashes[name])
 
 
-def check_file(path: Path, size: int, expected: tuple[str, str] | None) -> None:
-    """Compare a file with its index.
-
-    Raises:
-        Fault: It is another file, or a damaged one.
-    """
-    found = path.stat().st_size
-    if found != size:
-        raise Fault("size", f"found {found:,} bytes where the index says {size:,}", _AGAIN, transient=True)
-    if expected is not None:
-        name, value = expected
-        digest = file_hash(path, name)
-        if digest != value:
-            raise Fault("hash", f"found {name} {digest} where the index says {value}", _AGAIN, transient=True)
+def check_file(path: Path, info: FileInfo, wanted_hash: str | None) -> None:
+    """Compare a file with what its index says; raise `Fault` if it is another one, or a damaged one."""
+    if (found := path.stat().st_size) != info.bytes:
+        raise Fault("size", f"found {found:,} bytes where the index says {info.bytes:,}", _AGAIN, transient=True)
+    name, value = pick_hash(info.hashes, wanted_hash) or ("", "")
+    if name and (digest := file_hash(path, name)) != value:
+        raise Fault("hash", f"found {name} {digest} where the index says {value}", _AGAIN, transient=True)
 
 
 def file_hash(path: Path, name: str) -> str:

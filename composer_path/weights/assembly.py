@@ -43,14 +43,15 @@ def assemble_model(
         empty: Parameters without storage, for a rank that receives them.
     """
     dtypes = {name: torch.float32 if name in trainable else frozen_dtype for name in MODULES}
+    if empty:  # only the rank that holds weights reads their files
+        vision_encoder, projector = ({**part, "weights": None} for part in (vision_encoder, projector))
+    hidden_size = load_language_model_config(language_model.get("path") or language_model.get("config")).hidden_size
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         with empty_parameters(enabled=empty):
-            vision = build_vision_encoder(**without_weights(vision_encoder, empty))
-        torch.manual_seed(seed + 1)
-        hidden_size = load_language_model_config(language_model.get("path") or language_model.get("config")).hidden_size
-        with empty_parameters(enabled=empty):
-            adapter = build_projector(**without_weights(projector, empty), in_dim=vision.dim, out_dim=hidden_size)
+            torch.manual_seed(seed)
+            vision = build_vision_encoder(**vision_encoder)
+            torch.manual_seed(seed + 1)
+            adapter = build_projector(**projector, in_dim=vision.dim, out_dim=hidden_size)
         torch.manual_seed(seed + 2)
         llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
     cast_parameters(vision, dtypes["vision_encoder"])
@@ -58,8 +59,3 @@ def assemble_model(
     model = PathMLLM(vision, adapter, llm)
     model.trainable(trainable)
     return model
-
-
-def without_weights(section: Mapping[str, Any], empty: bool) -> dict[str, Any]:
-    """A section whose weight file is only read by the rank that holds weights."""
-    return {key: value for key, value in section.items() if not (empty and key == "weights")}

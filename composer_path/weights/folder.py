@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from composer_path.storage.atomic import write_whole
-from composer_path.weights.tensor_file import INDEXES
-
-INDEX = INDEXES[0]
+from composer_path.weights.tensor_file import INDEX, write_tensors
 
 
 def write_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_size: str = "5GB"
 ) -> None:
-    """Write weights and configuration; `config.json` comes last, so that a folder that has one is complete.
+    """Write weights (tied ones once) and configuration; weight files of an earlier write are removed.
 
-    Args:
-        folder: Made if needed. Weight files of an earlier write are removed, others are left alone.
-        config: JSON-serialisable.
-        tensors: Distinct tensors by key (tied ones once).
-        max_shard_size: Of one file, such as "5GB".
+    `config.json` comes last, so that a folder that has one is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
@@ -37,8 +29,7 @@ def write_folder(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for name, keys in split.filename_to_tensors.items():
-        shard = {key: tensors[key].contiguous().cpu() for key in keys}
-        write_whole(folder / name, partial(_save, shard))
+        write_tensors(folder / name, {key: tensors[key] for key in keys})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     write_json(folder / "config.json", config)
@@ -48,7 +39,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file so that it is either the old one or complete."""
     text = json.dumps(content, indent=2, sort_keys=True) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-def _save(tensors: dict[str, Tensor], file: BinaryIO) -> None:
-    save_file(tensors, file.name, metadata={"format": "pt"})

@@ -41,10 +41,8 @@ def build_language_model(
         raise ValueError(
             f"model.language_model.path: no config.json in '{path}'; it must be a Hugging Face model folder"
         )
-    source = config if path is None else path
-    assert source is not None
     if path is None or empty:
-        return untrained_language_model(source, attention=attention, dtype=dtype, empty=empty)
+        return untrained_language_model(path or config or {}, attention=attention, dtype=dtype, empty=empty)
     return AutoModelForCausalLM.from_pretrained(
         path,
         config=load_language_model_config(path),

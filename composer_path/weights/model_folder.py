@@ -74,9 +74,7 @@ class PathMLLM(path_mllm.PathMLLM):
         """
         file = Path(folder) / "config.json"
         if not file.is_file():
-            raise ValueError(
-                f"no config.json in '{folder}'; it must be a folder written by an export or by save_pretrained"
-            )
+            raise ValueError(f"no config.json in '{folder}'; it must be a folder written by export or save_pretrained")
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(
@@ -92,12 +90,7 @@ class PathMLLM(path_mllm.PathMLLM):
         return model.filled(str(folder), read_tensor_folder(folder), dtype)
 
     def filled(self, source: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> PathMLLM:
-        """This model, built empty, with its weights in place and ready to be asked.
-
-        Args:
-            source: Where they were read, for the message.
-            tensors: All of them, under our names; of a tied head none is needed.
-            dtype: Of the weights; as they are by default.
+        """This model, built empty, with the weights of `source` in place and ready to be asked.
 
         Raises:
             WeightsError: They don't fit (all differences listed).

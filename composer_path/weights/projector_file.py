@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from composer_path.models.projector import Projector, untrained_projector
 from composer_path.storage.atomic import write_whole
-from composer_path.weights.tensor_file import WeightsError, check_tensors, read_metadata, read_tensor_file
+from composer_path.weights.tensor_file import (
+    WeightsError,
+    check_tensors,
+    read_metadata,
+    read_tensor_file,
+    write_tensors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +61,8 @@ def to_reference_projector(state_dict: Mapping[str, Tensor], prefix: str = "mode
     tensors = {}
     for key, tensor in state_dict.items():
         ours, theirs = next(pair for pair in table if key.startswith(pair[0]))
-        name = theirs + key.removeprefix(ours)
-        if single and ours == "mlp.":
-            name = name.replace("0.", "", 1)
-        tensors[prefix + name] = tensor
+        rest = key.removeprefix(ours + "0.") if single and ours == "mlp." else key.removeprefix(ours)
+        tensors[prefix + theirs + rest] = tensor
     return tensors
 
 
@@ -73,51 +76,38 @@ def from_reference_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     for key, tensor in tensors.items():
         ours, theirs = next((pair for pair in table if key.startswith(pair[1])), ("", ""))
         rest = key.removeprefix(theirs)
-        if ours == "mlp." and rest in ("weight", "bias"):  # a bare nn.Linear
-            rest = "0." + rest
-        renamed[ours + rest] = tensor
+        bare = ours == "mlp." and rest in ("weight", "bias")  # an nn.Linear of its own
+        renamed[f"{ours}{'0.' if bare else ''}{rest}"] = tensor
     return renamed
 
 
 def save_projector(path: str | Path, projector: Projector, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write `projector.safetensors`: the tensors under our names, the config in the metadata.
 
-    Args:
-        path: The file.
-        projector: Gives the config, and the tensors where `state_dict` is None.
-        state_dict: The gathered tensors of a sharded projector, by the projector's own names.
+    `state_dict` holds the gathered tensors of a sharded projector, by the projector's own names.
     """
-    tensors = _plain_tensors(projector.state_dict() if state_dict is None else state_dict)
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(projector.config, sort_keys=True)}
-    write_whole(Path(path), lambda file: save_file(tensors, file.name, metadata=metadata))
+    tensors = projector.state_dict() if state_dict is None else state_dict
+    write_tensors(Path(path), tensors, {CONFIG_KEY: json.dumps(projector.config, sort_keys=True)})
 
 
 def save_mm_projector(path: str | Path, projector: Projector, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write the reference's `mm_projector.bin`: a torch pickle of the tensors under its names.
-
-    Arguments as `save_projector`.
-    """
-    tensors = _plain_tensors(projector.state_dict() if state_dict is None else state_dict)
-    write_whole(Path(path), lambda file: torch.save(to_reference_projector(tensors), file))
+    """Write the reference's `mm_projector.bin`: a torch pickle of the tensors under its names; see `save_projector`."""
+    tensors = projector.state_dict() if state_dict is None else state_dict
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_whole(Path(path), lambda file: torch.save(to_reference_projector(plain), file))
 
 
 def read_projector_config(path: str | Path) -> dict[str, Any] | None:
     """The config in a `projector.safetensors`, or None in a file that has none."""
     path = find_projector_file(path)
-    if path.suffix != ".safetensors":
-        return None
-    metadata = read_metadata(path)
+    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     return json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
 
 
 def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:
-    """Load a projector's weights from any of the three kinds of file.
+    """Load a projector's weights from any of the three kinds of file, or from a folder with one; cast to its dtype.
 
     CoCa start weights hold the pooler and its LayerNorm only: the MLP then keeps its random weights, which is logged.
-
-    Args:
-        path: The file, or a folder with `projector.safetensors` or `mm_projector.bin` in it.
-        projector: Changed in place; the file's numbers are cast to its dtype.
 
     Returns:
         Names of the tensors that the file doesn't have and that stay as they were.
@@ -128,11 +118,9 @@ def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:
     file = find_projector_file(path)
     config = read_projector_config(file)
     if config is not None and config != projector.config:
-        differences = [
-            f"{key}: the file has {config.get(key)}, the model {value}"
-            for key, value in projector.config.items()
-            if config.get(key) != value
-        ]
+        ours = projector.config
+        changed = [key for key in ours if config.get(key) != ours[key]]
+        differences = [f"{key}: the file has {config.get(key)}, the model {ours[key]}" for key in changed]
         raise WeightsError(f"weights: '{file}' is of another projector. " + "; ".join(differences))
     tensors = read_tensor_file(file)
     if config is None:
@@ -149,41 +137,28 @@ def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:
 
 
 def find_projector_file(path: str | Path) -> Path:
-    """The file itself, or the projector file in a folder.
-
-    Raises:
-        WeightsError: Neither.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
+    """The file itself, or the projector file in a folder."""
+    if not Path(path).is_dir():
+        return Path(path)
     for name in (SAFETENSORS, REFERENCE_BIN):
-        if (path / name).is_file():
-            return path / name
+        if (file := Path(path) / name).is_file():
+            return file
     raise WeightsError(f"weights: the folder '{path}' holds neither {SAFETENSORS} nor {REFERENCE_BIN}")
 
 
 def _without_prefix(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a foreign file under the reference's names after `mm_projector.`."""
-    embeddings = [key for key in tensors if re.search(r"(^|\.)embed_tokens\.weight$", key)]
-    if embeddings:
+    if embeddings := [key for key in tensors if re.search(r"(^|\.)embed_tokens\.weight$", key)]:
         # Left by mm_use_im_start_end. Our prompts have no such marks, so the rows of the two extra words have no use.
-        log.warning(
-            "%s was trained with mm_use_im_start_end: %s is left out, the projector alone is used",
-            source,
-            embeddings[0],
-        )
+        left_out = f"{embeddings[0]} is left out, the projector alone is used"
+        log.warning("%s was trained with mm_use_im_start_end: %s", source, left_out)
         tensors = {key: value for key, value in tensors.items() if key not in embeddings}
     prefixes = {key[: key.index(MARKER) + len(MARKER)] for key in tensors if MARKER in key}
     if len(prefixes) > 1:
         raise WeightsError(f"weights: '{source}' holds several projectors, under {sorted(prefixes)}")
-    if prefixes:
-        prefix = prefixes.pop()
-        outside = [key for key in tensors if not key.startswith(prefix)]
-        if outside:
-            raise WeightsError(
-                f"weights: '{source}' doesn't fit. Left over outside of '{prefix}': {sorted(outside)[:40]}"
-            )
+    for prefix in prefixes:
+        if outside := sorted(key for key in tensors if not key.startswith(prefix)):
+            raise WeightsError(f"weights: '{source}' doesn't fit. Left over outside of '{prefix}': {outside[:40]}")
         return {key.removeprefix(prefix): value for key, value in tensors.items()}
     for pooler, ln in COCA_NAMES:
         for key in tensors:
@@ -196,18 +171,13 @@ def _without_prefix(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor
 def _coca_tensors(source: str, tensors: dict[str, Tensor], prefix: str, pooler: str, ln: str) -> dict[str, Tensor]:
     """Pooler and LayerNorm of a CoCa file; of a whole model (prefix with `visual`) the rest is left out."""
     names = ((prefix + pooler, "attn_pool."), (prefix + ln, "ln."), (prefix + "proj.", "proj."))
-    renamed = {}
-    outside = []
-    for key, tensor in tensors.items():
-        pair = next((pair for pair in names if key.startswith(pair[0])), None)
-        if pair is None:
-            outside.append(key)
-        else:
-            renamed[pair[1] + key.removeprefix(pair[0])] = tensor
+    renamed = {
+        new + key.removeprefix(old): tensor
+        for key, tensor in tensors.items()
+        for old, new in names
+        if key.startswith(old)
+    }
+    outside = sorted(key for key in tensors if not key.startswith(tuple(old for old, _ in names)))
     if outside and "visual" not in prefix.split("."):
-        raise WeightsError(f"weights: '{source}' doesn't fit. Left over beside the pooler: {sorted(outside)[:40]}")
+        raise WeightsError(f"weights: '{source}' doesn't fit. Left over beside the pooler: {outside[:40]}")
     return renamed
-
-
-def _plain_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}

@@ -23,19 +23,37 @@ from composer_path.weights.tensor_file import WeightsError, read_tensor_folder
 
 VISION_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_PREFIX = "model." + MARKER
+TRUNK = "vision_encoder.trunk."
 VISION_TOWER = "coca_vit-l"
 MODEL_TYPE = "llava"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
 POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
 # What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
-# fmt: off
-LLAMA_KEYS = frozenset((
-    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
-    "hidden_act", "rms_norm_eps", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-))
-# fmt: on
+LLAMA_KEYS = frozenset(
+    [
+        "vocab_size",
+        "max_position_embeddings",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "attention_bias",
+        "attention_dropout",
+        "mlp_bias",
+        "hidden_act",
+        "rms_norm_eps",
+        "initializer_range",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ]
+)
 
 
 def load_reference_model(
@@ -78,11 +96,7 @@ def load_reference_model(
 
 
 def save_reference_model(
-    model: PathMLLM,
-    folder: str | Path,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    max_shard_size: str = "5GB",
+    model: PathMLLM, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, max_shard_size: str = "5GB"
 ) -> None:
     """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
 
@@ -109,6 +123,7 @@ def save_reference_model(
         raise WeightsError(
             f"the reference's format has no place for: {', '.join(unknown)}; use PathMLLM.save_pretrained"
         )
+    mlp = {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
     tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
     if language_config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -119,8 +134,7 @@ def save_reference_model(
         "architectures": ["LlavaLlamaForCausalLM"],
         "use_mm_proj": True,
         "mm_vision_tower": VISION_TOWER,
-        "mm_projector_type": ("attn_pool+" if pooler else "")
-        + {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu"),
+        "mm_projector_type": f"{'attn_pool+' if pooler else ''}{mlp}",
         "mm_hidden_size": pooler["dim"] if pooler else projector["in_dim"],
         "mm_context_size": projector["in_dim"],
         "mm_vision_select_layer": -1,
@@ -134,30 +148,25 @@ def save_reference_model(
 
 def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A PathMLLM's tensors under the reference's names."""
-    projector = {
-        key.removeprefix("projector."): value for key, value in state_dict.items() if key.startswith("projector.")
-    }
-    tensors = to_reference_projector(projector, PROJECTOR_PREFIX)
-    for key, tensor in state_dict.items():
-        if key.startswith("vision_encoder.trunk."):
-            tensors[VISION_PREFIX + key.removeprefix("vision_encoder.trunk.")] = tensor
-        elif key.startswith("language_model."):
-            tensors[key.removeprefix("language_model.")] = tensor
-    return tensors
+    tensors = to_reference_projector(_under("projector.", state_dict), PROJECTOR_PREFIX)
+    tensors |= {VISION_PREFIX + key: tensor for key, tensor in _under(TRUNK, state_dict).items()}
+    return tensors | _under("language_model.", state_dict)
 
 
 def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reference's tensors under a PathMLLM's names."""
-    projector = {
-        key.removeprefix(PROJECTOR_PREFIX): value for key, value in tensors.items() if key.startswith(PROJECTOR_PREFIX)
-    }
-    state_dict = {f"projector.{key}": value for key, value in from_reference_projector(projector).items()}
-    for key, tensor in tensors.items():
-        if key.startswith(VISION_PREFIX):
-            state_dict["vision_encoder.trunk." + key.removeprefix(VISION_PREFIX)] = tensor
-        elif not key.startswith(PROJECTOR_PREFIX):
-            state_dict["language_model." + key] = tensor
-    return state_dict
+    projector = from_reference_projector(_under(PROJECTOR_PREFIX, tensors))
+    others = {key: tensor for key, tensor in tensors.items() if not key.startswith((PROJECTOR_PREFIX, VISION_PREFIX))}
+    return (
+        {f"projector.{key}": tensor for key, tensor in projector.items()}
+        | {TRUNK + key: tensor for key, tensor in _under(VISION_PREFIX, tensors).items()}
+        | {f"language_model.{key}": tensor for key, tensor in others.items()}
+    )
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose keys begin so, without the beginning."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -178,48 +187,33 @@ def _empty_vision_encoder(
     folder: Path, state_dict: Mapping[str, Tensor], image_size: int, patch_size: int, num_heads: int
 ) -> VisionEncoder:
     """The ViT that the tensors' shapes describe."""
-    trunk = {
-        key.removeprefix("vision_encoder.trunk."): value
-        for key, value in state_dict.items()
-        if key.startswith("vision_encoder.trunk.")
-    }
+    trunk = _under(TRUNK, state_dict)
     for key in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
         if key not in trunk:
             raise WeightsError(f"weights: '{folder}' has no '{VISION_PREFIX}{key}', so its ViT isn't in it")
     dim, _, side, _ = trunk["patch_embed.proj.weight"].shape
     num_positions = trunk["pos_embed"].shape[1]
-    if side != patch_size or (image_size // patch_size) ** 2 + 1 != num_positions:
+    expected = (image_size // patch_size) ** 2 + 1
+    if side != patch_size or expected != num_positions:
         raise WeightsError(
             f"weights: the ViT in '{folder}' has patches of {side} px and {num_positions} position embeddings (CLS "
-            f"included), but image_size {image_size} and patch_size {patch_size} make "
-            f"{(image_size // patch_size) ** 2 + 1}"
+            f"included), but image_size {image_size} and patch_size {patch_size} make {expected}"
         )
     if dim % num_heads:
         raise WeightsError(f"weights: num_heads {num_heads} doesn't divide the ViT's width {dim} in '{folder}'")
     depth = 1 + max(int(key.split(".")[1]) for key in trunk if key.startswith("blocks."))
-    return untrained_vision_encoder(
-        VISION_TOWER,
-        image_size=image_size,
-        kwargs={
-            "patch_size": patch_size,
-            "embed_dim": dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": trunk["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-        },
-    )
+    kwargs: dict[str, Any] = {"patch_size": patch_size, "embed_dim": dim, "depth": depth, "num_heads": num_heads}
+    kwargs["mlp_ratio"] = trunk["blocks.0.mlp.fc1.weight"].shape[0] / dim
+    return untrained_vision_encoder(VISION_TOWER, image_size=image_size, kwargs=kwargs)
 
 
 def _empty_projector(folder: Path, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Projector:
     """The projector that the tensors' shapes and the config's `mm_projector_type` describe."""
     pooler = None
-    in_dim = state_dict["vision_encoder.trunk.patch_embed.proj.weight"].shape[0]
-    query = state_dict.get("projector.pooler.query")
-    if query is not None:
+    if (query := state_dict.get("projector.pooler.query")) is not None:
         pooler = {"kind": "reference", "num_queries": query.shape[0], "dim": query.shape[1], "num_heads": POOLER_HEADS}
+    widths = {"in_dim": state_dict[f"{TRUNK}patch_embed.proj.weight"].shape[0], "out_dim": config["hidden_size"]}
     try:
-        return untrained_projector(
-            in_dim=in_dim, out_dim=config["hidden_size"], type=config.get("mm_projector_type", "linear"), pooler=pooler
-        )
+        return untrained_projector(**widths, type=config.get("mm_projector_type", "linear"), pooler=pooler)
     except ValueError as error:
         raise WeightsError(f"weights: the projector in '{folder}' can't be built. {error}") from error

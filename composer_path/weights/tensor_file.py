@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from composer_path.storage.atomic import write_whole
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 # Under which training programs put the weights in their checkpoints.
 WRAPPERS = ("state_dict", "model", "model_state_dict")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
+# What a folder's weights begin with; the first that is there is taken, so safetensors come before pickles.
+WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
 class WeightsError(ValueError):
@@ -53,18 +56,19 @@ def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise WeightsError(f"weights: '{path}' must hold a dict of tensors by name, found a {type(content).__name__}")
-    others = sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor))
-    if others:
+    if others := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
         raise WeightsError(f"weights: '{path}' must hold tensors only, found other things under {_some(others)}")
     return dict(content)
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What stands beside the tensors in a safetensors file; empty where nothing does.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all."""
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    write_whole(path, lambda file: save_file(plain, file.name, metadata={"format": "pt", **(metadata or {})}))
 
-    Raises:
-        WeightsError: No such file, or a damaged one.
-    """
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What stands beside the tensors in a safetensors file; empty where nothing does."""
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -73,22 +77,13 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not.
-
-    Raises:
-        WeightsError: No weights there, an index that can't be followed, a tensor in two shards, or a damaged shard.
-    """
+    """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not."""
     folder = Path(folder)
-    names = [name for name in SINGLES if (folder / name).is_file()][:1]
-    # Safetensors, sharded or not, come before pickles.
-    for index in INDEXES if names != SINGLES[:1] else ():
-        if (folder / index).is_file():
-            names = _shards_of(folder / index)
-            break
-    if not names:
-        raise WeightsError(f"weights: '{folder}' holds none of {', '.join(SINGLES + INDEXES)}")
+    found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"weights: '{folder}' holds none of {', '.join(WEIGHTS)}")
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in _shards_of(folder / found) if found.endswith(".json") else [found]:
         shard = read_tensor_file(folder / name)
         if twice := sorted(tensors.keys() & shard.keys()):
             raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {_some(twice)}")
@@ -111,35 +106,23 @@ def _shards_of(index: Path) -> list[str]:
 
 
 def check_tensors(
-    source: str,
-    expected: Mapping[str, Tensor],
-    found: Mapping[str, Tensor],
-    may_be_missing: Iterable[str] = (),
+    source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], may_be_missing: Iterable[str] = ()
 ) -> None:
-    """Names and shapes must be the same.
-
-    Args:
-        source: What was read, for the message.
-        expected: The module's tensors, by the module's names.
-        found: The file's tensors, by the module's names.
-        may_be_missing: Names that the file needn't have.
+    """Names and shapes of what was found in `source` must be the module's, both under the module's names.
 
     Raises:
         WeightsError: Lists what is missing, what is left over, and each shape that differs, with both shapes.
     """
-    missing = sorted(set(expected) - set(found) - set(may_be_missing))
-    left_over = sorted(set(found) - set(expected))
-    shapes = [
-        f"{key}: the file has {list(found[key].shape)}, the model {list(expected[key].shape)}"
-        for key in sorted(set(expected) & set(found))
-        if found[key].shape != expected[key].shape
-    ]
-    problems = [
-        f"{title} ({len(keys)}): {_some(keys)}"
-        for title, keys in (("missing", missing), ("left over", left_over), ("other shapes", shapes))
-        if keys
-    ]
-    if problems:
+    differences = {
+        "missing": sorted(set(expected) - set(found) - set(may_be_missing)),
+        "left over": sorted(set(found) - set(expected)),
+        "other shapes": [
+            f"{key}: the file has {list(found[key].shape)}, the model {list(expected[key].shape)}"
+            for key in sorted(set(expected) & set(found))
+            if found[key].shape != expected[key].shape
+        ],
+    }
+    if problems := [f"{title} ({len(keys)}): {_some(keys)}" for title, keys in differences.items() if keys]:
         raise WeightsError(f"weights: '{source}' doesn't fit the model. " + ". ".join(problems))
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
@@ -19,19 +18,14 @@ from composer_path.weights.tensor_file import WeightsError, check_tensors, read_
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class VisionKeys:
-    """How one library names the parts of its ViT.
+class VisionKeys(NamedTuple):
+    """How one library names the parts of its ViT."""
 
-    Attributes:
-        anchor: A key that every file has; what stands before it in the file is the prefix of all keys.
-        positions: The position embeddings.
-        behind: Beginnings of keys that lie behind the tokens (classifier, pooling); a file may have them, we don't.
-    """
-
-    anchor: str
-    positions: str
-    behind: tuple[str, ...]
+    anchor: str  # a key that every file has; what stands before it in the file is the prefix of all keys
+    positions: str  # the position embeddings
+    behind: tuple[
+        str, ...
+    ]  # beginnings of keys behind the tokens (classifier, pooling): a file may have them, we don't
 
 
 TIMM = VisionKeys("patch_embed.proj.weight", "pos_embed", ("head.", "head_dist.", "fc_norm.", "attn_pool."))
@@ -58,17 +52,12 @@ def build_vision_encoder(name: str, *, weights: str | None = None, **architectur
 
 
 def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
-    """Load a file's weights into a vision encoder.
+    """Load the weights of a `.safetensors` file or a torch pickle into a vision encoder, cast to its dtype.
 
     The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
-    removed. Position embeddings of another image size are resampled
-    (bicubic, antialiased). Classifier and pooling weights are left out. The
-    text tower and all else in a whole vision-language checkpoint (prefix with `visual`) is left out; in any other file
-    keys outside of the prefix are an error.
-
-    Args:
-        path: `.safetensors`, or a torch pickle of tensors.
-        encoder: Changed in place; the file's numbers are cast to its dtype.
+    removed. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
+    weights are left out, and so are the text tower and all else in a whole vision-language checkpoint (prefix with
+    `visual`); in any other file keys outside of the prefix are an error.
 
     Raises:
         WeightsError: The file can't be read, no or several ViTs are in it, or keys and shapes differ (all listed).
@@ -80,19 +69,16 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
     tensors = {key: value for key, value in tensors.items() if key in expected or not key.startswith(keys.behind)}
     if keys.positions in tensors and keys.positions in expected:
         num_prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        found, shape = tensors[keys.positions], expected[keys.positions].shape
         grid = encoder.image_size // encoder.patch_size
-        tensors[keys.positions] = _resample(
-            str(path), tensors[keys.positions], expected[keys.positions].shape, num_prefix, grid
-        )
+        tensors[keys.positions] = _resample(str(path), found, shape, num_prefix, grid)
     check_tensors(str(path), expected, tensors)
     module.load_state_dict(tensors)
 
 
 def _behind_prefix(source: str, tensors: dict[str, Tensor], keys: VisionKeys) -> dict[str, Tensor]:
     """The ViT's tensors with their prefix removed."""
-    prefixes = sorted(
-        key.removesuffix(keys.anchor) for key in tensors if key == keys.anchor or key.endswith("." + keys.anchor)
-    )
+    prefixes = sorted(key.removesuffix(keys.anchor) for key in tensors if f".{key}".endswith(f".{keys.anchor}"))
     if not prefixes:
         raise WeightsError(
             f"weights: '{source}' has no key that ends with '{keys.anchor}', so it holds no ViT of this kind; "
@@ -104,36 +90,25 @@ def _behind_prefix(source: str, tensors: dict[str, Tensor], keys: VisionKeys) ->
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     outside = sorted(key for key in tensors if not key.startswith(prefix))
     if outside and "visual" not in prefix.split("."):
-        raise WeightsError(
-            f"weights: '{source}' doesn't fit the model. Left over outside of '{prefix}': {outside[:40]}"
-        )
+        raise WeightsError(f"weights: '{source}' doesn't fit. Left over outside of '{prefix}': {outside[:40]}")
     if outside:
         log.info("%s: %d tensors of other parts than '%s' were left out", source, len(outside), prefix)
     return inside
 
 
 def _resample(
-    source: str,
-    positions: Float[Tensor, "*one positions dim"],
-    shape: tuple[int, ...],
-    num_prefix_tokens: int,
-    grid: int,
+    source: str, positions: Float[Tensor, "*one positions dim"], shape: tuple[int, ...], num_prefix: int, grid: int
 ) -> Float[Tensor, "*one new_positions dim"]:
     """Position embeddings for a grid of `grid` x `grid` patches; those of CLS and registers stay as they are."""
     if tuple(positions.shape) == tuple(shape):
         return positions
-    num_patches = positions.shape[-2] - num_prefix_tokens
+    num_patches = positions.shape[-2] - num_prefix
     side = math.isqrt(max(num_patches, 0))
     if side == 0 or side**2 != num_patches or positions.shape[-1] != shape[-1]:
         raise WeightsError(
-            f"weights: '{source}' has position embeddings of shape {list(positions.shape)}: less {num_prefix_tokens} "
+            f"weights: '{source}' has position embeddings of shape {list(positions.shape)}: less {num_prefix} "
             f"for CLS and registers that isn't a square of patches of width {shape[-1]}; the model has {list(shape)}"
         )
     log.info("%s: position embeddings resampled from %dx%d to %dx%d patches", source, side, side, grid, grid)
-    resampled = resample_abs_pos_embed(
-        positions.reshape(1, *positions.shape[-2:]),
-        new_size=[grid, grid],
-        old_size=[side, side],
-        num_prefix_tokens=num_prefix_tokens,
-    )
-    return resampled.reshape(shape)
+    sizes = {"new_size": [grid, grid], "old_size": [side, side], "num_prefix_tokens": num_prefix}
+    return resample_abs_pos_embed(positions.reshape(1, *positions.shape[-2:]), **sizes).reshape(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,12 +201,12 @@ def test_a_step_asks_the_device_for_nothing(model: ComposerPathMLLM, monkeypatch
     """Forward, loss and backward of every microbatch, one of them without an image."""
     from transformers.modeling_utils import AttentionInterface
 
-    from composer_path.models.attention import packed_torch_flash
+    from composer_path.models.attention import packed_attention
 
     # This device knows no autocast, which is off here.
     monkeypatch.setattr(torch, "autocast", lambda **keywords: contextlib.nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device_type: False)
-    monkeypatch.setitem(AttentionInterface._global_mapping, "packed_sdpa", packed_torch_flash)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed_sdpa", partial(packed_attention, "torch_flash"))
     parts = split_batch(PackedCollator(70)(samples(9)), 3)
     assert len(parts) >= 3
     parts.append(PackedCollator()(samples(1)))

@@ -244,8 +244,14 @@ def test_a_damaged_record_is_a_problem(damaged: Callable, open_shards: Callable,
 def test_a_setting_that_fails_every_sample_is_an_error_and_no_problem(open_shards: Callable) -> None:
     with pytest.raises(ValueError, match="num_image_tokens"):
         open_shards(num_image_tokens=0)[0]
-    with pytest.raises(ValueError, match="image_position"):
-        open_shards(image_position="back")[0]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_an_unknown_word_of_a_preparation_is_refused(open_shards: Callable) -> None:
+    with pytest.raises(ValueError, match="image_position: must be 'front' or 'inline', found 'back'"):
+        open_shards(image_position="back")
+    with pytest.raises(ValueError, match="fit must be 'pad' or 'crop', found 'stretch'"):
+        open_shards(fit="stretch")
 
 
 def test_shards_of_another_format_are_refused_with_both_lists_of_columns(open_shards: Callable, tmp_path: Path) -> None:

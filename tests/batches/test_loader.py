@@ -301,7 +301,7 @@ def test_samples_and_tokens_are_counted_for_composer(shards: Path, tokenizer: An
 
 def test_padding_has_the_colour_of_the_encoders_mean(shards: Path, tokenizer: Any) -> None:
     spec = build_loader(shards, tokenizer)
-    assert spec.dataloader.dataset.image_keywords["pad_color"] == (127, 63, 191)
+    assert spec.dataloader.dataset.images.pad_color == (127, 63, 191)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

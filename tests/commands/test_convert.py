@@ -109,7 +109,7 @@ def test_wrong_arguments_end_with_status_2(arguments: list[str]) -> None:
 def test_parts_are_joined_by_merge(arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [*arguments, "--on-error", "skip", "--partition-size", "1", "--workers", "1"]
     assert convert(*words, "--part", "1/2") == 0
-    assert "convert.py merge" in capfd.readouterr().out
+    assert "composer-path merge OUT" in capfd.readouterr().out
     assert main(["merge", arguments[-1]]) == 1
     assert "2/2 (1 partitions)" in capfd.readouterr().err
     assert not (tmp_path / "out" / "index.json").exists()

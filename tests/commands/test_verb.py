@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from composer_path.commands.verb import mistakes, parse
+from composer_path.commands.verb import exit_code, parse
 
 
 @pytest.mark.parametrize("verb", ["check", "train", "plan", "lengths"])
@@ -33,52 +35,67 @@ def test_a_wrong_flag_ends_with_2(words: list[str], capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err.startswith("usage: composer-path plan")
 
 
-def ours() -> None:
-    parse_nothing: dict[str, str] = {}
-    if not parse_nothing:
-        raise ValueError("x: must be y, found z; do w")
+def ours() -> int:
+    from composer_path.config.reading import load_config
+
+    load_config("none.yaml")
+    return 0
 
 
-def full_disk() -> None:
+def full_disk() -> int:
     raise OSError(28, "No space left on device")
 
 
-def missing_file() -> None:
-    Path("/nowhere/x.json").read_text()
+def missing_file() -> int:
+    return len(Path("/nowhere/x.json").read_text())
 
 
-def interrupted() -> None:
+def interrupted() -> int:
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
-    ("action", "code", "printed"),
+    ("work", "code", "printed"),
     [
-        (ours, 2, "composer-path ask: x: must be y, found z; do w\n"),
+        (ours, 2, "composer-path ask: none.yaml: 1 problem\n"),
         (full_disk, 2, "composer-path ask: out: No space left on device\n"),
         (missing_file, 2, "composer-path ask: /nowhere/x.json: No such file or directory\n"),
         (interrupted, 130, "\n"),
     ],
 )
 def test_a_mistake_is_a_line_and_an_exit_code(
-    action: Callable[[], None], code: int, printed: str, capsys: pytest.CaptureFixture[str]
+    work: Callable[[], int], code: int, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with mistakes("ask", "out") as ending:
-        action()
-    assert ending.code == code
-    assert capsys.readouterr().err == printed
+    assert exit_code(work, "ask", "out") == code
+    assert capsys.readouterr().err.startswith(printed)
 
 
 def test_a_bug_shows_its_traceback() -> None:
-    with pytest.raises(KeyError), mistakes("ask"):
-        raise KeyError("x")
+    with pytest.raises(KeyError):
+        exit_code(lambda: {}["x"], "ask")
 
 
 def test_of_a_run_only_what_we_refuse_ourselves_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(json.JSONDecodeError), mistakes("train", only_ours=True):
-        json.loads("{")
-    from composer_path.config.reading import load_config
+    with pytest.raises(json.JSONDecodeError):
+        exit_code(lambda: json.loads("{"), "train")
+    assert exit_code(ours, "train") == 2 and "none.yaml: 1 problem" in capsys.readouterr().err
 
-    with mistakes("train", only_ours=True) as ending:
-        load_config("none.yaml")
-    assert ending.code == 2 and "none.yaml: 1 problem" in capsys.readouterr().err
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_what_nobody_reads_ends_quietly(lines: int) -> None:
+    """As shell tools before `| head`, whether it fits into a buffer or not; `--out` isn't blamed."""
+    code = "import sys; from composer_path.commands.verb import exit_code\n"
+    code += f"sys.exit(exit_code(lambda: print('line\\n' * {lines}) or 0, 'shards', 'out'))"
+    command = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert command.stdout is not None and command.stderr is not None
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == (b"", 141)
+    command.stderr.close()
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_mistake(capfd: pytest.CaptureFixture[str]) -> None:
+    def connection_lost() -> int:
+        raise BrokenPipeError(32, "Broken pipe", "socket")
+
+    assert exit_code(connection_lost, "convert") == 2
+    assert capfd.readouterr().err == "composer-path convert: socket: Broken pipe\n"

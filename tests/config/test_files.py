@@ -150,7 +150,7 @@ def test_an_epoch_without_a_step_is_refused_and_what_is_left_out_is_counted(
     problems = check_files(settings)
     assert (problems == []) is ends
     assert ends or "the 24 samples of an epoch are too few (drop_last" in problems[0]
-    told = samples_left_out(settings)
+    told = list(samples_left_out(settings))
     assert (told == []) is (left_out == 0)
     assert not left_out or f"train_loader: {left_out} of an epoch's 24 samples are left out" in told[0]
 

@@ -321,6 +321,8 @@ def test_missing_input_and_used_output_are_refused(source: Path, tmp_path: Path)
         convert(source / "no.json", source / "imgs", tmp_path / "out")
     with pytest.raises(ConvertError, match="--images"):
         convert(data, source / "no", tmp_path / "out")
+    with pytest.raises(ConvertError, match=r"--images http://host/imgs: must be a folder, s3://.*; found http://"):
+        convert(data, "http://me:word@host/imgs?a=b", tmp_path / "out")
     with pytest.raises(ConvertError, match="must be empty"):
         convert(data, source / "imgs", source)
     (tmp_path / "empty").mkdir()

@@ -21,7 +21,8 @@ from PIL import Image
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.storage.places import Bucket, StorageError
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket
 from composer_path.storage.s3 import S3Store
 
 COMMAND = Path(__file__).resolve().parents[2] / "data_prep" / "convert.py"

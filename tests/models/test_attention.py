@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from composer_path.models import attention
 from composer_path.models.attention import (
     check_attention_supported,
     pack_attention,
-    packed_flash_attn,
-    packed_sdpa,
-    packed_torch_flash,
+    packed_attention,
     resolve_attention,
 )
 from composer_path.models.language_model import untrained_language_model
 
+packed_sdpa, packed_torch_flash, packed_flash_attn = (
+    partial(packed_attention, backend) for backend in ("sdpa", "torch_flash", "flash_attn")
+)
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 LENGTHS = (5, 1, 11, 7)
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}

@@ -102,9 +102,10 @@ def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
     model = _empty_model(settings, "off")
     block = sum(p.numel() for p in model.language_model.model.layers[0].parameters())
     root = 2 * 4000 * 512 + 512
-    found = standing_bytes(model, {"version": 2}, "adamw", 8).gathered
+    fsdp = {"version": 2, "reshard_after_forward": True}
+    found = standing_bytes(model, fsdp, "adamw", 8).gathered
     assert found == pytest.approx(2 * (root + 2 * block) + 6 * (root + block))
-    kept = standing_bytes(model, {"version": 2, "reshard_after_forward": False}, "adamw", 8).gathered
+    kept = standing_bytes(model, fsdp | {"reshard_after_forward": False}, "adamw", 8).gathered
     assert kept - found == pytest.approx(2 * (sum(p.numel() for p in model.parameters()) - root - 2 * block))
 
 
@@ -151,8 +152,10 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys: pytest.Captur
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "memory": (["--gpu-memory", "80"], "must be a size such as 80GB, found '80'"),
-    "gpus": (["--gpus", "0"], "--gpus: found 0; it must be at least 1"),
-    "mfu": (["--mfu", "45"], "--mfu: found 45.0; it must lie between 0 and 1"),
+    "gpus": (["--gpus", "0"], "--gpus: must be at least 1, found 0"),
+    "samples": (["--samples", "0"], "--samples: must be at least 1, found 0"),
+    "price": (["--price", "nan"], "--price: must be at least 0, found nan"),
+    "mfu": (["--mfu", "45"], "--mfu: must lie between 0 and 1, found 45.0"),
     "answers": (["--tokens", "200", "--answers", "100"], "has no room for 100 answer tokens and 1 images of 128"),
 }
 

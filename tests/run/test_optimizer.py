@@ -87,6 +87,7 @@ def test_a_model_of_which_nothing_is_trained_is_an_error() -> None:
         build_optimizer(model_with([]), lr=1e-3)
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_another_optimizers_name_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown 'sgd'"):
         build_optimizer(model_with(["projector"]), name="sgd", lr=1e-3)

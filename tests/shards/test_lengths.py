@@ -64,7 +64,7 @@ def test_lengths_of_another_run_are_refused_with_what_differs_and_what_to_do(nam
     value, words = CHANGES[name]
     other = dataclasses.replace(KEY, **{name: value})
     assert other.file_name != KEY.file_name
-    message = f"found lengths of samples, but measured for another {words}; measure with python data_prep/measure"
+    message = f"found lengths of samples, but measured for another {words}; measure with composer-path lengths"
     with pytest.raises(LengthsError, match=message):
         read_lengths(Folder(tmp_path), other)
 
@@ -87,7 +87,7 @@ def test_of_several_the_nearest_is_compared_and_all_are_kept(tmp_path: Path) -> 
 def test_where_nothing_was_measured_the_command_is_named(tmp_path: Path) -> None:
     for place in (Folder(tmp_path), Folder(tmp_path / "nowhere")):
         with pytest.raises(
-            LengthsError, match="found no lengths of this set's samples; measure with python data_prep/"
+            LengthsError, match="found no lengths of this set's samples; measure with composer-path lengths"
         ):
             read_lengths(place, KEY)
 
@@ -163,12 +163,11 @@ def test_templates_differ_by_name_and_by_every_setting() -> None:
 
 def test_a_key_holds_no_text(tokenizer: Any) -> None:
     template = get_template({"name": "llava_llama_2", "system": "You look at slides of Mr. Miller."})
-    text = TextPreparation(template, 8, 512, "front")
-    key = lengths_key(b"{}", tokenizer, text)
+    key = lengths_key(b"{}", tokenizer, TextPreparation(template, 8, 512))
     assert "Miller" not in str(key)
-    assert key == lengths_key(b"{}", tokenizer, text)
+    assert key == lengths_key(b"{}", tokenizer, TextPreparation(template, 8, 512))
 
 
 def test_images_of_different_lengths_are_refused(tokenizer: Any) -> None:
     with pytest.raises(LengthsError, match="the same number of tokens for every image"):
-        lengths_key(b"{}", tokenizer, TextPreparation(get_template("plain"), lambda index: 4, 512, "front"))
+        lengths_key(b"{}", tokenizer, TextPreparation(get_template("plain"), lambda index: 4, 512))

@@ -20,7 +20,7 @@ from composer_path.shards.check import check_shards
 from composer_path.shards.mds import ShardError
 from composer_path.shards.select import Condition, select_samples
 from composer_path.shards.view import ShardView, StoredSample
-from composer_path.storage.places import StorageError
+from composer_path.storage.errors import StorageError
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from composer_path.conversion.convert import convert, merge
 from composer_path.conversion.rejections import ConvertError
 from composer_path.conversion.summary import ConvertSummary
 from composer_path.shards.columns import COLUMNS, unpack_images
-from composer_path.storage.places import Folder, StorageError
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Folder
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -22,7 +22,8 @@ from tiny_shards import NUM_SAMPLES, SECONDS, build_loader, end_workers, read_ep
 from composer_path.cli import main
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejections import ConvertError
-from composer_path.storage.places import Bucket, StorageError
+from composer_path.storage.errors import StorageError
+from composer_path.storage.places import Bucket
 from composer_path.stream.error import StreamError
 
 REPO = Path(__file__).resolve().parents[2]
