@@ -123,9 +123,9 @@ class ShardView:
         place = self.place
         with (
             self._explained(name),
-            place.open(name) if isinstance(place, Bucket) else open(place.path / name, "rb") as f,
+            place.open(name) if isinstance(place, Bucket) else open(place.path / name, "rb") as file,
         ):
-            yield f
+            yield file
 
     @contextmanager
     def _open_shard(self, number: int, page: int) -> Iterator[MdsFile]:
