@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from composer_path.batches.mixture import asking_template, check_streams, template_of
-from composer_path.config.types import nearest
+from composer_path.config.types import hint
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
 
@@ -17,12 +17,7 @@ Get = Callable[[str], Any]  # a value by its path; None where it isn't there or 
 
 
 def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
-    """What doesn't go together.
-
-    Args:
-        values: The configuration as plain mappings, complete but for what couldn't be read.
-        given: The YAML as it stands, with its overrides.
-    """
+    """What doesn't go together in complete, plain values; `given` is the YAML as it stands, with its overrides."""
 
     def get(path: str) -> Any:
         node: Any = values
@@ -68,13 +63,12 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         yield "model.trainable: found an empty list; name what this stage trains, as in [projector]"
     if not isinstance(trainable, list) or not trainable:
         return
-    if isinstance(rates, Mapping):
-        for name in (name for name in rates if name not in trainable):
-            near = nearest(name, trainable)
-            hint = f"did you mean {near}?" if near else f"there are {', '.join(map(str, trainable))}"
-            yield f"optimizer.lr.{name}: is not trained; {hint}"
-        for name in (name for name in trainable if name not in rates):
-            yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+    rates = rates if isinstance(rates, Mapping) else trainable
+    for name in [name for name in rates if name not in trainable]:
+        fix = hint(name, trainable, f"there are {', '.join(map(str, trainable))}")
+        yield f"optimizer.lr.{name}: is not trained; {fix}"
+    for name in [name for name in trainable if name not in rates]:
+        yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"
@@ -122,11 +116,11 @@ def _of_a_mixture(streams: Mapping[str, Any], template: Any, name: str) -> Itera
         yield f"{name}.dataset.{error}"
     except TypeError:  # text for a number, which is already reported
         pass
-    for stream, keywords in streams.items():
+    for stream, keywords in [("", {}), *streams.items()]:  # first the template of streams that name none
         own = keywords.get("template") or template
         try:
             template_of(own)
-        except ValueError:  # no such template, which is already reported
+        except (ValueError, TypeError):  # no such template, which is already reported
             return
         try:
             template_of(own, keywords.get("system"))

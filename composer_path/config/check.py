@@ -11,18 +11,12 @@ from composer.core import Time
 from composer_path.config.interpolations import UNREADABLE
 from composer_path.config.schema import REQUIRED, Choice, Key, Node, Section, join
 from composer_path.config.sections import config_schema
-from composer_path.config.types import choices_of, describe, fits, mentions, nearest
+from composer_path.config.types import choices_of, describe, fits, hint, mentions, nearest
 from composer_path.storage.errors import StorageError
 
 
 def check_keys(value: Any, node: Node, path: str = "") -> Iterator[str]:
-    """The mistakes at a key and below it.
-
-    Args:
-        value: Plain, and complete; `UNREADABLE` where it couldn't be filled in, which is already reported.
-        node: What it must be.
-        path: Where it stands.
-    """
+    """The mistakes of a plain, complete value and of what is in it; one that is `UNREADABLE` is already reported."""
     if value is UNREADABLE:
         return
     if isinstance(node, Key):
@@ -61,26 +55,22 @@ def _check_choice(values: Mapping[Any, Any], choice: Choice, path: str) -> Itera
         yield from _check_section(rest, section, path)
     elif selected is not UNREADABLE:
         found = "is missing" if selected is None else f"found {_show(selected)}"
-        near = nearest(selected, choice.sections)
-        hint = f"did you mean {near}?" if near else f"it must be one of {_some(choice.sections)}"
-        yield f"{join(path, choice.selector)}: {found}; {hint}{_unquoted(selected)}"
+        fix = hint(selected, choice.sections, f"it must be one of {_some(choice.sections)}")
+        yield f"{join(path, choice.selector)}: {found}; {fix}{_unquoted(selected)}"
 
 
 def _check_value(value: Any, key: Key, path: str) -> Iterator[str]:
-    leaves, items = list(_leaves(value)), value if isinstance(value, list) else [value]
+    leaves, items = _leaves(value), value if isinstance(value, list) else [value]
     if UNREADABLE in leaves:
         return
     if not fits(value, key.annotation):
         words = choices_of(key.annotation)
         wrong = next((item for item in items if isinstance(item, str) and item not in words), value)
-        near = nearest(wrong, words)
         example = ", a time such as 1ep or 500ba" if mentions(key.annotation, Time) else ""
-        hint = f"did you mean {near}?" if near else f"it must be {describe(key.annotation)}{example}"
-        yield f"{path}: found {_show(wrong if near else value)}; {hint}{_unquoted(value)}"
+        fix = hint(wrong, words, f"it must be {describe(key.annotation)}{example}")
+        yield f"{path}: found {_show(wrong if nearest(wrong, words) else value)}; {fix}{_unquoted(value)}"
         return
-    for number in leaves:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
+    for number in [leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool)]:
         if not math.isfinite(number):
             yield f"{path}: found {number}; it must be a finite number"
         elif key.at_least is not None and number < key.at_least:
@@ -93,13 +83,11 @@ def _check_value(value: Any, key: Key, path: str) -> Iterator[str]:
         yield f"{path}: {str(error).splitlines()[0]}"
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: Any) -> list[Any]:
     """All values in a list or mapping, or the value itself."""
-    if isinstance(value, list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(item)
-    else:
-        yield value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, list) else [value]
 
 
 def _known(key: Any, section: Section, path: str) -> str:
@@ -144,10 +132,8 @@ def _unquoted(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return "a mapping"
+    if isinstance(value, list | Mapping):
+        return f"a list of {len(value)}" if isinstance(value, list) else "a mapping"
     if isinstance(value, str):
         return f"the text '{value}'"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))

@@ -13,9 +13,11 @@ import numpy as np
 from streaming import Stream
 from streaming.base.util import number_abbrev_to_int
 
+from composer_path.batches.mixture import template_of
 from composer_path.config.agreement import LOADERS
 from composer_path.images.features import FeaturesError, common_features
 from composer_path.planning.measured_lengths import lengths_problems
+from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.shards.index import INDEX_NAME
@@ -40,11 +42,7 @@ def check_files(settings: Settings) -> list[str]:
 
 
 def samples_left_out(settings: Settings) -> Iterator[str]:
-    """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0.
-
-    Args:
-        settings: A configuration of which `check_files` found no problem.
-    """
+    """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0."""
     for name in LOADERS if os.environ.get("RANK", "0") == "0" else ():
         samples, _, left_out = (settings[name] and _epoch(settings[name])) or (0, 0, 0)
         if left_out:
@@ -75,12 +73,12 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
     if not Path(path).expanduser().exists():
         yield f"tokenizer.path: found no '{path}'; give a folder or file of a tokenizer"
         return
-    asking = []
-    for name, loader in loaders.items():
-        for where, keywords, _ in _sets(name, loader):
-            template = keywords["template"] or loader["dataset"]["template"]
-            if "chat_template" in (template, isinstance(template, dict) and template["name"]):
-                asking.append(where)
+    asking = [
+        where
+        for name, loader in loaders.items()
+        for where, keywords, _ in _sets(name, loader)
+        if template_of(keywords["template"] or loader["dataset"]["template"]).name == ChatTemplate.name
+    ]
     if asking and not getattr(load_tokenizer(**settings["tokenizer"]), "chat_template", None):
         hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
         yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"

@@ -18,12 +18,7 @@ from composer_path.config.sections import config_schema
 
 
 class ConfigError(ValueError):
-    """All mistakes of a YAML and its overrides, one a line: where, what was found, what to do.
-
-    Args:
-        source: The YAML's path.
-        problems: The lines.
-    """
+    """All mistakes of a YAML and its overrides, one a line: where, what was found, what to do."""
 
     def __init__(self, source: str | Path, problems: Sequence[str]) -> None:
         self.problems = list(problems)

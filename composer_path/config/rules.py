@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,22 +22,8 @@ from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.projector import REFERENCE_TYPE
 
 
-def is_time(text: Any) -> bool:
-    """Whether it is text that Composer reads as a time."""
-    try:
-        return isinstance(text, str) and text != "" and Time.from_timestring(text) is not None
-    except ValueError:
-        return False
-
-
 def check_time(value: str | int | float, units: tuple[str, ...], zero: bool = False) -> None:
-    """A time in Composer's words; a bare number counts epochs.
-
-    Args:
-        value: What is checked.
-        units: What it may be counted in.
-        zero: Whether it may be 0.
-    """
+    """A time in Composer's words, in one of some units; a bare number counts epochs."""
     if isinstance(value, float):
         return  # a share, where an algorithm also takes a number
     try:
@@ -58,42 +45,35 @@ check_eval_interval = partial(check_interval, zero=True)  # 0 is Composer's word
 check_console_interval = partial(check_time, units=("ep", "ba"))
 
 
-def check_above_zero(value: int | float) -> None:
-    """A number that may not be 0."""
-    if value <= 0:
-        raise ValueError(f"found {value}; it must be above 0")
+def _rule(words: str, holds: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """A check that says these words of a value for which something doesn't hold, or can't be asked."""
+
+    def check(value: Any) -> None:
+        with suppress(ValueError, OverflowError):
+            if holds(value):
+                return
+        raise ValueError(words.format(value))
+
+    return check
 
 
-def check_beta(value: int | float) -> None:
-    """How much of a moment AdamW keeps."""
-    if not 0 <= value < 1:
-        raise ValueError(f"found {value}; it must be at least 0 and below 1")
-
-
-def check_bytes(value: str | int) -> None:
-    """A size in bytes, in Streaming's words."""
-    if _count(bytes_to_int, value) < 2**20:
-        raise ValueError(f"found {value}, which is no size or too small; give a number and a unit, as in 10gb")
-
-
-def check_epoch_size(value: str | int) -> None:
-    """A number of samples, in Streaming's words."""
-    if _count(number_abbrev_to_int, value) < 1:
-        raise ValueError(f"found {value}; it must be a number of samples, as in 50000 or 50k")
-
-
-def _count(read: Callable[[str | int], int], value: str | int) -> int:
-    try:
-        return read(value)
-    except (ValueError, OverflowError):
-        return 0
-
-
-def check_run_name(name: str) -> None:
-    """The name of a folder below save_root."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"found '{name}', which is no folder below save_root; give a name without '..' or a first '/'")
+check_above_zero = _rule("found {}; it must be above 0", lambda number: number > 0)
+check_beta = _rule("found {}; it must be at least 0 and below 1", lambda number: 0 <= number < 1)
+check_bytes = _rule(
+    "found {}, which is no size or too small; give a number and a unit, as in 10gb",
+    lambda size: bytes_to_int(size) >= 2**20,
+)
+check_epoch_size = _rule(
+    "found {}; it must be a number of samples, as in 50000 or 50k", lambda size: number_abbrev_to_int(size) >= 1
+)
+check_run_name = _rule(
+    "found '{}', which is no folder below save_root; give a name without '..' or a first '/'",
+    lambda name: (parts := PurePosixPath(name).parts) and parts[0][0] != "/" and ".." not in parts,
+)
+check_projector_type = _rule(
+    "found '{}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity",
+    REFERENCE_TYPE.fullmatch,
+)
 
 
 def check_vision_name(name: str) -> None:
@@ -106,13 +86,6 @@ def check_vision_name(name: str) -> None:
         open_clip_vision_config(model)
     if name != "coca_vit-l" and (not model or family not in ("timm", "open_clip")):
         raise ValueError(f"found '{name}'; it must be coca_vit-l, timm/<a timm ViT> or open_clip/<an open_clip model>")
-
-
-def check_projector_type(name: str) -> None:
-    """One of the reference's names."""
-    if not REFERENCE_TYPE.fullmatch(name):
-        rule = "it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity"
-        raise ValueError(f"found '{name}'; {rule}")
 
 
 def check_language_model(config: dict[str, Any] | str) -> None:

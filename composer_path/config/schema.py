@@ -13,7 +13,7 @@ from composer.core import Time
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from composer_path.config.rules import check_interval, check_moment, is_time
+from composer_path.config.rules import check_interval, check_moment
 from composer_path.config.types import choices_of, fits, mentions, resolve_annotation
 
 
@@ -25,6 +25,7 @@ class NoDefault(Enum):
 
 
 REQUIRED, ABSENT = NoDefault
+SAYABLE = (type(None), bool, int, float, str, list)  # what a YAML can say of a default
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """A mapping of known keys.
-
-    Attributes:
-        keys: What it may hold.
-        default: None, `{}`, or a `NoDefault`. Null means `{}` too, unless the default is None.
-        refused: Keys that it may not hold, and what to do instead.
-        members: What stands under any other key, where names are free.
-        open: Other keys are passed on unchecked.
-    """
+    """A mapping of known keys."""
 
     keys: Mapping[str, Key | Section | Choice]
-    default: Any = None
-    refused: Mapping[str, str] = field(default_factory=dict)
-    members: Section | None = None
-    open: bool = False
+    default: Any = None  # or {}, or a `NoDefault`; null means {} too, unless it is None
+    refused: Mapping[str, str] = field(default_factory=dict)  # what it may not hold, and what to do instead
+    members: Section | None = None  # what stands under any other key, where names are free
+    open: bool = False  # other keys are passed on unchecked
 
 
 @dataclass(frozen=True)
@@ -78,37 +71,35 @@ def join(path: str, key: Any) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def complete(config: DictConfig, node: Section | Choice, path: str = "") -> Iterator[str]:
+def complete(config: DictConfig, whole: Section | Choice, path: str = "") -> Iterator[str]:
     """Fill in what a section, and those in it, leave out; yields a line for each that can't be filled in."""
-    section = _chosen(config, node) if isinstance(node, Choice) else node
+    given: Any = OmegaConf.to_container(config, resolve=False)
+    section: Section | None
+    if isinstance(whole, Section):
+        section = whole
+    else:
+        if given.get(whole.selector) is None and whole.selected is not None:
+            config[whole.selector] = whole.selected
+        section = whole.section(OmegaConf.select(config, whole.selector, throw_on_resolution_failure=False))
     if section is None:
         return
-    given: Any = OmegaConf.to_container(config, resolve=False)
-    for key, part in section.keys.items():
-        if key not in given and not isinstance(part.default, NoDefault):
-            config[key] = part.default
-        elif given.get(key, "") is None and not isinstance(part, Key) and part.default in ({}, ABSENT):
-            config[key] = {}
+    for name, node in section.keys.items():
+        if name not in given and not isinstance(node.default, NoDefault):
+            config[name] = node.default
+        elif given.get(name, "") is None and not isinstance(node, Key) and node.default in ({}, ABSENT):
+            config[name] = {}
     for key in config:
-        part = section.keys.get(str(key), section.members)  # type: ignore[assignment]
+        part, where = section.keys.get(str(key), section.members), join(path, key)
+        if part is None or isinstance(part, Key):
+            continue
         try:
-            child = None if part is None or isinstance(part, Key) else config[key]
+            child = config[key]
         except OmegaConfBaseException:
             continue  # said when it is filled in
-        where = join(path, key)
         if isinstance(child, dict):  # made by a resolver, anew each time
             yield f"{where}: found {given[key]}; a section is written out, or another section's: ${{name}}"
         elif isinstance(child, DictConfig):
-            yield from complete(child, part, where)  # type: ignore[arg-type]
-
-
-def _chosen(config: DictConfig, choice: Choice) -> Section | None:
-    try:
-        if config.get(choice.selector) is None and choice.selected is not None:
-            config[choice.selector] = choice.selected
-        return choice.section(config.get(choice.selector))
-    except OmegaConfBaseException:
-        return None
+            yield from complete(child, part, where)
 
 
 def section_of(
@@ -121,8 +112,7 @@ def section_of(
     """The keywords of a function or class as a section.
 
     Args:
-        *functions: The constructor, and those to which it passes its further keywords on; the first signature that has
-            a keyword counts.
+        *functions: The constructor, and those to which it passes its further keywords on; the first to have one counts.
         leave_out: Keywords that the run itself supplies.
         refused: Keywords that another key of the YAML says, and which.
         changes: Keys that are sections themselves, or in which fields of `Key` a key differs from the signature.
@@ -151,24 +141,16 @@ def section_of(
 
 
 def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
-    """A key of a constructor; times, which libraries also call text, are checked as what their name says."""
+    """A key of a constructor; times, some of which are called text, are checked as what their name says."""
     if "off" in (words := choices_of(annotation)):
         annotation = Literal[(*words, False)]  # YAML reads a bare off as false
     repeated = name.endswith(("interval", "half_life"))
+    text = mentions(annotation, str) and (repeated or name.endswith(("_start", "_end")))
     rules: dict[str, Any] = {}
-    if mentions(annotation, Time) or (mentions(annotation, str) and (repeated or is_time(default))):
+    if text or mentions(annotation, Time):
         rules["check"] = check_interval if repeated else check_moment
     elif name.endswith("interval"):
         rules["at_least"] = 1
-    plain = default if isinstance(default, NoDefault) else _plain(default)
-    unsayable = not isinstance(plain, NoDefault) and not fits(plain, annotation)
-    return Key(annotation, ABSENT if unsayable else plain, **rules | fields)
-
-
-def _plain(value: Any) -> Any:
-    """A default as a YAML says it; `ABSENT` where it has no word for it."""
-    if isinstance(value, tuple | list):
-        items = [_plain(item) for item in value]
-        return ABSENT if ABSENT in items else items
-    sayable = value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
-    return value if sayable else ABSENT
+    plain = list(default) if isinstance(default, tuple) else default
+    sayable = type(plain) in SAYABLE and plain not in (math.inf, -math.inf) and fits(plain, annotation)
+    return Key(annotation, plain if sayable or isinstance(plain, NoDefault) else ABSENT, **rules | fields)

@@ -66,7 +66,7 @@ def config_schema() -> Section:
 
 
 def _model() -> Section:
-    from_parts = dict.fromkeys(("in_dim", "out_dim"), "leave it out; it is read from the built parts")
+    sizes = dict.fromkeys(("in_dim", "out_dim"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
     decided["attention"] = "use model.attention"
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
@@ -74,14 +74,12 @@ def _model() -> Section:
     vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1}
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
-    builders: dict[str, Any] = {
-        "vision_encoder": ((build_vision_encoder, untrained_vision_encoder), {}, vision),
-        "projector": ((build_projector, untrained_projector), from_parts, projector),
-        "language_model": ((build_language_model,), decided, config),
-    }
     parts: dict[str, Any] = {
-        name: section_of(*functions, refused=refused, changes=changes, default=REQUIRED)
-        for name, (functions, refused, changes) in builders.items()
+        "vision_encoder": section_of(build_vision_encoder, untrained_vision_encoder, changes=vision, default=REQUIRED),
+        "projector": section_of(
+            build_projector, untrained_projector, refused=sizes, changes=projector, default=REQUIRED
+        ),
+        "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
     return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
 
@@ -97,20 +95,17 @@ def _loader(default: Any) -> Section:
         "template": {"annotation": str | dict | None, "check": get_template},
     }
     stream = section_of(build_stream, leave_out=("name", "text"), changes=checks)
-    # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
-    words: dict[str, Any] = {
-        "shuffle_algo": Literal[tuple(shuffle_algos)],
-        "partition_algo": Literal[tuple(partition_algos)],
-        "batching_method": Literal[tuple(batching_methods)],
-        "sampling_method": Literal["balanced", "fixed"],
-        "validate_hash": Literal[tuple(sorted(get_hashes()))] | None,
-    }
     counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
     changes = {
         **checks,
         **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
         **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
-        **{key: {"annotation": annotation} for key, annotation in words.items()},
+        # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
+        "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
+        "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
+        "batching_method": {"annotation": Literal[tuple(batching_methods)]},
+        "sampling_method": {"annotation": Literal["balanced", "fixed"]},
+        "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
         "streams": Section({}, members=stream),
         "cache_limit": {"check": rules.check_bytes},
         "epoch_size": {"check": rules.check_epoch_size},

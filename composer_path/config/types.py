@@ -21,16 +21,11 @@ PLAIN: dict[Any, tuple[str, Any]] = {
     Path: ("text", str),
     bool: ("true or false", bool),
     types.NoneType: ("null", types.NoneType),
-    None: ("null", types.NoneType),
 }
 
 
 def resolve_annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
-    """The type behind a parameter's annotation, which may be text.
-
-    Raises:
-        TypeError: There is none, or it can't be resolved: the key would go unchecked. An error of ours.
-    """
+    """The type behind a parameter's annotation, which may be text; TypeError (an error of ours) where there is none."""
     found: Any = parameter.annotation
     if not isinstance(found, str) and found is not parameter.empty:
         return found
@@ -88,6 +83,11 @@ def choices_of(annotation: Any) -> list[str]:
 def nearest(word: Any, known: Iterable[Any]) -> str | None:
     """The known word that one may have meant."""
     return next(iter(difflib.get_close_matches(str(word), map(str, known), n=1)), None)
+
+
+def hint(word: Any, known: Iterable[Any], otherwise: str) -> str:
+    """The nearest known word as a question, or what is said where none is near."""
+    return f"did you mean {near}?" if (near := nearest(word, known)) else otherwise
 
 
 def describe(annotation: Any) -> str:

@@ -7,31 +7,28 @@ import re
 from functools import cache
 from importlib import import_module
 
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.optim.scheduler import ComposerScheduler
+
 # Composer's words that no rule splits well; and "annealing", which every schedule does.
 _SPELLINGS = {"Annealing": ""} | {
     word: word.capitalize() for word in ("NaN", "MLPerf", "WandB", "MLFlow", "CometML", "MosaicML")
 }
-_COMPOSER_BASES = {
-    "scheduler": ("composer.optim.scheduler", "ComposerScheduler", "_scheduler"),
-    "algorithms": ("composer.core", "Algorithm", ""),
-    "callbacks": ("composer.core", "Callback", "_callback"),
-    "loggers": ("composer.loggers", "LoggerDestination", "_logger"),
+# Section -> what its classes are, the last word of their names, and where they lie.
+_SECTIONS = {
+    "scheduler": (ComposerScheduler, "_scheduler", ["composer.optim"]),
+    "algorithms": (Algorithm, "", ["composer.algorithms", "composer_path.algorithms"]),
+    "callbacks": (Callback, "_callback", ["composer.callbacks", "composer_path.callbacks"]),
+    "loggers": (LoggerDestination, "_logger", ["composer.loggers"]),
 }
 
 
 @cache
 def named_classes(section: str) -> dict[str, type]:
-    """Classes that a section of the YAML may name; one of ours goes before Composer's of the same name.
-
-    Args:
-        section: `scheduler`, `algorithms`, `callbacks` or `loggers`.
-    """
-    module, name, suffix = _COMPOSER_BASES[section]
-    base = getattr(import_module(module), name)
-    # Loggers are callbacks to Composer, but have a section of their own.
-    others = () if section == "loggers" else import_module("composer.loggers").LoggerDestination
-    packages = ["composer.optim" if section == "scheduler" else f"composer.{section}"]
-    packages += [f"composer_path.{section}"] if section in ("algorithms", "callbacks") else []
+    """Classes that a section of the YAML may name; one of ours goes before Composer's of the same name."""
+    base, suffix, packages = _SECTIONS[section]
+    others = () if section == "loggers" else LoggerDestination  # to Composer a callback; it has a section of its own
     return {
         snake_name(name).removesuffix(suffix): member
         for package in packages

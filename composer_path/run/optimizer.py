@@ -35,14 +35,14 @@ def build_optimizer(
         ValueError: Nothing is trained, a trained module has no learning rate, or torchao isn't installed.
     """
     cls = optimizer_class(name)
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(MODULES, lr)
     groups: list[dict[str, Any]] = []
     for module_name in MODULES:
         trained = [p for p in getattr(model, module_name).parameters() if p.requires_grad]
         if not trained:
             continue
-        if isinstance(lr, Mapping) and module_name not in lr:
+        if (rate := rates.get(module_name)) is None:
             raise ValueError(f"optimizer.lr: no learning rate for the trained module '{module_name}'")
-        rate = lr[module_name] if isinstance(lr, Mapping) else lr
         matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         for decay, parameters in ((weight_decay, matrices), (0.0, others)):
             if parameters:
@@ -58,11 +58,7 @@ def build_optimizer(
 
 
 def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
-    """The class behind a name.
-
-    Raises:
-        ValueError: There is none, or torchao isn't installed.
-    """
+    """The class behind a name; ValueError where there is none, or torchao isn't installed."""
     if name == "adamw":
         return torch.optim.AdamW
     if name not in get_args(OptimizerName):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +23,7 @@ FSDP1_DEFAULTS = {"sync_module_states": True, "state_dict_type": "sharded"}
 
 
 def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Composer's `parallelism_config` from the YAML's; None (also for its `fsdp`) is DDP.
-
-    Raises:
-        ValueError: FSDP1 without a GPU, where it can't run.
-    """
+    """Composer's `parallelism_config` from the YAML's (None is DDP); ValueError for FSDP1 without a GPU."""
     if not section or section["fsdp"] is None:
         return None
     fsdp = dict(section["fsdp"])
@@ -43,11 +40,8 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
 def compute_dtype(precision: str, section: Mapping[str, Any] | None) -> torch.dtype:
     """The dtype in which matrix products run, which is also the one frozen weights are held in."""
     mixed = section["fsdp"]["mixed_precision"] if section and section["fsdp"] else None
-    if isinstance(mixed, Mapping) and "param_dtype" in mixed:
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[mixed["param_dtype"]]
-    if mixed == "FULL":
-        return torch.float32
-    return torch.bfloat16 if precision == "amp_bf16" else torch.float32
+    named = mixed.get("param_dtype") if isinstance(mixed, Mapping) else "fp32" if mixed == "FULL" else None
+    return torch.bfloat16 if (named or precision) in ("bf16", "amp_bf16") else torch.float32
 
 
 def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
@@ -67,12 +61,9 @@ def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
 
 
 def held_as(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How this rank holds the model, as keywords of `assemble_model`.
+    """How this rank holds the model, as keywords of `assemble_model`, from a configuration with settled precision.
 
     Frozen parts are held in the compute dtype; ranks to which FSDP sends rank 0's weights start empty.
-
-    Args:
-        settings: The complete configuration as plain mappings, its precision settled.
     """
     trainer = settings["trainer"]
     section = trainer["parallelism_config"]
@@ -87,11 +78,8 @@ def mend_gloo_averaging() -> bool:
     """Make FSDP2 average gradients on gloo, where torch 2.7 sums them.
 
     gloo's reduce-scatter takes `ReduceOp.AVG` and returns the sum (torch issue 162338): gradients come out times the
-    number of ranks, which AdamW hides. A two-element reduce-scatter tells whether this torch does so; if it does, FSDP2
-    is told to divide by itself.
-
-    Returns:
-        Whether it was necessary.
+    number of ranks, which AdamW hides. A two-element reduce-scatter tells whether this torch does so; if it does (which
+    is returned), FSDP2 is told to divide by itself.
 
     Raises:
         RuntimeError: The fault is there, but this torch doesn't have the function that the cure replaces.
@@ -108,27 +96,21 @@ def mend_gloo_averaging() -> bool:
     original: Any = getattr(collectives, "_get_gradient_divide_factors", None)
     found = list(inspect.signature(original).parameters) if original is not None else []
     expected = ["reduce_scatter_group", "all_reduce_group", "reduce_dtype", "device_type"]
-    if found == [*expected, "factor", "force_sum_reduction_for_comms"]:  # later torch can be told to
-
-        @functools.wraps(original)
-        def sum_and_divide(*arguments: Any, **keywords: Any) -> Any:
-            bound = inspect.signature(original).bind(*arguments, **keywords)
-            bound.arguments["force_sum_reduction_for_comms"] = True
-            return original(*bound.args, **bound.kwargs)
-
-        collectives._get_gradient_divide_factors = sum_and_divide
-        return True
-    if found != expected:
+    later = [*expected, "factor", "force_sum_reduction_for_comms"]  # can be told to
+    if found not in (expected, later):
         raise RuntimeError(
             f"gloo sums gradients instead of averaging them in torch {torch.__version__}, and the known cure does not "
             "fit this version; use NCCL on GPUs, a single rank, or DDP"
         )
 
-    def divide_by_ranks(
-        reduce_scatter_group: Any, all_reduce_group: Any, reduce_dtype: torch.dtype, device_type: str = ""
-    ) -> tuple[float, float]:
-        size = reduce_scatter_group.size() * (all_reduce_group.size() if all_reduce_group is not None else 1)
-        return 1.0, float(size)
+    @functools.wraps(original)
+    def sum_and_divide(*arguments: Any, **keywords: Any) -> Any:
+        bound = inspect.signature(original).bind(*arguments, **keywords)
+        if found == later:
+            bound.arguments["force_sum_reduction_for_comms"] = True
+            return original(*bound.args, **bound.kwargs)
+        groups = [bound.arguments["reduce_scatter_group"], bound.arguments["all_reduce_group"]]
+        return 1.0, float(math.prod(group.size() for group in groups if group is not None))
 
-    collectives._get_gradient_divide_factors = divide_by_ranks  # type: ignore[assignment]
+    collectives._get_gradient_divide_factors = sum_and_divide
     return True

@@ -57,6 +57,12 @@ MISTAKES = [
     ("trainer.console_log_interval=5tok", "trainer.console_log_interval: found 5tok; its unit must be one of ep, ba"),
     ("callbacks.optimizer_monitor.batch_log_interval=0", "batch_log_interval: found 0; it must be at least 1"),
     ("scheduler.t_warmup=-1ba", "scheduler.t_warmup: found -1ba; it must be at least 0"),
+    ("algorithms.ema.half_life=10", "algorithms.ema.half_life: found 10; it must be text or null"),
+    ("algorithms.ema.half_life=0ba", "algorithms.ema.half_life: found 0ba; it must be above 0"),
+    ("algorithms.ema.ema_start=later", "algorithms.ema.ema_start: found later, which is no time"),
+    ("algorithms.swa.swa_start=0.7", "algorithms.swa.swa_start: found 0.7; it must be text"),
+    ("algorithms.swa.swa_end=1eq", "algorithms.swa.swa_end: found 1eq, which is no time"),
+    ("algorithms.swa.update_interval=0ba", "algorithms.swa.update_interval: found 0ba; it must be above 0"),
     ("scheduler.t_warmup=30sec", "scheduler.t_warmup: found 30sec; its unit must be one of ep, ba, sp, tok, dur"),
     ("train_loader.dataset.shuffle_algo=py1", "train_loader.dataset.shuffle_algo: found the text 'py1'; did you mean"),
     ("train_loader.dataset.batching_method=per_streem", "found the text 'per_streem'; did you mean per_stream?"),
@@ -218,6 +224,9 @@ MISTAKES = [
     ("trainer", "override 'trainer': it must be key=value"),
     ("trainer.max_duration=[", "override 'trainer.max_duration=[': can't be applied"),
 ]
+
+
+FSDP_1 = ["trainer.parallelism_config.fsdp={version: 1}"]
 
 
 @pytest.fixture(autouse=True)
@@ -441,6 +450,39 @@ def test_a_section_that_is_another_ones_is_completed_there(demo: Path) -> None:
         load_config(demo, ["variables.jitter={strength: 0.1}", "algorithms.stain_jitter=${variables.jitter}"])
     )
     assert settings["algorithms"]["stain_jitter"]["probability"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("key", "template", "stream", "line"),
+    [
+        ("streams.b.template", "plain", "template: plian", "template: unknown name 'plian'; did you mean 'plain'?"),
+        ("streams.b.template", "null", "template: plian", "template: unknown name 'plian'; did you mean 'plain'?"),
+        ("template", "plian", "split: x", "template: unknown name 'plian'; did you mean 'plain'?"),
+        ("streams.b.system", "plain", "system: Be brief.", "'plain' has no such setting"),
+        ("template", "null", "template: llava_llama_2", "is missing, and the streams have several (plain, llava_llama"),
+        ("streams.b.proportion", "plain", "proportion: x", "found the text 'x'; it must be a number or null"),
+        ("streams.b.template", "plain", "template: '${x}'", "found ${x}, which can't be filled in"),
+    ],
+)
+def test_what_is_wrong_in_a_mixture_is_said_once(demo: Path, key: str, template: str, stream: str, line: str) -> None:
+    loader = [f"train_loader.dataset.{one}" for one in ("local=null", f"template={template}")]
+    streams = (
+        f"train_loader.dataset.streams={{a: {{local: a, proportion: 1}}, b: {{local: b, proportion: 1, {stream}}}}}"
+    )
+    (problem,) = problems_of(demo, "eval_loader=null", *loader, streams.replace("proportion: 1, prop", "prop"))
+    assert problem.startswith(f"train_loader.dataset.{key}: {line}")
+
+
+def test_adaptive_clipping_is_refused_where_fsdp_1_would_refuse_it_at_the_first_step(demo: Path) -> None:
+    clipping = "algorithms.gradient_clipping={clipping_type: adaptive, clipping_threshold: 0.1}"
+    load_config(demo, [clipping])
+    (problem,) = problems_of(demo, clipping, "trainer.parallelism_config={fsdp: null}", *FSDP_1)
+    assert problem.startswith("algorithms.gradient_clipping.clipping_type: found adaptive, which FSDP 1 can't")
+
+
+def test_a_value_in_a_list_that_cant_be_filled_in_is_said_once(demo: Path) -> None:
+    (problem,) = problems_of(demo, 'model.trainable=["${nothing}"]', "optimizer.lr={projectr: 1e-3}")
+    assert problem.startswith("model.trainable[0]: found ${nothing}, which can't be filled in")
 
 
 def test_ranks_must_divide_the_batch(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
