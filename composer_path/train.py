@@ -83,8 +83,9 @@ def train(
     from composer_path.run.checkpoints import ResumableCheckpoints, TrainedOnly
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
+    from composer_path.run.precision import settle_precision
     from composer_path.run.report import RunReport
-    from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging, settle_precision
+    from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
 
     settings = plain(config)
     trainer_section = settings["trainer"]
@@ -148,7 +149,7 @@ def train(
 
 def build_model(settings: Mapping[str, Any]) -> PathMLLM:
     """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 sends weights."""
-    from composer_path.run.sharding import held_as
+    from composer_path.run.precision import held_as
     from composer_path.weights.assembly import assemble_model
 
     return assemble_model(**settings["model"], **held_as(settings))

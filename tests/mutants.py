@@ -77,8 +77,8 @@ MUTANTS = [
         ),
     ),
     *_mutants(
-        "images/square.py",
-        "images/test_square.py",
+        "images/stored_square.py",
+        "images/test_stored_square.py",
         ("len(data) != _HEADER.size + 3 * side * side", "len(data) < _HEADER.size + 3 * side * side"),
         ("if found != wanted:", "if found.image_size != wanted.image_size:"),
     ),
@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     *_mutants(
         "shards/mds.py",
-        "shards/test_writer.py stream/test_sample_reader.py",
+        "shards/test_writer.py stream/test_open_shards.py",
         (
             "return 4 + 4 * (num_samples + 1) + len(self._settings_bytes)",
             "return 4 * (num_samples + 1) + len(self._settings_bytes)",
@@ -178,10 +178,10 @@ MUTANTS = [
     *_mutants(
         "run/optimizer.py",
         "run/test_optimizer.py",
-        ("(weight_decay, [p for p in trained if p.ndim > 1])", "(weight_decay, [p for p in trained if p.ndim > 2])"),
+        ("((weight_decay, matrices), (0.0, others))", "((weight_decay, [*matrices, *others]), (0.0, []))"),
         (
-            "rate = lr[module_name] if isinstance(lr, Mapping) else lr",
-            "rate = max(lr.values()) if isinstance(lr, Mapping) else lr",
+            "rates = lr if isinstance(lr, Mapping) else dict.fromkeys(MODULES, lr)",
+            "rates = dict.fromkeys(MODULES, max(lr.values()) if isinstance(lr, Mapping) else lr)",
         ),
     ),
     *_mutants(

@@ -1,7 +1,7 @@
 """Closed questions: answers out of a few options, compared with the majority answer and with a blank image.
 
-A set of questions needs no code: a file of records whose `meta` has `options` and `answer` (and `kind`, by which they are
-counted), given to `composer-path evaluate --data`. Another way of counting is a file beside this one.
+A set of questions needs no code: a file of records whose `meta` has `options` and `answer` (and `kind`, by which
+they are counted), given to `composer-path evaluate --data`. Another way of counting is a file beside this one.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.parallel import in_threads
 from composer_path.records.rules import ImageError
 from composer_path.run.names import named_classes
+from composer_path.run.precision import compute_dtype, settle_precision
 from composer_path.run.preparation import images_of
-from composer_path.run.sharding import compute_dtype, settle_precision
 from composer_path.shards.columns import pack_images, unpack_images
 from composer_path.shards.index import INDEX_NAME, empty_place, new_set, publish_new
 from composer_path.shards.mds import ShardError

@@ -21,8 +21,8 @@ from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.checkpoint_safety import METADATA, is_harmless, read_pickle
 from composer_path.run.checkpoints import frozen_names
+from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
-from composer_path.run.sharding import held_as, settle_precision
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.folder import write_json
 from composer_path.weights.model_folder import PathMLLM

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,8 +13,6 @@ import torch
 import torch.distributed
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
-
-log = logging.getLogger(__name__)
 
 # Where FSDP1 of this project differs from Composer's: ranks that start empty get rank 0's weights, and each writes its
 # own part of a checkpoint.
@@ -35,43 +32,6 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
         fix = "use version: 2 here, or leave the section out for DDP"
         raise ValueError(f"trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; {fix}")
     return {"fsdp": FSDPConfig(**fsdp)}
-
-
-def compute_dtype(precision: str, section: Mapping[str, Any] | None) -> torch.dtype:
-    """The dtype in which matrix products run, which is also the one frozen weights are held in."""
-    mixed = section["fsdp"]["mixed_precision"] if section and section["fsdp"] else None
-    named = mixed.get("param_dtype") if isinstance(mixed, Mapping) else "fp32" if mixed == "FULL" else None
-    return torch.bfloat16 if (named or precision) in ("bf16", "amp_bf16") else torch.float32
-
-
-def settle_precision(trainer: dict[str, Any], device_type: str) -> None:
-    """Change a Trainer section so that bf16 training also starts on a CPU, where Composer only takes fp32.
-
-    With FSDP2 products are still computed in bf16, by its mixed precision; without it in fp32. Either is said.
-    """
-    if device_type != "cpu" or trainer["precision"] != "amp_bf16":
-        return
-    trainer["precision"] = "fp32"
-    fsdp = (trainer["parallelism_config"] or {"fsdp": None})["fsdp"]
-    if fsdp is not None and fsdp["mixed_precision"] in ("DEFAULT", "PURE"):
-        reduce = "bf16" if fsdp["mixed_precision"] == "PURE" else "fp32"
-        fsdp["mixed_precision"] = {"param_dtype": "bf16", "reduce_dtype": reduce}
-    how = "bf16 through FSDP's mixed precision" if fsdp is not None else "fp32"
-    log.warning("trainer.precision: amp_bf16 needs a GPU; this CPU run computes in %s", how)
-
-
-def held_as(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How this rank holds the model, as keywords of `assemble_model`, from a configuration with settled precision.
-
-    Frozen parts are held in the compute dtype; ranks to which FSDP sends rank 0's weights start empty.
-    """
-    trainer = settings["trainer"]
-    section = trainer["parallelism_config"]
-    return {
-        "seed": settings["seed"],
-        "frozen_dtype": compute_dtype(trainer["precision"], section),
-        "empty": bool(section and section["fsdp"]) and dist.get_global_rank() != 0,
-    }
 
 
 def mend_gloo_averaging() -> bool:

@@ -1,6 +1,6 @@
 """What the stores of buckets have in common: how bytes are asked for, and clients that are made once a process.
 
-To add a kind of bucket: a `Store` in a file of its own, as in s3.py, and its scheme in the table `_STORES` of places.py.
+To add a kind of bucket: a `Store` in a file of its own, as in s3.py, and its scheme in `_STORES` of places.py.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from streaming.base.format.mds.reader import MDSReader
 from tiny_shards import write_set
 
 from composer_path.shards.mds import DamagedShard
+from composer_path.stream import open_shards
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
 from composer_path.stream.open_shards import SampleReader
