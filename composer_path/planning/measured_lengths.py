@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from composer_path.batches.mixture import given, template_of
-from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
 from composer_path.records.tokenize import TextPreparation
@@ -31,7 +30,7 @@ from composer_path.shards.lengths import (
     read_lengths,
     write_lengths,
 )
-from composer_path.shards.view import ShardView
+from composer_path.shards.view import ShardView, over_shards
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import open_place
 
@@ -144,16 +143,13 @@ def _measure_set(
     found: TrainingSet, tokenizer: Tokenizer, workers: int, progress: Callable[[int], Progress]
 ) -> SampleLengths:
     view = ShardView(found.url)
-    tasks = [(view, number, found.text, text_encoder(tokenizer)) for number in range(len(view.shards))]
-    report, parts = progress(len(tasks)), [np.zeros((0, 3), np.int32)]
-    for done, part in enumerate(in_processes(_measure_shard, tasks, workers, fork=True), start=1):
-        parts.append(part)
-        report(done)
+    how, report = (found.text, text_encoder(tokenizer)), progress(len(view.shards))
+    parts = [np.zeros((0, 3), np.int32), *over_shards(_measure_shard, view, how, workers, report)]
     return SampleLengths(*(np.ascontiguousarray(column) for column in np.concatenate(parts).T))
 
 
-def _measure_shard(task: tuple[ShardView, int, TextPreparation, TextEncoder]) -> np.ndarray:
-    view, number, text, encoder = task
+def _measure_shard(task: tuple[ShardView, int, tuple[TextPreparation, TextEncoder]]) -> np.ndarray:
+    view, number, (text, encoder) = task
     counts = [_measure_sample(data, num_images, text, encoder) for data, num_images in view.texts(number)]
     return np.array(counts, np.int32).reshape(-1, 3)
 

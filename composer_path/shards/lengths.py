@@ -19,10 +19,10 @@ from jaxtyping import Int32
 from composer_path.records.prompts import PromptTemplate
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import Tokenizer, text_encoder
+from composer_path.shards.index import is_lengths
 from composer_path.storage.places import Bucket, Folder, open_place
 
 FORMAT = 1
-_PREFIX, _SUFFIX = "lengths-", ".npz"
 _COLUMNS = ("tokens", "answer_tokens", "images")
 _DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that numpy reads
 MEASURE_COMMAND = "composer-path lengths"
@@ -47,7 +47,7 @@ class LengthsKey:
     @property
     def file_name(self) -> str:
         """The file's name: lengths of several tokenizers or templates can lie side by side."""
-        return f"{_PREFIX}{_hash(json.dumps(asdict(self), sort_keys=True).encode())}{_SUFFIX}"
+        return f"lengths-{_hash(json.dumps(asdict(self), sort_keys=True).encode())}.npz"
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What another key says otherwise; hashes are named only."""
@@ -161,7 +161,7 @@ def _missing(place: Folder | Bucket, key: LengthsKey) -> str:
     """Why there are none: nobody measured, or somebody measured for something else."""
     others: list[list[str]] = []
     for name in place.files():
-        if name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+        if is_lengths(name):
             try:
                 others.append(key.differences(_parse(place.read(name))[1]))
             except _DAMAGE:
