@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     config_path = options.config or config_path
     if not config_path.is_file():
         fix = "give a run's folder or a checkpoint in it, or name its configuration with --config"
-        raise ValueError(f"no run configuration at '{config_path}'; {fix}")
+        raise ValueError(f"'{options.run}': found no run configuration at '{config_path}'; {fix}")
 
     from composer_path.config.reading import load_config
 

@@ -10,12 +10,21 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from traceback import walk_tb
 from types import ModuleType
+from typing import NoReturn
 
 from composer_path import __version__
 
 # In the order in which one uses them.
 DATA_VERBS = ("init", "convert", "merge", "shards", "lengths", "encode")
 ROAD = (*DATA_VERBS, "check", "plan", "train", "export", "ask", "evaluate", "summary")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads words; a mistake in them is one line, as every mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it, and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}; --help says more\n")
 
 
 def module_of(verb: str) -> ModuleType:
@@ -36,7 +45,7 @@ def parse(verb: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
     Words of a list, such as key=value, may stand before and behind flags; they are found in `words`.
     """
     module = module_of(verb)
-    parser = argparse.ArgumentParser(prog=f"composer-path {verb}", description=module.__doc__)
+    parser = Parser(prog=f"composer-path {verb}", description=module.__doc__)
     parser.add_argument("--version", action="version", version=f"composer_path {__version__}")
     module.add_arguments(parser)
     options, rest = parser.parse_known_args(arguments)

@@ -65,6 +65,8 @@ def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> Di
         config = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(path, ["there is no such file"]) from error
+    except OSError as error:  # a folder, or no right to read it
+        raise ConfigError(path, [f"can't be read: {error.strerror}"]) from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(path, [f"can't be read as YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(config, DictConfig):

@@ -32,7 +32,8 @@ def test_a_wrong_flag_ends_with_2(words: list[str], capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ending:
         parse("plan", words)
     assert ending.value.code == 2
-    assert capsys.readouterr().err.startswith("usage: composer-path plan")
+    error = capsys.readouterr().err
+    assert error.startswith("composer-path plan: ") and error.count("\n") == 1
 
 
 def ours() -> int:

@@ -299,6 +299,7 @@ def test_every_required_key_that_is_missing_is_listed(tmp_path: Path) -> None:
 
 def test_unreadable_files_are_config_errors(tmp_path: Path) -> None:
     assert problems_of(tmp_path / "none.yaml") == ["there is no such file"]
+    assert problems_of(tmp_path) == ["can't be read: Is a directory"]
     path = tmp_path / "bad.yaml"
     for text in ("a: [", "seed: 1\nseed: 2\n"):
         path.write_text(text)
