@@ -70,8 +70,7 @@ class TextPreparation:
     image_position: ImagePosition = "front"
 
     def __post_init__(self) -> None:
-        if self.image_position not in get_args(ImagePosition):
-            raise ValueError(f"image_position: must be 'front' or 'inline', found {self.image_position!r}")
+        _position(self.image_position)
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise ValueError(f"max_seq_len: must be at least 1, found {self.max_seq_len}")
 
@@ -141,10 +140,10 @@ def tokenize_conversation(
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
     max_seq_len: int | None = None,
-    image_position: ImagePosition = TextPreparation.image_position,
+    image_position: str = TextPreparation.image_position,
 ) -> TokenizedConversation:
     """`TextPreparation.tokenize` with the settings one by one; the template as `get_template` takes it."""
-    text = TextPreparation(get_template(template), num_image_tokens, max_seq_len, image_position)
+    text = TextPreparation(get_template(template), num_image_tokens, max_seq_len, _position(image_position))
     return text.tokenize(conversation, tokenizer)
 
 
@@ -153,11 +152,18 @@ def tokenize_prompt(
     tokenizer: Tokenizer | TextEncoder,
     template: str | Mapping[str, Any] | PromptTemplate,
     num_image_tokens: NumImageTokens,
-    image_position: ImagePosition = TextPreparation.image_position,
+    image_position: str = TextPreparation.image_position,
 ) -> Int64[Tensor, " tokens"]:
     """`TextPreparation.prompt` with the settings one by one."""
-    text = TextPreparation(get_template(template), num_image_tokens, None, image_position)
+    text = TextPreparation(get_template(template), num_image_tokens, None, _position(image_position))
     return text.prompt(conversation, tokenizer)
+
+
+def _position(word: str) -> ImagePosition:
+    for position in get_args(ImagePosition):
+        if word == position:
+            return position
+    raise ValueError(f"image_position: must be 'front' or 'inline', found {word!r}")
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:

@@ -258,7 +258,6 @@ def test_a_prompt_ends_with_a_question(mistral):
         tokenize_prompt(conversation("Q", "A"), mistral, "llava_llama_2", 1)
 
 
-@pytest.mark.usefixtures("without_type_checks")
 def test_an_unknown_image_position_is_refused(mistral):
     with pytest.raises(ValueError, match="image_position: must be 'front' or 'inline', found 'middle'"):
         tokenize_conversation(conversation("Q", "A"), mistral, "plain", 1, image_position="middle")
