@@ -95,7 +95,11 @@ class ConversationDataset(BalancedStreamingDataset):
         return replace(self.sources[0].text, template=asking_template(*self._asking))
 
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Sample:
-        """The sample at a position of the stream; iterating and indexing come through here."""
+        """The sample at a position of the stream; iterating and indexing come through here.
+
+        A shard's bytes become a row, column by column, with `DECODERS` of shards/mds.py (by `SampleReader.read` of
+        stream/open_shards.py); here the row becomes a sample.
+        """
         return self.to_sample(super().get_item(sample_id, retry), int(sample_id))
 
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:

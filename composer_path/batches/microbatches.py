@@ -1,4 +1,7 @@
-"""Microbatches in numbers: which sample lies in which bin of a row, and where every rank cuts its row."""
+"""Microbatches in numbers: which sample lies in which bin of a row, and where every rank cuts its row.
+
+`limit` is the YAML's `max_tokens_per_microbatch`; the collator fills bins, `split_batch` of batch.py cuts between them.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,11 @@ class ResizedMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Square:
-    """How a stored square was made, in the words of `ImagePreparation`; `crop` pads nothing and has no `pad_color`."""
+    """How a stored square was made: the settings of the `ImagePreparation` (images/pixels.py) that made it.
+
+    The padding colour is the encoder's mean in 8 bits (`pad_color_of` in pixels.py), (123, 116, 103) where no other
+    is given; `crop` pads nothing and has none.
+    """
 
     image_size: int
     fit: Fit

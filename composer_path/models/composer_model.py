@@ -63,8 +63,9 @@ class ComposerPathMLLM(ComposerModel):
     def loss(self, outputs: Float[Tensor, " targets"], batch: Batch) -> Float[Tensor, ""]:
         """Weighted mean over this microbatch's answer tokens.
 
-        Composer multiplies it by the microbatch's share of the global batch's weight, which makes the step's loss
-        sum(weight * loss) / sum(weight) over the global batch, for any split.
+        Composer sums `loss_weight` (`loss_generating` of the loader's `DataSpec`) over all microbatches and ranks, and
+        multiplies this mean by the microbatch's share: a step's loss is sum(weight * loss) / sum(weight) over the
+        global batch, however it is divided over ranks. Weights are in `Batch.target_weights` (batches/batch.py).
         """
         self.last_token_losses = outputs.detach()
         weighted = outputs * batch.target_weights

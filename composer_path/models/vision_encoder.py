@@ -1,4 +1,8 @@
-"""The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it."""
+"""The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it.
+
+Any ViT of timm or open_clip is here by its name. To add another kind: a branch of `untrained_vision_encoder`, and its
+name in `check_vision_name` of config/rules.py.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 A template turns a conversation into a list of segments: text, special tokens and images, each marked as supervised (an
 answer and its end) or not. Labels follow from these marks, so no arithmetic on token counts is needed.
+
+To add one: a subclass of `PromptTemplate` here, and its class in `TEMPLATES` below. Its name is all a YAML needs.
 """
 
 from __future__ import annotations

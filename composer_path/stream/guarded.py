@@ -6,7 +6,8 @@ As Streaming 0.13 is, a missing or damaged shard ends an epoch early with succes
 2. each file's size and hash are checked before its first sample is read, also of files that lay in the cache;
 3. a file that doesn't arrive is asked for again, with growing pauses, until `fault_timeout`;
 4. the first failure is noted in shared memory, where the other processes of this machine find it;
-5. an epoch that ends before its last sample is an error.
+5. an epoch that ends before its last sample is an error;
+6. a resumed run takes its place in the same data (resume.py).
 
 Some methods replace ones of Streaming and follow them closely; tests/stream/test_streaming_originals.py notices when
 those change.
@@ -14,7 +15,6 @@ those change.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from bisect import bisect_right
@@ -25,20 +25,20 @@ from typing import IO, Any
 
 import numpy as np
 from filelock import FileLock
-from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format import Reader
 
 from composer_path.storage.errors import Stopped
-from composer_path.stream.cache import INDEX, clear_left_overs, refresh_index, take_cache
+from composer_path.stream.cache import clear_left_overs, refresh_index, take_cache
 from composer_path.stream.error import FailureNote, StreamError, agree_on_failure
 from composer_path.stream.guarded_stream import PATIENCE, GuardedStream
 from composer_path.stream.open_shards import SampleReader
+from composer_path.stream.resume import ResumableStreamingDataset
 from composer_path.stream.shared_prefix import prefix_picked_once
 
 
-class GuardedStreamingDataset(StreamingDataset):
+class GuardedStreamingDataset(ResumableStreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
 
     Args:
@@ -88,8 +88,7 @@ class GuardedStreamingDataset(StreamingDataset):
     def _start(self, streams: Sequence[GuardedStream], streaming: dict[str, Any], leads: bool) -> None:
         with prefix_picked_once():
             super().__init__(streams=streams, **streaming)
-        indexes = b"".join((stream.folder / INDEX).read_bytes() for stream in streams)
-        self.data_hash = hashlib.sha256(indexes).hexdigest()[:16]  # other data has another order of samples
+        self.remember_data()
         self._samples = SampleReader()
         self._starts: list[int] = self.sample_offset_per_shard.tolist()
         self._failure = FailureNote(f"{self._shm_prefix_int:06}_failure")
@@ -118,12 +117,9 @@ class GuardedStreamingDataset(StreamingDataset):
             return self.failure() or StreamError("stopped")
         if not isinstance(error, StreamError):
             found = f"{type(error).__name__}: {error}"
-            error = StreamError.of(shard, "internal", self._where(), found, "please report this")
+            error = StreamError.of(shard, "internal", self.where(), found, "please report this")
         self._failure.write(error)
         return error
-
-    def _where(self) -> str:
-        return ", ".join(stream.where for stream in self.streams)
 
     def prepare_shard(self, shard_id: int | np.integer, blocking: bool = True) -> None:
         """Have a shard on this machine, whole and checked, or raise `StreamError`.
@@ -293,22 +289,4 @@ class GuardedStreamingDataset(StreamingDataset):
         it = getattr(self, "_iterator", None)
         if it is not before and it is not None and it.yield_index < it.total:
             found = f"{it.yield_index:,} of this worker's {it.total:,} samples were read"
-            raise self._note(StreamError.of("", "samples-missing", self._where(), found, "please report this"))
-
-    def samples_to_come(self) -> int:
-        """How many samples the next epoch, or the rest of a resumed one, must at least bring to this rank."""
-        _, done = self._resume(self._parallel_rank_world, self.next_epoch)
-        return max(0, self.epoch_size - done) // self._parallel_rank_world.num_ranks
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where to go on, and in which data."""
-        return super().state_dict(num_samples, from_beginning) | {"data_hash": self.data_hash}
-
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Go on there, or raise `StreamError` amid an epoch of other data."""
-        known = obj.get("data_hash")
-        if known is not None and obj["sample_in_epoch"] and known != self.data_hash:
-            found = f"sample {obj['sample_in_epoch']:,} of an epoch over other data is where the checkpoint stopped"
-            fix = "give it that data again, or start from the weights alone (trainer.load_weights_only)"
-            raise StreamError.of("", "data-changed", self._where(), found, fix)
-        super().load_state_dict(obj)
+            raise self._note(StreamError.of("", "samples-missing", self.where(), found, "please report this"))
