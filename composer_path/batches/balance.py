@@ -7,6 +7,7 @@ batch, so loss, gradients and the order in which a resumed run goes on stay as t
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +16,8 @@ from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 
 from composer_path.stream.guarded import GuardedStreamingDataset
+
+log = logging.getLogger(__name__)
 
 Reach = Literal["node", "global"]
 _GROUPS_AT_ONCE = 4096
@@ -51,6 +54,11 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
         Known on the first rank of each node, see the function `imbalance`.
         """
         return None if self._imbalance is None else (float(self._imbalance[0]), float(self._imbalance[1]))
+
+    def log_imbalance(self) -> None:
+        """Say it, if anything is balanced."""
+        if (found := self.imbalance) is not None:
+            log.info("tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced", *found)
 
     def _share_work(self, sample_ids: Work) -> Any:
         """Streaming's one place where an epoch's order is complete, before this node's other workers get it.

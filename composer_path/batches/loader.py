@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,15 +11,14 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.balance import Reach
+from composer_path.batches.balance import BalancedStreamingDataset, Reach
 from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import run_device
 from composer_path.images.pixels import pad_color_of
 from composer_path.parallel import end_with_parent
 from composer_path.stream.error import StreamError
-
-log = logging.getLogger(__name__)
+from composer_path.stream.guarded import GuardedStreamingDataset
 
 
 class WholeEpochLoader(DataLoader):
@@ -30,17 +28,15 @@ class WholeEpochLoader(DataLoader):
         """One epoch, or the rest of a resumed one.
 
         Where it goes on: Composer keeps the dataset's `state_dict` in a checkpoint and gives it back to its
-        `load_state_dict` (stream/guarded.py), which the next iteration starts from.
+        `load_state_dict` (stream/resume.py), which the next iteration starts from.
         """
-        dataset: ConversationDataset = self.dataset  # type: ignore[assignment]
+        dataset: GuardedStreamingDataset = self.dataset  # type: ignore[assignment]
         dataset.raise_failure()
         expected, seen, failed = dataset.samples_to_come(), 0, False
         try:
             for batch in super().__iter__():
-                if not seen and dataset.imbalance is not None and dist.get_global_rank() == 0:
-                    # The epoch's order is known once its first batch is here.
-                    words = "tokens of the fullest rank over the mean rank's: %.4f as drawn, %.4f balanced"
-                    log.info(words, *dataset.imbalance)
+                if not seen and isinstance(dataset, BalancedStreamingDataset) and dist.get_global_rank() == 0:
+                    dataset.log_imbalance()  # the epoch's order is known once its first batch is here
                 seen += len(batch.sample_ids)
                 yield batch
         except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
@@ -53,8 +49,7 @@ class WholeEpochLoader(DataLoader):
         dropped = (self.batch_size or 1) * max(1, self.num_workers) if self.drop_last else 0
         if dataset.batching_method == "random" and seen < expected - dropped:
             found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
-            where = ", ".join(stream.where for stream in dataset.streams)
-            raise StreamError.of("", "samples-missing", where, found, "please report this")
+            raise StreamError.of("", "samples-missing", dataset.where(), found, "please report this")
 
 
 def build_dataloader(

@@ -267,7 +267,7 @@ def test_one_rank_reads_the_same_batches_balanced_or_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     loader = build(root, tokenizer, tokens, num_workers)
-    with caplog.at_level("INFO", "composer_path.batches.loader"):
+    with caplog.at_level("INFO", "composer_path.batches.balance"):
         assert read(loader, 2) == unbalanced
     told = "tokens of the fullest rank over the mean rank's: 1.0000 as drawn, 1.0000 balanced"
     assert [record.getMessage() for record in caplog.records] == [told] * 2  # once an epoch
