@@ -1,4 +1,8 @@
-"""Checks a YAML's plain values against the schema; every mistake is one line: where, what was found, what to do."""
+"""Checks a YAML's plain values against the schema; every mistake is one line: where, what was found, what to do.
+
+Unknown and missing keys and wrong types are found here; why a known key isn't set in a YAML stands in sections.py
+(`refused`), rules of single values in rules.py, keys that contradict each other in agreement.py, files in files.py.
+"""
 
 from __future__ import annotations
 
