@@ -52,7 +52,7 @@ def _spread(order: Sequence[int], lengths: Sequence[int], num_bins: int) -> list
 
 
 def cap_bins(samples_per_bin: list[int], most: int) -> list[int]:
-    """Split bins of more than `most` samples (a microbatch size that Composer asks for by itself)."""
+    """Split bins of more than `most` samples (the device batch size)."""
     counts: list[int] = []
     for count in samples_per_bin:
         counts += [most] * (count // most) + ([count % most] if count % most else [])
