@@ -350,7 +350,11 @@ def test_the_command_lists_mistakes_and_builds_nothing(
         main([])
     assert main([yaml, f"save_root={tmp_path}", "optimizer.lrr=1", "trainer.max_duration=soon"]) == 2
     printed = capsys.readouterr().err
-    assert "usage" in printed and "optimizer.lrr" in printed and "trainer.max_duration" in printed
+    assert (
+        "the following arguments are required: YAML" in printed
+        and "optimizer.lrr" in printed
+        and "trainer.max_duration" in printed
+    )
     assert main([yaml, f"save_root={tmp_path}", "--check"]) == 0
     assert "no mistake found; files were not looked for (--files does)" in capsys.readouterr().out
     assert main([yaml, f"save_root={tmp_path}", "variables.shards=nowhere", "--check", "--files"]) == 2
