@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import FunctionType
+from typing import Any, get_args
 
 # Set before torch or tokenizers are imported: one thread each, because tests start further processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,8 +16,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import jaxtyping
+import jaxtyping._decorator as jaxtyping_decorator
 import jaxtyping._import_hook as jaxtyping_hook
 import pytest
+from beartype import BeartypeConf, beartype
 
 pytest_plugins = ["tokenizer_fixtures"]
 
@@ -40,7 +45,50 @@ def keep_bytecode_of_other_packages() -> None:
     jaxtyping_hook._optimized_cache_from_source = cache_from_source
 
 
+def check_plain_types_by_beartype_alone() -> None:
+    """Let jaxtyping check only signatures with shapes; types without any are left to the checker that it calls.
+
+    jaxtyping binds the arguments of every call and checks them twice, which is most of what a test of plain Python
+    costs; the checker alone takes a twentieth of that and finds the same.
+    """
+    with_shapes = jaxtyping_decorator.jaxtyped
+    checked = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
+
+    def has_shapes(annotation: Any) -> bool:
+        if isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray):
+            return True
+        return any(
+            has_shapes(part) for part in [*get_args(annotation), *(annotation if type(annotation) is list else [])]
+        )
+
+    def jaxtyped(function: Any = None, *, typechecker: Any) -> Any:
+        if function is None:
+            return functools.partial(jaxtyped, typechecker=typechecker)
+        if not isinstance(function, FunctionType):
+            return with_shapes(function, typechecker=typechecker)
+        read = jaxtyping_decorator._destring_annotation
+        types = {name: read(one, function.__globals__) for name, one in function.__annotations__.items()}
+        if any(map(has_shapes, types.values())):
+            return with_shapes(function, typechecker=typechecker)
+        copy = FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        )
+        functools.update_wrapper(copy, function)
+        copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, types
+        del copy.__wrapped__
+        plain = checked(copy)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return (function if jaxtyping.config.jaxtyping_disable else plain)(*arguments, **keywords)
+
+        return call
+
+    jaxtyping.jaxtyped = jaxtyping_decorator.jaxtyped = jaxtyped
+
+
 keep_bytecode_of_other_packages()
+check_plain_types_by_beartype_alone()
 
 
 @pytest.fixture(scope="session")
