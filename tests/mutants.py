@@ -90,7 +90,7 @@ MUTANTS = [
     ),
     *_mutants(
         "shards/mds.py",
-        "shards/test_writer.py stream/test_open_shards.py",
+        "shards/test_mds.py shards/test_writer.py stream/test_open_shards.py",
         (
             "return 4 + 4 * (num_samples + 1) + len(self._settings_bytes)",
             "return 4 * (num_samples + 1) + len(self._settings_bytes)",
@@ -99,7 +99,7 @@ MUTANTS = [
     ),
     *_mutants(
         "shards/writer.py",
-        "shards/test_writer.py",
+        "shards/test_mds.py shards/test_writer.py",
         (
             "if self._samples and size > self._format.size_limit:",
             "if self._samples and size >= self._format.size_limit:",

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from composer_path.images.file import check_image, sanitize_image
+from composer_path.images.jpeg import Jpeg
 from composer_path.records.rules import ImageError
 
 END = b"\xff\xd9"
@@ -84,6 +85,15 @@ def test_scan_data_that_end_early_are_refused_though_decoders_take_them(kind: st
         early = ending_at(data, start + int(share * (end - start)))
         Image.open(io.BytesIO(early)).load()  # no error: this is why it must be found here
         assert is_refused(early), share
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_decoding_a_file_must_have_its_end(kind: str, tissue: Image.Image) -> None:
+    data = encode(tissue, **KINDS[kind])
+    assert Jpeg(data, whole=True).stripped().endswith(END)
+    with pytest.raises(ImageError, match="has no end"):
+        Jpeg(data.removesuffix(END), whole=True)
+    assert Jpeg(data.removesuffix(END)).stripped().endswith(END)  # decoding tells whether the data are all there
 
 
 @pytest.mark.parametrize("kind", ["4:2:0", "grey", "progressive"])

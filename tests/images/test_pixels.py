@@ -16,12 +16,14 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
+from torchvision.transforms.functional import resize
 
 from composer_path.images.file import check_image
 from composer_path.images.pixels import (
     IMAGE_MEAN,
     IMAGE_STD,
     PAD_COLOR,
+    _resized_size,
     load_image,
     normalize_image,
     pad_color_of,
@@ -344,3 +346,8 @@ def test_normalization_on_the_device_is_bit_exact_and_does_not_wait() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(normalised.cpu(), normalize_image(images))
+
+
+@pytest.mark.parametrize("size", [(100, 151), (151, 100), (64, 65), (333, 100)])
+def test_the_longer_side_is_cut_to_an_integer_as_torchvision_does(size: tuple[int, int]) -> None:
+    assert _resized_size(*size, 64) == resize(Image.new("RGB", size), [64]).size

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from composer_path.shards.columns import COLUMNS, pack_images
-from composer_path.shards.mds import DamagedShard, MdsFormat, open_mds
+from composer_path.shards.mds import DamagedShard, MdsFile, MdsFormat, open_mds
 from composer_path.shards.writer import ShardWriter
 from composer_path.storage.places import Folder
 
@@ -64,3 +65,19 @@ def test_a_file_that_ends_early_is_refused(cut: int) -> None:
     parts, entry = MdsFormat(COLUMNS, 2**20, []).join(samples, "a.mds")
     with pytest.raises(DamagedShard, match=r"a\.mds: its header doesn't fit 3 samples in \d+ bytes"):
         open_mds(io.BytesIO(b"".join(parts)[:-cut]), entry)
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "swapped", "more samples"])
+def test_a_header_that_does_not_fit_its_file_is_refused_before_any_sample(change: str) -> None:
+    places = [24, 30, 40, 50]
+    size = {"longer": 51, "shorter": 49}.get(change, 50)
+    if change == "swapped":
+        places[1], places[2] = places[2], places[1]
+    header = struct.pack("<5I", 4 if change == "more samples" else 3, *places)
+
+    def check(header: bytes, size: int) -> None:
+        MdsFile(lambda count, at: header[at : at + count], size, "shard", 3, {"id": "str"}).check()
+
+    with pytest.raises(DamagedShard, match=f"its header doesn't fit 3 samples in {size} bytes"):
+        check(header, size)
+    check(struct.pack("<5I", 3, 24, 30, 40, 50), 50)
