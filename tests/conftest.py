@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,7 @@ def check_plain_types_by_beartype_alone() -> None:
     jaxtyping.jaxtyped = jaxtyping_decorator.jaxtyped = jaxtyped
 
 
+gc.set_threshold(20_000, 20, 20)  # there are a million objects of libraries to look through each time
 keep_bytecode_of_other_packages()
 check_plain_types_by_beartype_alone()
 

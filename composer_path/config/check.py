@@ -116,8 +116,11 @@ def _places(key: str, node: Node, path: str = "") -> Iterator[str]:
 def _wanted(node: Node) -> str:
     if isinstance(node, Key):
         return f"it must be {describe(node.annotation)}"
-    names = f"of {_some(node.keys)}" if isinstance(node, Section) else f"with {node.selector}"
-    return f"it must be a mapping {names}"
+    if isinstance(node, Choice):
+        return f"it must be a mapping with {node.selector}"
+    if node.members is not None:
+        return f"it must be a mapping of names of your own to {_some(node.members.keys)}"
+    return "it must be a mapping" + (f" of {_some(node.keys)}" if node.keys else "")
 
 
 def _some(names: Iterable[Any]) -> str:

@@ -165,6 +165,10 @@ MISTAKES = [
     ("algorithms.gradient_clipping.threshold=1", "did you mean algorithms.gradient_clipping.clipping_threshold?"),
     ("callbacks.speed_report.window_size=ten", "callbacks.speed_report.window_size: found the text 'ten'"),
     ("callbacks.nan_monitor={x: 1}", "callbacks.nan_monitor.x: unknown key; it takes no keywords"),
+    (
+        "train_loader.dataset.streams=[1]",
+        "train_loader.dataset.streams: found a list of 1; it must be a mapping of names of your own to local, remote",
+    ),
     ("callbacks.speed_report=10", "callbacks.speed_report: found 10; it must be a mapping of window_size"),
     ("callbacks.save_weights.interval=1 epoch", "callbacks.save_weights.interval: found 1 epoch, which is no time"),
     ("callbacks.save_weights.model=x", "callbacks.save_weights.model: unknown key; "),

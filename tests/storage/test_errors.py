@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from composer_path.storage.errors import StorageError, explained, named, shown
+from composer_path.storage.errors import StorageError, explained, named, shown, status_fault
 from composer_path.stream.error import StreamError
 
 
@@ -32,3 +32,21 @@ def test_an_address_is_shown_without_its_password() -> None:
     assert shown("sftp://me:pass@word@host/set?token=abc") == "sftp://host/set"
     assert shown("/data/a@b?") == "/data/a@b?"
     assert "word" not in named(OSError("no way to sftp://me:pass@word@host/set"))
+
+
+@pytest.mark.parametrize(
+    ("status", "rule", "passes"),
+    [
+        (400, "refused", False),
+        (401, "forbidden", False),
+        (403, "forbidden", False),
+        (404, "missing", False),
+        (408, "unreachable", True),
+        (429, "unreachable", True),
+        (500, "unreachable", True),
+        (503, "unreachable", True),
+    ],
+)
+def test_what_an_answer_means(status: int, rule: str, passes: bool) -> None:
+    fault = status_fault(status)
+    assert (fault.rule, fault.transient, fault.status) == (rule, passes, status)
