@@ -257,6 +257,11 @@ def test_streamings_order_keeps_its_global_batches_for_any_nodes_ranks_and_worke
             assert sets_of(balance_work(work, tokens, "global"))[: whole - done] == unbalanced[epoch][done:whole]
 
 
+def test_places_without_a_sample_weigh_nothing() -> None:
+    work = np.array([[0, -1], [1, -1]]).reshape(1, 2, 1, 1, 2)
+    assert imbalance(work, np.array([4, 6])) == 1.2  # the fullest rank's 6 over the mean of 4 and 6
+
+
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_one_rank_reads_the_same_batches_balanced_or_not(
     num_workers: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 from composer_path.models import attention
 from composer_path.models.attention import (
     check_attention_supported,
+    fill_row,
     pack_attention,
     packed_attention,
     resolve_attention,
@@ -277,3 +279,13 @@ def test_the_kernels_of_a_gpu_equal_a_block_causal_mask(function: Any, heads: st
     expected.backward(pull)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad.float().cpu(), other.grad, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 23])
+def test_a_filled_row_has_a_multiple_of_tokens_and_of_borders(length: int) -> None:
+    embeds, borders = torch.ones(length, 4), torch.tensor([0, 1, length], dtype=torch.int32)
+    filled, positions, ends, longest = fill_row(embeds, torch.arange(length), borders, length, 8)
+    wanted = 8 * math.ceil(length / 8)
+    assert filled.shape == (wanted, 4) and positions.shape == (wanted,) and longest == wanted
+    assert torch.equal(filled[:length], embeds) and not filled[length:].any()
+    assert len(ends) % 8 == 0 and ends[:3].tolist() == [0, 1, length] and ends[-1] == wanted

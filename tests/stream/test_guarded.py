@@ -104,14 +104,6 @@ def test_a_cache_of_data_that_were_converted_again_is_renewed(tmp_path: Path, ca
     assert {path.name for path in cache.glob("*.mds")} == {path.name for path in remote.glob("*.mds")}
 
 
-def test_a_checkpoint_amid_an_epoch_of_other_data_is_refused(remote: Path, tmp_path: Path) -> None:
-    state = build_loader(local=str(remote)).dataset.state_dict(8, True)
-    other = build_loader(local=str(write_set(tmp_path / "other", tag="b"))).dataset
-    with pytest.raises(StreamError, match="data-changed: sample 8 of an epoch over other data"):
-        other.load_state_dict(state)
-    other.load_state_dict(state | {"sample_in_epoch": 0})  # a new epoch may have other data
-
-
 def test_a_cache_folder_that_cannot_be_written_is_told_at_the_start(remote: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     error = fail(remote=str(remote), local=str(tmp_path / "file" / "cache"))
