@@ -99,7 +99,7 @@ FORKS = """
 import os, time
 from composer_path.parallel import in_processes
 def work(number):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # in one piece, whatever Python does with its streams
     time.sleep(60)
 list(in_processes(work, range(2), 2, fork=True))
 """
