@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import sys
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,12 +15,21 @@ import pytest
 @pytest.fixture(scope="module", autouse=True)
 def _close_shared_memory() -> Iterator[None]:
     """Each dataset holds some 40 open files: too many in one run of all tests."""
-    yield
-    memory = sys.modules.get("streaming.base.shared.memory")
-    if memory is None:
-        return
-    gc.collect()
-    for block in [item for item in gc.get_objects() if isinstance(item, memory.SharedMemory)]:
+    from streaming.base.shared import memory
+
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    start = memory.SharedMemory.__init__
+
+    def start_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+        made.add(self)
+        start(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.SharedMemory, "__init__", start_and_note)
+        yield
+    if made:
+        gc.collect()
+    for block in list(made):
         with contextlib.suppress(BufferError):  # a dataset that is still alive
             block.cleanup()
         atexit.unregister(block.cleanup)

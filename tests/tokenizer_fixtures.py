@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 CHATML = (
@@ -30,6 +34,38 @@ _CORPUS = [
     "Adenocarcinoma, acinar predominant (grade 2). [INST] question [/INST] answer",
     "<|im_start|>user <|im_end|> <s> </s> <image> im_end eot_id",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tokenizers_are_read_once() -> Iterator[None]:
+    """A vocabulary of 32,000 pieces takes transformers a second, and tests ask for the same ones 300 times."""
+    from composer_path.records import vocabulary
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_load_folder", "_load_sentencepiece_file"):
+            patch.setattr(vocabulary, name, read_once(getattr(vocabulary, name)))
+        yield
+
+
+def read_once(load: Callable[..., Any]) -> Callable[..., Any]:
+    """The same tokenizer for the same files and settings, unless a test changed it."""
+    known: dict[Any, tuple[Any, Any]] = {}
+
+    def state(tokenizer: Any) -> Any:
+        added = len(tokenizer.added_tokens_decoder)
+        return added, tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.padding_side
+
+    def load_or_take(path: Path, **kwargs: Any) -> Any:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = (str(path), repr(stamps), repr(kwargs))
+        if key in known and state(known[key][0]) == known[key][1]:
+            return known[key][0]
+        tokenizer = load(path, **kwargs)
+        known[key] = (tokenizer, state(tokenizer))
+        return tokenizer
+
+    return load_or_take
 
 
 @pytest.fixture(scope="session")
