@@ -11,7 +11,7 @@ Legend: t = tokens of the row, h = query heads, k = key/value heads, d = width o
 from __future__ import annotations
 
 import functools
-import importlib.util
+import inspect
 import logging
 from typing import Any, Literal, get_args
 
@@ -24,15 +24,24 @@ from transformers.modeling_utils import AttentionInterface
 
 log = logging.getLogger(__name__)
 
-AttentionBackend = Literal["auto", "flash_attn", "torch_flash", "sdpa"]
+AttentionBackend = Literal["auto", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_flash", "sdpa"]
 PADDED = "sdpa"  # transformers' own
+KERNELS = {"packed_flash_attn": "the flash-attn package", "packed_sdpa": "one causal attention a sample"}
+_TORCHS_FLASH = "packed_torch_flash"
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
 
 
 def resolve_attention(backend: AttentionBackend, device_type: str | None = None) -> str:
     """Name of the registered attention function for a backend, refused where it can't run.
 
-    `auto` takes flash-attn's kernel where it is installed on CUDA, else torch's own flash kernel on CUDA, else one
-    causal attention per sample. `device_type` is by default what this machine has.
+    `auto` takes torch's own flash kernel on CUDA: its public `varlen_attn`, before torch 2.10 the flash-attn package
+    where that can be imported, else torch's operator. Without CUDA it takes one causal attention per sample.
+    `flash_attn_3` and `flash_attn_4` have torch call the kernels of these packages. `device_type` is by default what
+    this machine has.
     """
     if backend not in get_args(AttentionBackend):
         raise ValueError(
@@ -40,16 +49,56 @@ def resolve_attention(backend: AttentionBackend, device_type: str | None = None)
         )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    has_flash_attn = importlib.util.find_spec("flash_attn") is not None
-    if backend == "auto":
-        backend = "sdpa" if device_type != "cuda" else "flash_attn" if has_flash_attn else "torch_flash"
-    if backend == "flash_attn" and not has_flash_attn:
+    if backend == "auto" and device_type != "cuda":
+        backend = "sdpa"
+    elif backend == "auto":
+        backend = "torch_flash" if varlen_attn is not None or not _has_flash_attn() else "flash_attn"
+    if backend == "flash_attn" and not _has_flash_attn():
         raise ValueError(
-            "attention: 'flash_attn' needs the package flash-attn (pip install composer_path[gpu]); or use 'auto'"
+            "attention: 'flash_attn' needs the package flash-attn, version 2 (pip install composer_path[gpu]); or use "
+            "'auto'"
         )
     if backend != "sdpa" and device_type != "cuda":
         raise ValueError(f"attention: '{backend}' needs a CUDA device, found '{device_type}'; use 'auto' or 'sdpa'")
+    if backend in ("flash_attn_3", "flash_attn_4"):
+        _let_torch_call(backend)
+        backend = "torch_flash"
     return f"packed_{backend}"
+
+
+def _has_flash_attn() -> bool:
+    """Whether the function can be imported: flash-attn-4 has a folder of the same name, without it."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception:  # a build for another torch fails in ways of its own
+        return False
+    return True
+
+
+def _let_torch_call(backend: str) -> None:
+    """Have torch's flash operators run the kernels of a newer package."""
+    try:
+        from torch.nn.attention import activate_flash_attention_impl
+    except ImportError:
+        raise ValueError(f"attention: '{backend}' needs torch 2.11, found {torch.__version__}; use 'auto'") from None
+    try:
+        activate_flash_attention_impl("FA" + backend[-1])
+    except Exception as error:
+        raise ValueError(
+            f"attention: '{backend}' can't be used here ({type(error).__name__}: {error}); install its package, or use "
+            "'auto'"
+        ) from error
+
+
+def kernel_in_words(resolved: str) -> str:
+    """What computes attention under a registered name."""
+    if resolved != _TORCHS_FLASH:
+        return KERNELS[resolved]
+    try:
+        from torch.nn.attention import current_flash_attention_impl
+    except ImportError:
+        return "torch's varlen_attn" if varlen_attn is not None else "torch's flash operator"
+    return f"torch's varlen_attn with {current_flash_attention_impl() or 'its own kernels'}"
 
 
 def pack_attention(language_model: PreTrainedModel) -> None:
@@ -178,23 +227,35 @@ def packed_attention(
     """Causal attention inside each sample, as transformers calls it.
 
     `sdpa` is one scaled-dot-product attention per sample, which runs everywhere and is the CPU's fastest exact way.
-    The others are variable-length kernels for CUDA: torch's own (its operator's schema is pinned by a test), and the
-    flash-attn package's. What they can't take falls back on `sdpa`.
+    The others are variable-length kernels for CUDA: torch's own (its public function, or before torch 2.10 and on the
+    meta device its operator, whose schema is pinned by a test), and the flash-attn package's. What they can't take
+    falls back on `sdpa`.
     """
     cu_seq_lens, max_length = _borders(kwargs)
-    falls_back = _no_flash(query)
+    public = backend == "torch_flash" and varlen_attn is not None and query.device.type != "meta"
+    falls_back = _no_flash(query) or (public and dropout > 0)
     query, key, value = _one_dtype(query, key, value)
     if backend == "sdpa" or falls_back:
         if (groups := query.shape[1] // key.shape[1]) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return _attend_each_sample(query, key, value, cu_seq_lens, dropout, scaling).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [t, heads, d]
-    row = (q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length, dropout)
+    row = (q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length)
+    if public:
+        return varlen_attn(*row, scale=scaling, **_causal(q.shape[1] != k.shape[1]))[None], None
     if backend == "torch_flash":
-        return torch.ops.aten._flash_attention_forward(*row, True, False, scale=scaling)[0][None], None
+        return torch.ops.aten._flash_attention_forward(*row, dropout, True, False, scale=scaling)[0][None], None
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(*row, softmax_scale=scaling, causal=True)[None], None
+    return flash_attn_varlen_func(*row, dropout, softmax_scale=scaling, causal=True)[None], None
+
+
+@functools.cache
+def _causal(grouped: bool) -> dict[str, Any]:
+    """How this torch's `varlen_attn` is told that no token looks ahead, and that heads of keys are shared."""
+    known = inspect.signature(varlen_attn).parameters
+    told: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return told | ({"enable_gqa": True} if grouped and "enable_gqa" in known else {})
 
 
 @torch.compiler.disable  # how many samples there are is known only when it runs

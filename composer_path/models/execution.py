@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from composer_path.models.language_model import decoder_blocks
@@ -19,7 +21,8 @@ Checkpointing = Literal["off", "selective", "full"]
 Fusion = Literal["off", "compile", "liger"]
 # What `selective` keeps: products of matrices and attention. All else is cheap to do again.
 KEPT = re.compile(
-    r"aten::(mm|addmm|bmm|_flash_attention_forward|_scaled_dot_product_\w+)|flash_attn::_flash_attn_varlen_forward"
+    r"aten::(mm|addmm|bmm|_flash_attention_forward|_scaled_dot_product_\w+)"
+    r"|flash_attn::_flash_attn_varlen_forward|torch_attn::_varlen_attn"
 )
 # Heads whose logits are more than a product with one matrix; `loss_chunk` computes just that.
 SCALED_HEADS = (
@@ -47,8 +50,9 @@ def choose_execution(
         activation_checkpointing: What the backward pass recomputes in blocks that gradients pass: `off` nothing, `full`
             everything (a third more work, least memory), `selective` all but products of matrices and attention
             (hardly more work, about half the memory of `off`).
-        fusion: Elementwise work of the language model's blocks in fewer kernels, equal to rounding: `off`, `compile`
-            (torch.compile of each block) or `liger` (liger-kernel's RMSNorm, SwiGLU and RoPE; CUDA).
+        fusion: Elementwise work in fewer kernels, equal to rounding: `off`, `compile` (torch.compile of each block of
+            language model and vision encoder) or `liger` (liger-kernel's RMSNorm and SwiGLU in the language model;
+            CUDA).
         vision_chunk: A frozen vision encoder's blocks take at most so many images at once; None for all.
         loss_chunk: Logits exist for at most so many answer tokens at once, and are recomputed in the backward pass;
             None for all at once.
@@ -72,17 +76,17 @@ def choose_execution(
     model.loss_chunk, model.row_multiple = loss_chunk, row_multiple
     vision_trained = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
     llm_blocks, vision_blocks = decoder_blocks(model.language_model), model.vision_encoder.blocks
-    if vision_chunk is not None and not vision_trained:
-        for block in vision_blocks:
-            block.forward = _in_chunks(block.forward, vision_chunk)
     if fused == "liger":
         _use_liger(model)
     if checkpointing != "off":
         for block in (*llm_blocks, *(vision_blocks if vision_trained else ())):
-            block.forward = _recomputed(block.forward, checkpointing)
+            block.forward = MethodType(_RECOMPUTED[checkpointing], block)
     if fused == "compile":
-        for block in llm_blocks:
+        for block in (*llm_blocks, *vision_blocks):
             block.forward = torch.compile(block.forward, dynamic=True)
+    if vision_chunk is not None and not vision_trained:
+        for block in vision_blocks:
+            block.forward = _in_chunks(block.forward, vision_chunk)
     model.recomputes_blocks = checkpointing == "full"
     return model
 
@@ -94,27 +98,35 @@ def _word(key: str, value: str | bool, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _recomputed(forward: Callable[..., Any], kind: str) -> Callable[..., Any]:
+def _recompute(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A block's forward pass whose activations are computed again in the backward pass.
 
-    The block itself stays what it is: no wrapper changes the names of its weights, and FSDP's hooks stand outside.
+    The block itself stays what it is: no wrapper changes the names of its weights, and FSDP's hooks stand outside. One
+    function is bound to all blocks, as torch.compile counts graphs by function and leaves those beyond its limit eager.
     """
-    selective = functools.partial(create_selective_checkpoint_contexts, _keep)
-    keywords: dict[str, Any] = {"context_fn": selective} if kind == "selective" else {}
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
 
-    @functools.wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **keywords, **kwargs)
 
-    return recomputed
+def _recompute_selectively(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same, but for what `_keep` keeps."""
+    if not torch.is_grad_enabled():
+        return type(block).forward(block, *args, **kwargs)
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=_selection, **kwargs)
+
+
+def _selection() -> Any:
+    return create_selective_checkpoint_contexts(_keep)
 
 
 def _keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Whether the result of an operator is kept for the backward pass."""
     kept = KEPT.fullmatch(operator.name().split(".")[0])
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_RECOMPUTED = {"full": _recompute, "selective": _recompute_selectively}
 
 
 def _in_chunks(forward: Callable[[Tensor], Tensor], size: int) -> Callable[[Tensor], Tensor]:
@@ -139,14 +151,16 @@ def _use_liger(model: PathMLLM) -> None:
     except ImportError as error:
         raise ValueError("execution.fusion: 'liger' needs liger-kernel (pip install composer_path[liger])") from error
     language_model = model.language_model
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":  # which runs kernels in Python
         raise ValueError("execution.fusion: 'liger' needs a CUDA device; use 'compile' or 'off'")
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(language_model.config.model_type)
     if apply is None:
         raise ValueError(
             f"execution.fusion: liger-kernel doesn't know '{language_model.config.model_type}'; use 'compile' or 'off'"
         )
-    wanted = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    # Its RoPE rotates in place what selective checkpointing keeps: the loss stays right, gradients don't. And it would
+    # stay for every model that this process builds.
+    wanted = {"rope": False, "rms_norm": True, "swiglu": True, "cross_entropy": False}
     wanted["fused_linear_cross_entropy"] = False
     known = inspect.signature(apply).parameters
     apply(**{key: value for key, value in wanted.items() if key in known}, model=language_model)

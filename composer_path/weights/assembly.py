@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from composer_path.models.attention import AttentionBackend
+from composer_path.models.attention import AttentionBackend, kernel_in_words, resolve_attention
 from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
 from composer_path.models.path_mllm import MODULES, ModuleName
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
+
+log = logging.getLogger(__name__)
 
 
 def assemble_model(
@@ -42,6 +45,7 @@ def assemble_model(
         frozen_dtype: What frozen modules are held in; trained ones are fp32.
         empty: Parameters without storage, for a rank that receives them.
     """
+    log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
     dtypes = {name: torch.float32 if name in trainable else frozen_dtype for name in MODULES}
     if empty:  # only the rank that holds weights reads their files
         vision_encoder, projector = ({**part, "weights": None} for part in (vision_encoder, projector))

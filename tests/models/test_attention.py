@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from composer_path.models.attention import (
     resolve_attention,
 )
 from composer_path.models.language_model import untrained_language_model
+from composer_path.weights import assembly
 
 packed_sdpa, packed_torch_flash, packed_flash_attn = (
     partial(packed_attention, backend) for backend in ("sdpa", "torch_flash", "flash_attn")
@@ -165,7 +169,6 @@ def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model
     ("backend", "device", "installed", "expected"),
     [
         ("auto", "cpu", True, "packed_sdpa"),
-        ("auto", "cuda", True, "packed_flash_attn"),
         ("auto", "cuda", False, "packed_torch_flash"),
         ("auto", "mps", False, "packed_sdpa"),
         ("sdpa", "cpu", False, "packed_sdpa"),
@@ -177,15 +180,61 @@ def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model
 def test_each_backend_becomes_its_function(
     monkeypatch: pytest.MonkeyPatch, backend: str, device: str, installed: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if installed else None)
+    install_flash_attn(monkeypatch, installed)
     assert resolve_attention(backend, device) == expected
+
+
+def install_flash_attn(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """The package, or that of flash-attn-4: a folder of the same name without the function."""
+    package = ModuleType("flash_attn")
+    if whole:
+        package.flash_attn_varlen_func = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_auto_prefers_torchs_public_function_then_the_package(monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
+    install_flash_attn(monkeypatch, True)
+    monkeypatch.setattr(attention, "varlen_attn", (lambda: None) if public else None)
+    assert resolve_attention("auto", "cuda") == ("packed_torch_flash" if public else "packed_flash_attn")
+
+
+@pytest.mark.parametrize("version", ["3", "4"])
+def test_a_newer_kernel_is_called_by_torch_or_refused_by_name(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", asked.append, raising=False)
+    assert resolve_attention(f"flash_attn_{version}", "cuda") == "packed_torch_flash"  # type: ignore[arg-type]
+    assert asked == [f"FA{version}"]
+
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"no {name}")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", fail)
+    with pytest.raises(ValueError, match=f"'flash_attn_{version}' can't be used here .*no FA{version}"):
+        resolve_attention(f"flash_attn_{version}", "cuda")  # type: ignore[arg-type]
+    monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
+    with pytest.raises(ValueError, match="needs torch 2.11"):
+        resolve_attention(f"flash_attn_{version}", "cuda")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "torch_flash", "sdpa"])
+def test_a_log_can_say_which_kernel_runs(backend: str) -> None:
+    assert len(attention.kernel_in_words(f"packed_{backend}")) > 10
+
+
+def test_an_attention_that_can_not_run_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "build_vision_encoder", None)
+    with pytest.raises(ValueError, match="needs a CUDA device|needs the package"):
+        assembly.assemble_model(
+            vision_encoder={}, projector={}, language_model={}, trainable=["projector"], attention="flash_attn"
+        )
 
 
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("backend", "device", "installed", "message"),
     [
-        ("eager", "cpu", False, "unknown backend 'eager'; choose one of auto, flash_attn, torch_flash, sdpa"),
+        ("eager", "cpu", False, "unknown backend 'eager'; choose one of auto, flash_attn, flash_attn_3, "),
         ("flash_attn", "cuda", False, "needs the package flash-attn"),
         ("flash_attn", "cpu", True, "'flash_attn' needs a CUDA device, found 'cpu'"),
         ("torch_flash", "cpu", True, "'torch_flash' needs a CUDA device, found 'cpu'"),
@@ -194,7 +243,7 @@ def test_each_backend_becomes_its_function(
 def test_backends_that_can_not_run_here_are_refused(
     monkeypatch: pytest.MonkeyPatch, backend: str, device: str, installed: bool, message: str
 ) -> None:
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object() if installed else None)
+    install_flash_attn(monkeypatch, installed)
     with pytest.raises(ValueError, match=message):
         resolve_attention(backend, device)
 
@@ -246,6 +295,45 @@ def test_torchs_flash_operator_has_the_arguments_that_are_given_by_position() ->
     assert schema.returns[0].name == "output"
     backward = [argument.name for argument in torch.ops.aten._flash_attention_backward.default._schema.arguments]
     assert backward[:6] == ["grad_out", "query", "key", "value", "out", "logsumexp"]
+
+
+def plain_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What torch's public function promises, by its documentation; it runs on a GPU only."""
+    assert window_size == (-1, 0) and max_q == max_k == max(LENGTHS) and torch.equal(cu_seq_q, cu_seq_k)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert scale is not None
+    return block_causal(*(x.transpose(0, 1)[None] for x in (query, key, value)), scale)[0]
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_torchs_public_function_gets_what_it_documents(monkeypatch: pytest.MonkeyPatch, heads: str) -> None:
+    monkeypatch.setattr(attention, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(attention, "_no_flash", lambda query: False)
+    attention._causal.cache_clear()
+    tensors = row(*HEADS[heads])
+    output, _ = packed_torch_flash(nn.Module(), *tensors, None, scaling=0.3, **borders())
+    attention._causal.cache_clear()
+    torch.testing.assert_close(output, block_causal(*tensors, 0.3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(attention.varlen_attn is None, reason="torch has it from 2.10 on")
+def test_torchs_public_function_still_takes_what_we_give() -> None:
+    ours, theirs = (inspect.signature(function).parameters for function in (plain_varlen, attention.varlen_attn))
+    assert list(theirs)[:7] == list(ours)[:7]
+    assert "scale" in theirs and ("window_size" in theirs or "is_causal" in theirs)
+    assert not attention.varlen_attn.__doc__ or "causal" in attention.varlen_attn.__doc__
 
 
 @pytest.mark.parametrize("heads", HEADS)
