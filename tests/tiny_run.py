@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from composer import Trainer
 
 # The demo's vocabulary takes a third of a tiny run's CPU time to load; a run changes nothing in it.
-_load_tokenizer_once = functools.cache(vocabulary.load_tokenizer)
+load_tokenizer_once = functools.cache(vocabulary.load_tokenizer)
 REPO_ROOT = Path(__file__).resolve().parent.parent
 VISION_ENCODER = (
     "{name: timm/vit_tiny_patch16_224, image_size: 32, tokens: all, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
@@ -160,7 +160,7 @@ def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
     from composer_path.train import train
 
     witness = witness or Witness()
-    with mock.patch.object(vocabulary, "load_tokenizer", _load_tokenizer_once):
+    with mock.patch.object(vocabulary, "load_tokenizer", load_tokenizer_once):
         return train(config, loggers=[witness]), witness
 
 
