@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import (
+    BARE,
     LANGUAGE_MODEL,
     Interrupted,
     Witness,
@@ -23,6 +24,7 @@ from tiny_run import (
     load_tiny_config,
     road,
     run,
+    two_steps,
     weights_of,
 )
 from warm_process import popen
@@ -33,7 +35,6 @@ from composer_path.train import build_model, main
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
 GOLDEN_LOSSES = [10.407122, 10.405495, 10.375532, 10.167583, 9.980994, 9.856931]
-WITHOUT_EVALUATION = ["trainer.eval_interval=99ep"]  # but for the one before the first step
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequenci
     shards: Path, tmp_path: Path
 ) -> None:
     more = ["trainer.precision=amp_bf16", "trainer.parallelism_config.fsdp.mixed_precision=DEFAULT"]
-    config = load_tiny_config("pretrain", shards, tmp_path, [*more, *WITHOUT_EVALUATION, "trainer.max_duration=2ba"])
+    config = load_tiny_config("pretrain", shards, tmp_path, [*more, *BARE, "trainer.max_duration=2ba"])
     trainer, witness = run(config)
     model = trainer.state.model.model
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -178,36 +179,39 @@ def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequenci
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "interval", "names"),
+    ("stops", "interval", "names"),
     [
-        (2, "1ba", {"ep1-ba5", "ep1-ba6"}),
-        (3, "1ba", {"ep1-ba5", "ep1-ba6"}),
-        (3, "1ep", {"ep1-ba3", "ep2-ba6"}),
-        (5, "1ba", {"ep1-ba5", "ep1-ba6"}),
+        ([2, 5], "1ba", {"ep1-ba5", "ep1-ba6"}),
+        ([3], "3ba", {"ep0-ba3", "ep1-ba6"}),
+        ([3], "1ep", {"ep1-ba3", "ep2-ba6"}),
     ],
-    ids=["mid_epoch", "last_batch", "epoch_end", "second_epoch"],
+    ids=["mid_epoch_and_second_epoch", "last_batch", "epoch_end"],
 )
 def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
-    runs: Path, finetuned: dict[str, Any], tmp_path: Path, stop_after: int, interval: str, names: set[str]
+    runs: Path, finetuned: dict[str, Any], tmp_path: Path, stops: list[int], interval: str, names: set[str]
 ) -> None:
     more = [
         f"model.projector.weights={runs}/pretrain/projector.safetensors",
         f"trainer.save_interval={interval}",
         "trainer.save_num_checkpoints_to_keep=2",
-        *WITHOUT_EVALUATION,
+        "trainer.eval_interval=99ep",  # but for the one before the first step
     ]
     config = load_tiny_config("finetune", runs / "shards", tmp_path, more)
-    stopped = Witness(stop_after)
-    with pytest.raises(Interrupted):
-        run(config, stopped)
-    trainer, resumed = run(config)
-    assert list(resumed.losses) == list(range(stop_after, 6))
-    assert stopped.samples | resumed.samples == finetuned["samples"]
-    assert stopped.losses | resumed.losses == finetuned["losses"]
+    losses: dict[int, float] = {}
+    samples: dict[int, list[int]] = {}
+    for first, stop in itertools.pairwise([0, *stops, 6]):
+        witness = Witness(stop if stop < 6 else None)
+        with pytest.raises(Interrupted) if stop < 6 else contextlib.nullcontext():
+            trainer, _ = run(config, witness)
+        assert list(witness.losses) == list(range(first, stop))
+        losses |= witness.losses
+        samples |= witness.samples
+    assert samples == finetuned["samples"]
+    assert losses == finetuned["losses"]
     weights = weights_of(trainer)
     assert all(torch.equal(value, finetuned["weights"][key]) for key, value in weights.items())
     kept = {path.name for path in (tmp_path / "finetune" / "checkpoints").glob("ep*")}
-    assert kept == names  # of both processes together, the newest two
+    assert kept == names  # of all processes together, the newest two
     assert summary_of(tmp_path)["heldout_token_loss"]["before"] == summary_of(runs)["heldout_token_loss"]["before"]
 
 
@@ -230,28 +234,11 @@ def test_every_sample_is_seen_once_an_epoch_in_another_order_each(finetuned: dic
     assert [steps[at] for at in range(3)] != [steps[at] for at in range(3, 6)]
 
 
-@pytest.fixture(scope="module")
-def two_steps(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    @functools.cache  # the run without levers is the one that several are compared with
-    def finetune(loss_average: str, max_tokens: int, *levers: str) -> dict[str, Any]:
-        more = [
-            f"model.projector.weights={runs}/pretrain/projector.safetensors",
-            f"train_loader.loss_average={loss_average}",
-            f"train_loader.max_tokens_per_microbatch={max_tokens}",
-            "trainer.max_duration=2ba",
-            "algorithms=null",  # clipping and AdamW both hide a gradient's scale
-            *WITHOUT_EVALUATION,
-            *levers,
-        ]
-        trainer, witness = run(load_tiny_config("finetune", runs / "shards", tmp_path_factory.mktemp("run"), more))
-        return witness.notes() | {"weights": weights_of(trainer)}
-
-    return finetune
-
-
 @pytest.mark.parametrize("loss_average", ["token", "sample", "square"])
-def test_the_size_of_microbatches_changes_nothing(two_steps: Callable[..., dict[str, Any]], loss_average: str) -> None:
-    small, large = two_steps(loss_average, 320), two_steps(loss_average, 4000)
+def test_the_size_of_microbatches_changes_nothing(runs: Path, loss_average: str) -> None:
+    average = [f"train_loader.loss_average={loss_average}"] if loss_average != "token" else []
+    small = two_steps(runs, "train_loader.max_tokens_per_microbatch=320", *average)
+    large = two_steps(runs, *average)
     assert min(small["metrics"]["batch/microbatches"]) >= 3
     assert max(large["metrics"]["batch/microbatches"]) == 1
     assert list(small["losses"].values()) == pytest.approx(list(large["losses"].values()), rel=1e-5)  # measured 1e-7
@@ -260,13 +247,11 @@ def test_the_size_of_microbatches_changes_nothing(two_steps: Callable[..., dict[
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_how_a_step_is_computed_changes_nothing_under_fsdp(
-    two_steps: Callable[..., dict[str, Any]], checkpointing: str
-) -> None:
+def test_how_a_step_is_computed_changes_nothing_under_fsdp(runs: Path, checkpointing: str) -> None:
     levers = (
         f"execution={{activation_checkpointing: {checkpointing}, loss_chunk: 7, vision_chunk: 2, row_multiple: 64}}"
     )
-    plain, other = two_steps("token", 700), two_steps("token", 700, levers)
+    plain, other = two_steps(runs), two_steps(runs, levers)
     assert list(other["losses"].values()) == pytest.approx(list(plain["losses"].values()), rel=1e-5)
     assert largest_error(other["gradients"], plain["gradients"]) < 1e-5
     assert largest_error(other["weights"], plain["weights"]) < 1e-5

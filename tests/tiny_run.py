@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from composer import Trainer
 
 # The demo's vocabulary takes a third of a tiny run's CPU time to load; a run changes nothing in it.
-_load_tokenizer_once = functools.cache(vocabulary.load_tokenizer)
+load_tokenizer_once = functools.cache(vocabulary.load_tokenizer)
 REPO_ROOT = Path(__file__).resolve().parent.parent
 VISION_ENCODER = (
     "{name: timm/vit_tiny_patch16_224, image_size: 32, tokens: all, kwargs: {embed_dim: 24, depth: 2, num_heads: 2}}"
@@ -35,6 +36,11 @@ LANGUAGE_MODEL = (
 # Which records: 24 for training (3 steps of 8), 8 held out.
 CAPTIONS = range(0, 144, 6)
 CONVERSATIONS = (*range(18), 47, 63, 86, 118, 135, 138)  # the last six have no image
+
+
+# A run of steps only, where nothing else is looked at: no held-out data, no checkpoints.
+BARE = ["eval_loader=null", "trainer.save_interval=null", "trainer.autoresume=false"]
+TWO_STEPS = [*BARE, "algorithms=null", "trainer.max_duration=2ba"]  # clipping and AdamW both hide a gradient's scale
 
 
 def convert_shards(folder: Path) -> Path:
@@ -154,7 +160,7 @@ def run(config: Any, witness: Witness | None = None) -> tuple[Trainer, Witness]:
     from composer_path.train import train
 
     witness = witness or Witness()
-    with mock.patch.object(vocabulary, "load_tokenizer", _load_tokenizer_once):
+    with mock.patch.object(vocabulary, "load_tokenizer", load_tokenizer_once):
         return train(config, loggers=[witness]), witness
 
 
@@ -218,6 +224,23 @@ def road(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def two_steps(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Two steps of stage 2, run once for all that ask for the same.
+
+    Args:
+        folder: Of `road`.
+        overrides: Further ones. Without any, each step is one microbatch.
+
+    Returns:
+        Losses, samples, gradients, metrics and the final weights.
+    """
+    more = [f"model.projector.weights={road(folder)}/pretrain/projector.safetensors", *TWO_STEPS, *overrides]
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        trainer, witness = run(load_tiny_config("finetune", folder / "shards", Path(root), more))
+    return witness.notes() | {"weights": weights_of(trainer)}
+
+
 SHORT_RUNS = {
     "full_tied": [
         "trainer.parallelism_config.fsdp.state_dict_type=full",
@@ -242,12 +265,12 @@ def short_run(folder: Path, kind: str) -> dict[str, Any]:
             f"model.projector.weights={road(folder)}/pretrain/projector.safetensors",
             "trainer.max_duration=2ba",
             "trainer.save_interval=1ba",
-            "trainer.eval_interval=99ep",
+            "eval_loader=null",
             *SHORT_RUNS[kind],
         ]
         notes: dict[str, Any] = {"root": str(folder / kind)}
         trainer, witness = run(
-            load_tiny_config("finetune", folder / "shards", folder / f"{kind}_undisturbed", overrides)
+            load_tiny_config("finetune", folder / "shards", folder / f"{kind}_undisturbed", [*overrides, *BARE])
         )
         notes["undisturbed"] = witness.notes() | {"weights": weights_of(trainer)}
         config = load_tiny_config("finetune", folder / "shards", folder / kind, overrides)

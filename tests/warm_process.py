@@ -25,7 +25,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-PRELOADED = ("composer.cli.launcher", "transformers", "streaming", "composer_path.train", "composer_path.run.parts")
+PRELOADED = (
+    *("composer.cli.launcher", "composer.algorithms", "streaming", "torch.utils.tensorboard"),
+    *("transformers.models.llama.modeling_llama", "composer_path.train", "composer_path.run.parts"),
+)
 _PR_SET_CHILD_SUBREAPER = 36
 _server: socket.socket | None = None
 
@@ -85,6 +88,9 @@ def serve(connection: socket.socket) -> None:
     """Fork for each request until the other side is gone."""
     for name in PRELOADED:
         __import__(name)
+    from tiny_run import REPO_ROOT, load_tokenizer_once
+
+    load_tokenizer_once(path=str(REPO_ROOT / "test_data" / "tokenizer"))  # imports the rest of transformers
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads can't be forked safely"
     connection.send(b"ready")
     while True:

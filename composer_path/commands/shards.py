@@ -104,8 +104,8 @@ def write_images(sample: StoredSample, folder: Path) -> list[Path]:
         paths.append(folder / f"sample-{sample.position}-image-{number}.{suffix}")
         folder.mkdir(parents=True, exist_ok=True)
         if is_square(data):
-            pixels = unpack_square(data, square_of(data)).permute(1, 2, 0)
-            Image.fromarray(pixels.contiguous().numpy()).save(paths[-1])
+            pixels = unpack_square(data, square_of(data)).transpose(1, 2, 0)
+            Image.fromarray(pixels).save(paths[-1])
         else:
             paths[-1].write_bytes(data)
     return paths

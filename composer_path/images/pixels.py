@@ -102,11 +102,13 @@ class ImagePreparation:
             ImageError: As `load`, and for a square that is damaged.
             ResizedMismatch: The shards were resized for another size, fit or padding colour: no other sample is better.
         """
-        return unpack_square(data, self.square) if is_square(data) else self.load(bytes(data))
+        if is_square(data):
+            return torch.from_numpy(unpack_square(data, self.square))
+        return self.load(bytes(data))
 
     def resize(self, data: bytes) -> bytes:
         """Make the finished square that `--resize` stores in place of the file."""
-        return pack_square(self.load(data), self.square)
+        return pack_square(self.load(data).numpy(), self.square)
 
     def _fit_with_pil(self, image: Image.Image) -> Pixels:
         if self.fit == "pad" and image.width != image.height:

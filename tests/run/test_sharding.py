@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import REPO_ROOT, convert_shards, end_group, largest_error, load_tiny_config, road, run, weights_of
+from tiny_run import (
+    BARE,
+    REPO_ROOT,
+    TWO_STEPS,
+    convert_shards,
+    end_group,
+    largest_error,
+    load_tiny_config,
+    road,
+    run,
+    two_steps,
+    weights_of,
+)
 from warm_process import popen
 
 from composer_path import ComposerPathMLLM, PathMLLM
@@ -24,7 +36,6 @@ from composer_path.run.sharding import build_parallelism_config
 from composer_path.train import build_loader, build_model
 from composer_path.weights.assembly import assemble_model
 
-TWO_STEPS = ["algorithms=null", "trainer.max_duration=2ba", "trainer.eval_interval=99ep"]
 DDP = ["trainer.parallelism_config=null"]
 BF16 = ["trainer.parallelism_config.fsdp.mixed_precision={param_dtype: bf16, reduce_dtype: fp32}"]
 SMALL = ["trainer.max_duration=1ba", "train_loader.max_tokens_per_microbatch=320"]  # one step of several microbatches
@@ -67,9 +78,9 @@ def two_ranks(
     projector = f"model.projector.weights={one_rank}/pretrain/projector.safetensors"
     whole = [
         projector,
-        "trainer.save_interval=1ba",
+        "trainer.save_interval=2ba",
         "trainer.save_num_checkpoints_to_keep=-1",
-        "trainer.eval_interval=99ep",
+        "eval_loader=null",
     ]
     short = [projector, *TWO_STEPS, "trainer.max_duration=1ba"]
     legs = [
@@ -114,20 +125,15 @@ def on_one_rank(shards: Path, root: Path, stage: str, overrides: list[str]) -> d
 
 
 @pytest.fixture(scope="module")
-def baseline(one_rank: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def baseline(one_rank: Path) -> dict[str, Any]:
     """Two steps on one rank, gradients as they come."""
-    projector = f"model.projector.weights={one_rank}/pretrain/projector.safetensors"
-    return on_one_rank(shards, tmp_path_factory.mktemp("baseline"), "finetune", [projector, *TWO_STEPS])
+    return two_steps(one_rank)
 
 
 @pytest.fixture(scope="module")
-def alternating_baseline(
-    one_rank: Path, shards: Path, alternating: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
+def alternating_baseline(one_rank: Path, alternating: str) -> dict[str, Any]:
     """The same over conversations with and without an image."""
-    projector = f"model.projector.weights={one_rank}/pretrain/projector.safetensors"
-    more = [projector, *TWO_STEPS, *ALTERNATING, alternating]
-    return on_one_rank(shards, tmp_path_factory.mktemp("alternating_baseline"), "finetune", more)
+    return two_steps(one_rank, *ALTERNATING, alternating)
 
 
 # --- two ranks -------------------------------------------------------------------------------------------------------
@@ -192,7 +198,7 @@ def test_a_sharded_checkpoint_of_two_ranks_goes_on_on_one(
     checkpoint = two_ranks["folder"] / "whole" / "finetune" / "checkpoints" / "ep0-ba2"
     assert len(list(checkpoint.glob("*.distcp"))) == 2
     projector = f"model.projector.weights={one_rank}/pretrain/projector.safetensors"
-    more = [projector, "trainer.eval_interval=99ep", f"trainer.load_path={checkpoint}"]
+    more = [projector, *BARE, f"trainer.load_path={checkpoint}"]
     resumed = on_one_rank(shards, tmp_path, "finetune", more)
     expected = torch.load(one_rank / "finetune.pt")
     assert list(resumed["losses"]) == [2, 3, 4, 5]

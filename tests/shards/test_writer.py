@@ -211,6 +211,12 @@ def test_a_conversion_killed_at_any_moment_has_no_index_and_resumes_to_the_same_
     assert int(result.stdout) > 20
 
 
+def test_converting_does_not_wait_for_torch_to_be_imported() -> None:
+    """Neither the command nor its workers; only --resize needs it."""
+    code = "import sys, composer_path.conversion.convert; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=REPO).returncode == 0
+
+
 def test_an_error_never_publishes_and_the_rest_can_be_resumed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
