@@ -77,12 +77,11 @@ def _has_flash_attn() -> bool:
 
 def _let_torch_call(backend: str) -> None:
     """Have torch's flash operators run the kernels of a newer package."""
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        raise ValueError(f"attention: '{backend}' needs torch 2.11, found {torch.__version__}; use 'auto'")
     try:
-        from torch.nn.attention import activate_flash_attention_impl
-    except ImportError:
-        raise ValueError(f"attention: '{backend}' needs torch 2.11, found {torch.__version__}; use 'auto'") from None
-    try:
-        activate_flash_attention_impl("FA" + backend[-1])
+        activate("FA" + backend[-1])
     except Exception as error:
         raise ValueError(
             f"attention: '{backend}' can't be used here ({type(error).__name__}: {error}); install its package, or use "
@@ -94,11 +93,10 @@ def kernel_in_words(resolved: str) -> str:
     """What computes attention under a registered name."""
     if resolved != _TORCHS_FLASH:
         return KERNELS[resolved]
-    try:
-        from torch.nn.attention import current_flash_attention_impl
-    except ImportError:
-        return "torch's varlen_attn" if varlen_attn is not None else "torch's flash operator"
-    return f"torch's varlen_attn with {current_flash_attention_impl() or 'its own kernels'}"
+    if varlen_attn is None:
+        return "torch's flash operator"
+    activated = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return f"torch's varlen_attn with {activated or 'its own kernels'}"
 
 
 def pack_attention(language_model: PreTrainedModel) -> None:

@@ -213,7 +213,7 @@ def test_a_newer_kernel_is_called_by_torch_or_refused_by_name(monkeypatch: pytes
     with pytest.raises(ValueError, match=f"'flash_attn_{version}' can't be used here .*no FA{version}"):
         resolve_attention(f"flash_attn_{version}", "cuda")  # type: ignore[arg-type]
     monkeypatch.delattr(torch.nn.attention, "activate_flash_attention_impl")
-    with pytest.raises(ValueError, match="needs torch 2.11"):
+    with pytest.raises(ValueError, match="needs torch 2\\.11"):
         resolve_attention(f"flash_attn_{version}", "cuda")  # type: ignore[arg-type]
 
 
@@ -224,7 +224,7 @@ def test_a_log_can_say_which_kernel_runs(backend: str) -> None:
 
 def test_an_attention_that_can_not_run_is_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "build_vision_encoder", None)
-    with pytest.raises(ValueError, match="needs a CUDA device|needs the package"):
+    with pytest.raises(ValueError, match=r"needs a CUDA device|needs the package"):
         assembly.assemble_model(
             vision_encoder={}, projector={}, language_model={}, trainable=["projector"], attention="flash_attn"
         )
