@@ -154,7 +154,7 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     free = machine.memory * (1 - RESERVED) - standing.total
     fits, loader, execution = [], settings["train_loader"], settings["execution"]
     for kind in get_args(Checkpointing):
-        per_token, fixed = bytes_of_rows(_empty_model(settings, kind), sample)
+        per_token, fixed = bytes_of_rows(model if kind == "off" else _empty_model(settings, kind), sample)
         most = int((free - fixed) / per_token) if free > fixed else 0
         again = counter.recomputed(*lengths, blocks=kind == "full", head=execution["loss_chunk"] is not None)
         fits.append(Fit(kind, per_token, fixed, most, again / flops.total))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -53,13 +55,21 @@ def config_of(root: Path, *more: str, runs: str = "runs") -> Any:
     return load_tiny_config("finetune", root / "shards", root / runs, [*calm, *steps, *more])
 
 
-def settings_of(root: Path, *more: str) -> dict[str, Any]:
-    return plain(config_of(root, *more))
+@functools.cache
+def read_settings(root: Path) -> dict[str, Any]:
+    return plain(config_of(root))
+
+
+def settings_of(root: Path) -> dict[str, Any]:
+    return copy.deepcopy(read_settings(root))
+
+
+vocabulary = functools.cache(load_tokenizer)
 
 
 def read(folder: Path, **keywords: Any) -> ConversationDataset:
     settings: dict[str, Any] = {"template": "llava_llama_2", "max_seq_len": 320, "batch_size": 4} | keywords
-    tokenizer = load_tokenizer(REPO_ROOT / "test_data" / "tokenizer")
+    tokenizer = vocabulary(REPO_ROOT / "test_data" / "tokenizer")
     model = {"num_image_tokens": 4, "image_size": 32, "pad_color": (127, 127, 127)}
     return ConversationDataset(local=str(folder), tokenizer=tokenizer, **model, **settings)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +15,8 @@ import torch
 from composer_path.cli import main
 from composer_path.config.reading import load_config, plain
 from composer_path.models.execution import Checkpointing
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.planning import plan as planning
 from composer_path.planning.plan import (
     PEAK_FLOPS,
     Machine,
@@ -46,7 +50,25 @@ def overrides(*more: str) -> list[str]:
     ]
 
 
-@functools.cache  # a plan is frozen, and takes seconds
+@functools.cache
+def model_of(settings: str, checkpointing: str) -> PathMLLM:
+    return _empty_model(json.loads(settings), checkpointing)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_run_once() -> Iterator[None]:
+    """Plans whose models are the same share them and what their steps take."""
+
+    def shared(settings: dict[str, Any], checkpointing: str) -> PathMLLM:
+        return model_of(json.dumps({key: settings[key] for key in ("model", "execution")}), checkpointing)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_empty_model", shared)
+        patch.setattr(planning, "bytes_of_rows", functools.cache(planning.bytes_of_rows))
+        yield
+
+
+@functools.cache
 def planned(repo_root: Path, stage: str, gpus: int, memory: float, *more: str) -> Plan:
     config = load_config(repo_root / "yamls" / f"{stage}.yaml", overrides(*more))
     return make_plan(config, Machine(gpus, memory, PEAK_FLOPS["H100"]), SAMPLE)
@@ -63,7 +85,7 @@ def test_the_largest_microbatch_just_fits(finetune: Plan, repo_root: Path) -> No
     for fit in finetune.fits:
         samples = fit.most_tokens // SAMPLE.tokens
         assert samples > 10
-        with computing_in(_empty_model(settings, fit.checkpointing), torch.bfloat16) as model:
+        with computing_in(planning._empty_model(settings, fit.checkpointing), torch.bfloat16) as model:
             inside, beyond = (
                 peak_of_step(model, RowSize(samples + more, SAMPLE.tokens, SAMPLE.answers, 1)) for more in (0, 2)
             )
@@ -99,7 +121,7 @@ def test_the_replicated_stage_1_holds_every_frozen_weight_on_each_gpu(repo_root:
 
 def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
     settings = plain(load_config(repo_root / "yamls" / "finetune.yaml", overrides()))
-    model = _empty_model(settings, "off")
+    model = planning._empty_model(settings, "off")
     block = sum(p.numel() for p in model.language_model.model.layers[0].parameters())
     root = 2 * 4000 * 512 + 512
     fsdp = {"version": 2, "reshard_after_forward": True}
