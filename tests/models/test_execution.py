@@ -255,7 +255,7 @@ import test_execution
 from test_execution import STAGES, build, choose_execution
 from composer_path.planning.step_memory import RowSize, _empty_batch, _flash_on_meta, computing_in, to_meta
 
-test_execution.VISION["kwargs"]["depth"] = 12
+test_execution.VISION["kwargs"]["depth"] = 9
 graphs, calls, compiled = [], [], torch.compile
 
 def count(graph, inputs):
@@ -263,28 +263,30 @@ def count(graph, inputs):
     return lambda *inputs: calls.append(graph) or graph(*inputs)
 
 torch.compile = lambda function, **keywords: compiled(function, backend=count, **keywords)
-for stage in STAGES:
-    for kind in ("off", "selective", "full"):
-        torch._dynamo.reset(), graphs.clear(), calls.clear()
-        model = to_meta(build(STAGES[stage], num_hidden_layers=12))
-        choose_execution(model, fusion="compile", activation_checkpointing=kind, row_multiple=64)
-        for samples in (3, 4):
-            with computing_in(model, torch.bfloat16), _flash_on_meta():
-                row = _empty_batch(model, RowSize(samples, 40, 10, 1), torch.device("meta"))
-                model(**row).sum().backward()
-        print(len(graphs), len(calls))
+for stage, kind in {cells!r}:
+    torch._dynamo.reset(), graphs.clear(), calls.clear()
+    model = to_meta(build(STAGES[stage], num_hidden_layers=9))
+    choose_execution(model, fusion="compile", activation_checkpointing=kind, row_multiple=64)
+    for samples in (3, 4):
+        with computing_in(model, torch.bfloat16), _flash_on_meta():
+            row = _empty_batch(model, RowSize(samples, 40, 10, 1), torch.device("meta"))
+            model(**row).sum().backward()
+    print(len(graphs), len(calls))
 """
+SOME_CELLS = [("stage 1", "selective"), ("all", "full")]
+ALL_CELLS = [(stage, kind) for stage in STAGES for kind in get_args(Checkpointing)]
 
 
-def test_compile_reaches_every_block_with_few_graphs() -> None:
-    """12 blocks of each kind, rows of two sizes; beyond 8 graphs of a function torch leaves it eager without a word."""
-    words = [sys.executable, "-c", GRAPHS.format(folders=FOLDERS)]
+@pytest.mark.parametrize("cells", [SOME_CELLS, pytest.param(ALL_CELLS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_compile_reaches_every_block_with_few_graphs(cells: list[tuple[str, str]]) -> None:
+    """9 blocks of each kind, rows of two sizes; beyond 8 graphs of a function torch leaves it eager without a word."""
+    words = [sys.executable, "-c", GRAPHS.format(folders=FOLDERS, cells=cells)]
     process = popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-2000:]
     counts = [tuple(map(int, line.split())) for line in output.splitlines()]
-    assert len(counts) == len(STAGES) * 3
-    assert all(graphs <= 4 and calls == 2 * (12 + 12) for graphs, calls in counts), counts
+    assert len(counts) == len(cells)
+    assert all(graphs <= 4 and calls == 2 * (9 + 9) for graphs, calls in counts), counts
 
 
 INTERPRETED = """
