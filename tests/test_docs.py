@@ -13,6 +13,7 @@ from composer_path.commands.verb import parse
 REPO_ROOT = Path(__file__).resolve().parent.parent
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CHANGELOG.md", *sorted((REPO_ROOT / "docs").glob("*.md"))]
 VERBS = {"convert": "convert", "view_shards": "shards", "encode": "encode", "measure_lengths": "lengths"}
+TESTS_OF_THE_SEAM = sorted((REPO_ROOT / "tests" / "seam").glob("test_*.py"))
 BLOCK = re.compile(r"^( *)```bash\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
@@ -65,3 +66,22 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert heading in anchors, target
+
+
+def test_every_test_that_the_seam_names_exists_and_every_contract_is_named() -> None:
+    named: set[tuple[str, str]] = set()
+    for row in (REPO_ROOT / "docs" / "seam.md").read_text(encoding="utf-8").splitlines():
+        if row.startswith("|") and "`test_" in row:
+            place = re.search(r"\| (?:(trainer|checkpoint|streaming|originals)|`(tests/\S+\.py)`): ", row)
+            assert place, row
+            contract = "test_originals" if place[1] == "originals" else f"test_{place[1]}_contract"
+            file = place[2] or f"tests/seam/{contract}.py"
+            named |= {(file, name) for name in re.findall(r"`(test_\w+)`", row)}
+    assert len(named) > 40
+    files = {file for file, _ in named} | {str(path.relative_to(REPO_ROOT)) for path in TESTS_OF_THE_SEAM}
+    written = {file: (REPO_ROOT / file).read_text(encoding="utf-8") for file in files}
+    there = {
+        (file, name) for file, text in written.items() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    }
+    assert named <= there, named - there
+    assert {pair for pair in there if pair[0].startswith("tests/seam/")} <= named
