@@ -13,7 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.asking.processor_config import write_processor_config
+from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
+from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
@@ -23,9 +24,10 @@ from composer_path.run.checkpoint_safety import METADATA, is_harmless, read_pick
 from composer_path.run.checkpoints import frozen_names
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
+from composer_path.storage.atomic import replace_files
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.folder import write_json
-from composer_path.weights.model_folder import PathMLLM
+from composer_path.weights.model_folder import PathMLLM, is_model_folder
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,17 +53,47 @@ def write_model(
     images: ImagePreparation,
     dtype: str | None = None,
 ) -> None:
-    """Write everything that `composer-path ask` needs: weights, configuration, tokenizer, how inputs are prepared."""
+    """Write everything that `composer-path ask` needs: weights, configuration, tokenizer, how inputs are prepared.
+
+    An earlier model in the folder stays until the new one is complete, and takes its evaluation with it.
+
+    Raises:
+        ValueError: An unknown `dtype`, or another program's model lies in the folder.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
     if dtype is not None:
         weights = {
             key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in weights.items()
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, folder)
-    write_processor_config(folder, text, images)
-    model.save_pretrained(folder, state_dict=weights)
+    check_replaceable(folder)
+
+    def write(new: Path) -> None:
+        save_tokenizer(tokenizer, new)
+        write_processor_config(new, text, images)
+        model.save_pretrained(new, state_dict=weights)
+
+    replace_files(folder, write, is_model_file, last="config.json")
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a model folder belongs to its model, by its name."""
+    return name in ("config.json", PROCESSOR_CONFIG, EVALUATION, SAFETENSORS, REFERENCE_BIN) or name.startswith(
+        ("model", "tokenizer")
+    )
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write a model over weights that this project didn't write; ValueError."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"'{folder}': must be a folder, or not be there; found a file; choose another place")
+    weights = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt"))
+    if weights and not is_model_folder(folder):
+        raise ValueError(
+            f"'{folder}': must be empty or hold an earlier export, found {weights[0]}; choose another place"
+        )
 
 
 def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
@@ -102,6 +134,7 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     from its seed. The template is the one that was trained; of a mixture with several, the one named for asking, which
     is `train_loader.dataset.template`. Weights are written as `bf16`, `fp32`, or (None) as trained.
     """
+    check_replaceable(folder)
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])

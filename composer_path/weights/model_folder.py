@@ -22,6 +22,15 @@ MODEL_TYPE = "composer_path"
 HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether a folder's `config.json` is one that `PathMLLM.save_pretrained` wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+
+
 class PathMLLM(path_mllm.PathMLLM):
     """The model as users get it and runs train it: the architecture, and its way to and from a folder."""
 

@@ -84,3 +84,48 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "not_there", set())
     with pytest.raises(ValueError, match=r"is no checkpoint: it has no \.metadata"):
         read_checkpoint(tmp_path, set())
+
+
+@pytest.fixture
+def exported(runs: Path, tmp_path: Path) -> Path:
+    """An earlier export, with its evaluation, and a file that somebody put there."""
+    folder = tmp_path / "model"
+    export_checkpoint(runs / "pretrain" / LATEST, load_config(runs / "pretrain" / "config.yaml"), folder)
+    (folder / "evaluation.json").write_text("{}")
+    (folder / "notes.txt").write_text("ours")
+    return folder
+
+
+def test_a_new_model_takes_the_earlier_ones_evaluation_with_it_and_leaves_what_others_put_there(
+    runs: Path, exported: Path
+) -> None:
+    export_checkpoint(runs / "finetune" / LATEST, load_config(runs / "finetune" / "config.yaml"), exported)
+    assert_loads_to(exported, torch.load(runs / "finetune.pt")["weights"])
+    assert not (exported / "evaluation.json").exists()
+    assert (exported / "notes.txt").read_text() == "ours"
+    assert not list(exported.glob(".*"))
+
+
+def test_an_export_that_fails_leaves_the_earlier_one_whole(
+    runs: Path, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("composer_path.weights.folder.write_tensors", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(runs / "finetune" / LATEST, load_config(runs / "finetune" / "config.yaml"), exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', "[]", "{", None])
+def test_weights_of_another_program_are_never_written_over(runs: Path, tmp_path: Path, config: str | None) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"theirs")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"must be empty or hold an earlier export, found model-00001-of-00002\.safet"):
+        export_checkpoint(runs / "finetune" / LATEST, load_config(runs / "finetune" / "config.yaml"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_a_tokenizer_is_known_by_its_content_not_by_its_path(
 
 
 def test_whatever_changes_ids_changes_a_tokenizers_hash(tokenizer: Any, mistral_tokenizer_path: Path) -> None:
-    changed = [load_tokenizer(mistral_tokenizer_path) for _ in range(3)]
+    changed = [copy.deepcopy(load_tokenizer(mistral_tokenizer_path)) for _ in range(3)]
     changed[0].add_tokens(["<marker>"], special_tokens=True)
     changed[1].chat_template = "{{ messages }}"
     changed[2].eos_token = "<unk>"
