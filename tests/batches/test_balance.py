@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import socket
 from itertools import combinations, product
 from pathlib import Path
@@ -15,6 +14,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch.multiprocessing
+from forked_ranks import join_two_ranks
 from streaming import MDSWriter, StreamingDataset
 from streaming.base.batching import generate_work
 from streaming.base.partition import get_partitions
@@ -281,10 +281,7 @@ def test_one_rank_reads_the_same_batches_balanced_or_not(
 
 def rank_reads(rank: int, port: int, root: Path, tokenizer: Any, tokens: Any, plan: dict[str, Any], out: Path) -> None:
     """One of two ranks, in a process of its own."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join_two_ranks(rank, port)
     found: dict[str, Any] = {}
     for name, (balanced, num_workers, num_epochs, state) in plan.items():
         loader = build(root, tokenizer, tokens if balanced and rank == 0 else None, num_workers, ranks=2)

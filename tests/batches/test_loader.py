@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from composer.core import DataSpec
+from forked_ranks import join_two_ranks
 
 from composer_path import IGNORE_INDEX
 from composer_path.batches.batch import Batch, EmptyBatchError, PackedCollator, Sample, split_batch
@@ -80,9 +81,7 @@ def test_a_batch_that_was_split_can_be_split_again() -> None:
 
 def rank_answers(rank: int, port: int, folder: Path, tokenizer: Any, all_done: Any) -> None:
     """What a rank sees, written as JSON; runs in a process of its own."""
-    torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join_two_ranks(rank, port)
     batches = {
         "one bin against three": text_batch([[30] * 4, [90, 80, 70, 10]][rank], limit=100),
         "no answer here": text_batch([[30] * 4, [90, 80, 70, 10]][rank], limit=100, answer=2 * rank),

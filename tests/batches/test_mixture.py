@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections import Counter
 from itertools import product
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from forked_ranks import join_two_ranks
 from streaming import MDSWriter
 from tiny_shards import end_workers
 
@@ -86,10 +86,7 @@ def read(loader: WholeEpochLoader, num_epochs: int, state: dict[str, Any] | None
 
 def rank_reads(rank: int, port: int, root: Path, tokenizer: Any, plan: dict[str, Any], out: Path) -> None:
     """One of two ranks, in a process of its own."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join_two_ranks(rank, port)
     found = {}
     for name, (num_workers, num_epochs, state) in plan.items():
         loader = build(root, tokenizer, num_workers, ranks=2)
