@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -87,6 +88,8 @@ def train(
     from composer_path.run.report import RunReport
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
 
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
     settings = plain(config)
     trainer_section = settings["trainer"]
     run_folder = Path(settings["save_root"], trainer_section["run_name"])

@@ -48,7 +48,7 @@ def _tokenizers_are_read_once() -> Iterator[None]:
 
 
 def read_once(load: Callable[..., Any]) -> Callable[..., Any]:
-    """The same tokenizer for the same files and settings, unless a test changed it."""
+    """The same tokenizer for the same files and settings; who changes one copies it first."""
     known: dict[Any, tuple[Any, Any]] = {}
 
     def state(tokenizer: Any) -> Any:
@@ -59,10 +59,11 @@ def read_once(load: Callable[..., Any]) -> Callable[..., Any]:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         key = (str(path), repr(stamps), repr(kwargs))
-        if key in known and state(known[key][0]) == known[key][1]:
-            return known[key][0]
-        tokenizer = load(path, **kwargs)
-        known[key] = (tokenizer, state(tokenizer))
+        if key not in known:
+            tokenizer = load(path, **kwargs)
+            known[key] = (tokenizer, state(tokenizer))
+        tokenizer, as_loaded = known[key]
+        assert state(tokenizer) == as_loaded, f"a test changed the tokenizer of {path}, which others share: copy it"
         return tokenizer
 
     return load_or_take

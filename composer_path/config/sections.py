@@ -121,14 +121,19 @@ def _loader(default: Any) -> Section:
 
 
 def _optimizer() -> Choice:
-    changes: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "eps"), AT_LEAST_0)
+    changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
     changes["betas"] = {"check": rules.check_beta}
+    # What torchao's signature doesn't say.
+    types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
+    types["bf16_stochastic_round"] = bool
+    changes_8bit = {**changes, **{key: {**changes.get(key, {}), "annotation": kind} for key, kind in types.items()}}
     sections = {}
     for name in get_args(OptimizerName):
         functions: list[Any] = [build_optimizer]
         with suppress(ValueError):  # its package isn't installed: said when it is built
             functions.append(optimizer_class(name))
-        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=changes)
+        said = changes_8bit if name == "adamw_8bit" else changes
+        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=said)
     return Choice("name", sections, REQUIRED)
 
 

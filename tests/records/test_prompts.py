@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import datetime
 
 import pytest
@@ -27,7 +28,7 @@ def conversation(*texts: str, system: str | None = None) -> Conversation:
 
 @pytest.fixture
 def mistral(mistral_tokenizer_path):
-    return text_encoder(load_tokenizer(mistral_tokenizer_path, use_fast=False))
+    return text_encoder(copy.deepcopy(load_tokenizer(mistral_tokenizer_path, use_fast=False)))
 
 
 @pytest.fixture

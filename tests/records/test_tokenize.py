@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -44,7 +45,8 @@ def tokenizer(request):
     name, _, kind = request.param.rpartition("_")
     if name == "byte":
         return request.getfixturevalue("shared_byte_level_tokenizer")
-    tokenizer = load_tokenizer(request.getfixturevalue(f"{name}_tokenizer_path"), use_fast=kind == "fast")
+    path = request.getfixturevalue(f"{name}_tokenizer_path")
+    tokenizer = copy.deepcopy(load_tokenizer(path, use_fast=kind == "fast"))
     tokenizer.add_special_tokens({"additional_special_tokens": MARKERS})
     return tokenizer
 

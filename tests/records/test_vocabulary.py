@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
@@ -40,7 +41,7 @@ def use_fast(request) -> bool:
 @pytest.fixture(scope="module")
 def mistral(mistral_tokenizer_path, use_fast):
     """The demo's tokenizer with special tokens of chat models added."""
-    tokenizer = load_tokenizer(mistral_tokenizer_path, use_fast=use_fast)
+    tokenizer = copy.deepcopy(load_tokenizer(mistral_tokenizer_path, use_fast=use_fast))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<image>"]})
     return tokenizer
 
