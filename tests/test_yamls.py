@@ -97,7 +97,15 @@ def test_the_product_starts_on_test_data_by_overriding_paths_and_sizes(repo_root
 @pytest.mark.parametrize(
     ("folder", "more"),
     [
-        (".", {"optimizer.lr", "execution.activation_checkpointing", "train_loader.max_tokens_per_microbatch"}),
+        (
+            ".",
+            {
+                "optimizer.lr",
+                "execution.activation_checkpointing",
+                "execution.frozen_weights",
+                "train_loader.max_tokens_per_microbatch",
+            },
+        ),
         ("demo", {"trainer.max_duration"}),
     ],
 )

@@ -2,12 +2,15 @@
 
 An epoch is Streaming's array of sample ids `[nodes, ranks, workers, batches, batch_size]`. A rank takes its workers'
 batches in turn, so the global batch of step `s` is `[:, :, s % workers, s // workers]`. No sample leaves its global
-batch, so loss, gradients and the order in which a resumed run goes on stay as they are.
+batch, so loss and gradients stay as they are, to rounding. Checkpoints say whether ranks were balanced: a resumed run
+goes on as it began.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,11 +18,14 @@ import torch
 from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 
+from composer_path.shards.lengths import LengthsError
+from composer_path.stream.error import StreamError, of_all_ranks
 from composer_path.stream.guarded import GuardedStreamingDataset
 
 log = logging.getLogger(__name__)
 
 Reach = Literal["node", "global"]
+Balance = Literal["auto", "node", "global"]  # as a YAML says it; auto: where lengths are there
 _GROUPS_AT_ONCE = 4096
 _SWAPS_PER_RANK = 2  # after the dealing; twice as many even out nothing more that could be measured
 
@@ -36,16 +42,65 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
         super().__init__(**streaming)
         self._balance: tuple[Tokens, Reach] | None = None
         self._imbalance: Tensor | None = None
+        self._as_it_began = False  # whether a checkpoint decides, as nobody did
 
     def balance(self, tokens: Tokens, reach: Reach) -> None:
         """From the next epoch on, give all ranks equally many of the `tokens` that each position's sample has."""
         if self.batching_method == "device_per_stream":
-            raise ValueError(
-                "balance: would mix the streams that dataset.batching_method=device_per_stream keeps apart on each "
-                "rank; leave out one of the two"
-            )
+            raise ValueError(f"balance: {_ONE_STREAM_A_RANK}; leave out one of the two")
         self._balance = tokens, reach
-        self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
+        if _leads("LOCAL_RANK"):  # whose first worker deals an epoch's samples out
+            self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
+
+    def balance_if_measured(self, stored_lengths: Callable[[], Tokens]) -> None:
+        """Balance where lengths are there on all ranks, else leave batches as drawn; one line of the log says which.
+
+        A resumed run goes on as it began, whatever is there now.
+        """
+        self._as_it_began = True
+        tokens, problem = None, None
+        try:
+            tokens = None if self.batching_method == "device_per_stream" else stored_lengths()
+        except (LengthsError, OSError) as error:
+            problem = str(error)
+        problem = next(filter(None, of_all_ranks(problem)), None)
+        if tokens is None or problem is not None:
+            _tell("balance=auto: batches as drawn; %s", problem or f"it {_ONE_STREAM_A_RANK}")
+            return
+        # Where each node has all shards on its disk, an exchange over all ranks fetches nothing.
+        reach: Reach = "node" if any(stream.remote is not None for stream in self.streams) else "global"
+        _tell("balance=auto: ranks get equal tokens in each step (%s), as measured", reach)
+        self.balance(tokens, reach)
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """Where to go on, and whether ranks were balanced. The key is always there, as sharded checkpoints need."""
+        return super().state_dict(num_samples, from_beginning) | {"balance": self._reach}
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Go on there; after `balance_if_measured` with the ranks' shares as they were.
+
+        Raises:
+            StreamError: They were balanced, and there are no lengths any more.
+        """
+        began: Reach | None = obj.get("balance")  # not known of an earlier version's run: as drawn, or as the YAML says
+        if began != self._reach and self._as_it_began:
+            self._go_on(began)
+        elif began != self._reach:
+            _tell("balance=%s, as the YAML says; this run began with %s", self._reach or "null", began or "null")
+        super().load_state_dict(obj)
+
+    def _go_on(self, began: Reach | None) -> None:
+        if began is not None and self._balance is None:
+            found = f"this run began with balanced ranks ({began}), and balance=auto has no lengths of its samples now"
+            fix = "measure them with composer-path lengths, or give balance=null to go on with batches as drawn"
+            raise StreamError.of("", "lengths-missing", self.where(), found, fix)
+        self._balance = None if began is None or self._balance is None else (self._balance[0], began)
+        self._imbalance = self._imbalance if self._balance is not None else None
+        _tell("balance=auto: %s, as this run began", "batches as drawn" if began is None else f"balanced ({began})")
+
+    @property
+    def _reach(self) -> Reach | None:
+        return None if self._balance is None else self._balance[1]
 
     @property
     def imbalance(self) -> tuple[float, float] | None:
@@ -65,12 +120,26 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
 
         It is changed in place, because the worker that made it goes on with this very array.
         """
-        if self._balance is not None and self._imbalance is not None and sample_ids.size:
+        if self._balance is not None and sample_ids.size:
             tokens, reach = self._balance
             balanced = balance_work(sample_ids, tokens, reach)
-            self._imbalance[0], self._imbalance[1] = imbalance(sample_ids, tokens), imbalance(balanced, tokens)
+            if self._imbalance is not None:
+                self._imbalance[0], self._imbalance[1] = imbalance(sample_ids, tokens), imbalance(balanced, tokens)
             sample_ids[:] = balanced
         return super()._share_work(sample_ids)
+
+
+_ONE_STREAM_A_RANK = "would mix the streams that dataset.batching_method=device_per_stream keeps apart on each rank"
+
+
+def _leads(variable: str) -> bool:
+    return int(os.environ.get(variable, "0")) == 0
+
+
+def _tell(line: str, *values: object) -> None:
+    """Once for all ranks."""
+    if _leads("RANK"):
+        log.info(line, *values)
 
 
 def balance_work(work: Work, tokens: Tokens, reach: Reach) -> Work:

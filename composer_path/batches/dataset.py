@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_path.batches.balance import BalancedStreamingDataset
 from composer_path.batches.batch import Sample
+from composer_path.batches.measure import lengths_key
 from composer_path.batches.mixture import Source, Template, asking_template, build_streams, template_of
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
 from composer_path.images.pixels import Decoder, Fit, ImagePreparation
@@ -23,7 +24,7 @@ from composer_path.records.prompts import ImagePosition, TemplateError
 from composer_path.records.rules import ImageError
 from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation, TokenizedConversation
 from composer_path.shards.columns import COLUMNS, image_views
-from composer_path.shards.lengths import lengths_key, lengths_place, read_lengths
+from composer_path.shards.lengths import lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
 from composer_path.stream.guarded_stream import GuardedStream
 
@@ -156,7 +157,7 @@ class ConversationDataset(BalancedStreamingDataset):
         return (stream.folder / INDEX).read_bytes()
 
     def stored_lengths(self, folder: str | None = None) -> Integer[np.ndarray, " samples"]:
-        """Tokens of each sample, by its position in the stream, as `composer-path lengths` left them.
+        """Tokens of each sample, by its position in the stream, as they were measured.
 
         They lie in a folder, or (None) beside each set.
 
@@ -165,7 +166,7 @@ class ConversationDataset(BalancedStreamingDataset):
         """
         found = []
         for stream, source, num_samples in zip(self.streams, self.sources, self.samples_per_stream, strict=True):
-            key = lengths_key(self._index_of(stream), self.tokenizer, source.text)
+            key = lengths_key(self.tokenizer, source.text).of_set(self._index_of(stream))
             found.append(read_lengths(lengths_place(stream.where, folder), key, int(num_samples)).tokens)
         return np.concatenate(found)
 

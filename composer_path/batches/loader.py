@@ -11,7 +11,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from composer_path.batches.balance import BalancedStreamingDataset, Reach
+from composer_path.batches.balance import Balance, BalancedStreamingDataset
 from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.microbatches import run_device
@@ -58,7 +58,7 @@ def build_dataloader(
     global_batch_size: int,
     max_tokens_per_microbatch: int | None = None,
     loss_average: LossAverage = "token",
-    balance: Reach | None = None,
+    balance: Balance | None = "auto",
     lengths: str | None = None,
     drop_last: bool = False,
     num_workers: int = 4,
@@ -79,8 +79,9 @@ def build_dataloader(
         max_tokens_per_microbatch: Most tokens in one forward pass of a rank; bounds the memory. None for one pass.
         loss_average: See `PackedCollator`.
         balance: Exchange samples inside each global batch so that ranks have equally many tokens: `node` with the
-            ranks of a node, `global` with all; None leaves them where they were drawn. Needs measured lengths.
-        lengths: Folder or URL of those, from `composer-path lengths`; None for beside each set.
+            ranks of a node, `global` with all, by measured lengths; `auto` does it where those are there, with all
+            ranks unless a set has a remote; None leaves samples where they were drawn.
+        lengths: Folder or URL of the lengths; None for beside each set.
         drop_last: Leave out an epoch's last, smaller batch.
         num_workers: Processes a rank that read, decode and tokenize.
         prefetch_factor: Batches each of them prepares ahead.
@@ -94,7 +95,7 @@ def build_dataloader(
 
     Raises:
         ValueError: The ranks don't divide the batch, or a sample may be longer than a microbatch.
-        LengthsError: `balance` without lengths that fit tokenizer, template, encoder and set.
+        LengthsError: `node` or `global` without lengths that fit tokenizer, template, encoder and set.
     """
     world_size = dist.get_world_size()
     if global_batch_size % world_size:
@@ -117,10 +118,10 @@ def build_dataloader(
             f"max_tokens_per_microbatch={max_tokens_per_microbatch} is less than dataset.max_seq_len={longest}: "
             "a single sample may not fit; raise the one or lower the other"
         )
-    if balance is not None:
-        tokens = samples.stored_lengths(lengths)  # on every rank, so that all refuse what doesn't fit
-        if dist.get_local_rank() == 0:  # whose first worker deals an epoch's samples out
-            samples.balance(tokens, balance)
+    if balance == "auto":
+        samples.balance_if_measured(lambda: samples.stored_lengths(lengths))
+    elif balance is not None:
+        samples.balance(samples.stored_lengths(lengths), balance)  # on every rank, so that all refuse what doesn't fit
     loader = WholeEpochLoader(
         samples,
         batch_size=batch_size,

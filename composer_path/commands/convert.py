@@ -17,6 +17,7 @@ from composer_path.commands.verb import add_workers
 
 if TYPE_CHECKING:
     from composer_path.conversion.convert import Progress
+    from composer_path.conversion.sample_lengths import WantedLengths
     from composer_path.conversion.summary import ConvertSummary
 
 # What each option does; its name, choices and default are those of the conversion's own.
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     squares = "store finished squares of this many pixels a side, so that training decodes nothing"
     add("--resize", metavar="SIDE", type=int, help=squares)
     add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
+    what = "YAML of the training that reads --out: count its samples' lengths, for train_loader.balance, on the way"
+    add("--lengths", metavar="YAML", help=what)
+    add("words", metavar="key=value", nargs="*", default=[], help="overrides of that YAML")
     mean = "of --resize --fit pad, 0 to 255 each (default: the reference's mean colour, %(default)s)"
     add("--pad-color", metavar="R,G,B", type=color, default="123,116,103", help=mean)
 
@@ -84,10 +88,26 @@ def run(options: argparse.Namespace) -> int:
         keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}
     ConvertOptions(**keywords)  # a wrong word is a mistake of the command, not of the input
 
+    if options.lengths is not None:
+        keywords["lengths"] = wanted_lengths(options.lengths, options.words, options.out)
+    elif options.words:
+        raise ValueError(f"key=value: must belong to a YAML, found {options.words[0]!r} and no --lengths YAML")
+
     from composer_path.conversion.convert import convert
 
     places = (options.data, options.images, options.out)
     return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out)
+
+
+def wanted_lengths(yaml: str, words: list[str], out: str) -> list[WantedLengths]:
+    """What is to be counted for the training of a YAML."""
+    from composer_path.config.reading import load_config, plain
+
+    settings = plain(load_config(yaml, words))
+
+    from composer_path.planning.measured_lengths import wanted_lengths
+
+    return wanted_lengths(settings, out)
 
 
 def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from composer_path.batches.mixture import asking_template, check_streams, template_of
 from composer_path.config.types import hint
+from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1
@@ -70,6 +71,12 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         yield f"optimizer.lr.{name}: is not trained; {fix}"
     for name in [name for name in trainable if name not in rates]:
         yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+    if get("execution.frozen_weights") is not None:
+        if "language_model" in trainable:
+            yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {FROZEN_ONLY}"
+        if get("trainer.parallelism_config.fsdp") is not None:
+            why = "FSDP shards weights of one dtype; trainer.parallelism_config=null, which this lever makes room for"
+            yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {why}, or leave it out"
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"

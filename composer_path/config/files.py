@@ -36,9 +36,7 @@ def check_files(settings: Settings) -> list[str]:
     problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
     if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
-    if not problems and any(loader["balance"] for loader in loaders.values()):
-        problems += lengths_problems(settings)
-    return problems
+    return problems or lengths_problems(settings)
 
 
 def samples_left_out(settings: Settings) -> Iterator[str]:

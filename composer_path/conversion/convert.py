@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -28,9 +28,10 @@ from composer_path.conversion.engines import Task, run_locally, run_with_spark
 from composer_path.conversion.identifiers import KEY_NAME, MAPPING_SUFFIX, MappingFile, read_or_make_key
 from composer_path.conversion.input_scan import InputScan
 from composer_path.conversion.options import ConvertOptions
-from composer_path.conversion.partition import ConvertJob, PartitionDone, read_marker, verify_partition
+from composer_path.conversion.partition import ConvertJob, Counts, PartitionDone, read_marker, verify_partition
 from composer_path.conversion.record_file import RawRecord
 from composer_path.conversion.rejected_file import ConvertError, Rejections
+from composer_path.conversion.sample_lengths import CountedLengths, WantedLengths, counted, read_parts
 from composer_path.conversion.summary import ConvertSummary, card_before, count_repeated_images, rejected_by_rule
 from composer_path.parallel import in_threads
 from composer_path.shards.columns import FORMAT_VERSION
@@ -44,7 +45,13 @@ Progress = Callable[[str, int, int | None, int], None]
 
 
 def convert(
-    data: str | Path, images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any
+    data: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    lengths: Sequence[WantedLengths] = (),
+    **options: Any,
 ) -> ConvertSummary:
     """Check all records and their images, and write them as MDS shards.
 
@@ -56,6 +63,7 @@ def convert(
         images: Folder that the records' file names are relative to, or an address.
         out: Folder for the shards, empty or not there yet, or an address.
         progress: Called now and then.
+        lengths: To be counted on the way and written beside the shards, which don't depend on them.
         options: Those of `ConvertOptions`, by name.
 
     Raises:
@@ -90,7 +98,8 @@ def convert(
     prepare(place, manifest, resume=chosen.resume, overwrite=chosen.overwrite, own=names)
     workers = max(1, min(chosen.workers, len(mine)))
     threads = max(1, min(8, os.cpu_count() or 1) // workers)
-    job = ConvertJob(data, images, out, chosen, fingerprint, key, threads)
+    measures = tuple(one.measure for one in lengths)
+    job = ConvertJob(data, images, out, chosen, fingerprint, key, threads, measures)
 
     def tasks() -> Iterator[Task]:
         for partition in mine:
@@ -109,6 +118,7 @@ def convert(
     results = run_with_spark(tasks(), chosen.master, count) if spark else run_locally(tasks(), workers, count)
     summary = ConvertSummary(part=chosen.part if parts > 1 else None)
     dones: list[PartitionDone] = []
+    counts: list[list[Counts]] = []
     for result in results:
         for problem in result.problems:
             rejections.add(*problem)
@@ -118,6 +128,7 @@ def convert(
         if result.done is not None:
             summary.add(result.done)
             dones.append(replace(result.done, problems=[]))  # there may be millions
+            counts.append(result.lengths)
     rejections.save()
     summary.rejected, summary.rejected_by_rule = len(rejections), rejections.by_rule()
     summary.rejected_file = rejections.file if rejections else None
@@ -129,8 +140,12 @@ def convert(
     if mapping is not None:
         mapping.save()
         summary.mapping_file = mapping.path
+    found = counted(lengths, dones, counts)
     if parts == 1:
-        _publish(place, dones, manifest, summary)
+        _publish(place, dones, manifest, summary, found)
+    else:
+        for one in found:
+            one.write_part(place, chosen.part_number)
     return summary
 
 
@@ -168,13 +183,25 @@ def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None
             progress("verifying", index, total, summary.bytes)
     if not summary.records:
         raise ConvertError(f"{place}: there must be a record to write, none is good")
-    _publish(place, dones, manifest, summary)
+    _publish(place, dones, manifest, summary, read_parts(place))
     return summary
 
 
-def _publish(place: Folder | Bucket, dones: list[PartitionDone], manifest: Manifest, summary: ConvertSummary) -> None:
+def _publish(
+    place: Folder | Bucket,
+    dones: list[PartitionDone],
+    manifest: Manifest,
+    summary: ConvertSummary,
+    lengths: Sequence[CountedLengths],
+) -> None:
+    def write_lengths(index: bytes) -> None:
+        whole = [one for one in lengths if one.is_of(dones)]
+        summary.lengths = [one.write(place, index) for one in whole]
+        summary.lengths_left_out = len(lengths) - len(whole)
+
     summary.repeated_images = count_repeated_images(place, dones)
-    publish(place, dones, {**manifest.card, **summary.counts(), "partitions": manifest.num_partitions})
+    card = {**manifest.card, **summary.counts(), "partitions": manifest.num_partitions}
+    publish(place, dones, card, beside=write_lengths)
 
 
 def _take_back(place: Folder | Bucket, names: set[str], parts: int) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import xxhash
+from jaxtyping import Int32
 
 from composer_path.conversion.identifiers import KeyedHashes
 from composer_path.conversion.image_source import ImageSource, StoredImage
@@ -39,6 +40,8 @@ _MAX_SOURCE_LENGTH = 80
 # Requests to a bucket wait for the network, so many go at once.
 _BUCKET_THREADS = 16
 
+Counts = Int32[np.ndarray, "_ 3"]  # tokens, answer tokens and images
+
 # A record without its content, its id, and what is wrong with it.
 Problem = tuple[RawRecord, str | None, RecordError]
 # A record, what it says and shows if it can be read, what is wrong with it, and the stamps of its images' files.
@@ -56,6 +59,7 @@ class ConvertJob:
     fingerprint: str  # hash of the input and of every option that shapes the shards
     key: bytes | None = field(repr=False)  # None to keep identifiers plainly
     threads: int = 1  # for images, in each process
+    measures: tuple[Callable[[Conversation], tuple[int, int, int]], ...] = ()  # what counts each sample's lengths
     check_only: bool = False  # write nothing, only list problems
 
     def writes_on(self, problems: list[Problem]) -> bool:
@@ -83,6 +87,7 @@ class PartitionResult:
     done: PartitionDone | None  # None if it wasn't written
     problems: list[Problem]
     values: dict[tuple[str, str], str]  # (kind, value) -> hash, of all identifiers that were hashed
+    lengths: list[Counts]  # by each of the job's measures
     resumed: bool = False  # an earlier run had converted it
 
 
@@ -143,6 +148,7 @@ class _Conversion:
         )
         self._problems: list[Problem] = []
         self._image_hashes: list[int] = []
+        self._lengths = _Lengths(job)
 
     def run(self) -> PartitionResult:
         job, writer = self._job, self._writer
@@ -161,7 +167,8 @@ class _Conversion:
         finally:
             writer.close()
         values = self._hashed.values if self._hashed is not None else {}
-        return PartitionResult(self._partition, self._done if written else None, self._problems, values)
+        done = self._done if written else None
+        return PartitionResult(self._partition, done, self._problems, values, self._lengths.counts())
 
     def _load(self, record: RawRecord) -> _Loaded:
         """Check a record by itself and read its images; runs in a thread."""
@@ -204,6 +211,7 @@ class _Conversion:
         sample = make_sample(record, conversation, stored, self._hashed)
         if self._job.writes_on(self._problems):
             self._writer.write(sample)
+            self._lengths.add(conversation)
         num_images, num_bytes = len(stored), sum(len(image.data) for image in stored)
         odd = (int(conversation.image_without_tag), conversation.dropped_turns)
         source = conversation.metadata.get("source", "")
@@ -214,6 +222,21 @@ class _Conversion:
                 counts[name] += count
         self._image_hashes += [image.hash for image in stored]
         self._report(1, num_bytes)
+
+
+class _Lengths:
+    """Lengths of a partition's samples."""
+
+    def __init__(self, job: ConvertJob) -> None:
+        self._rows: list[tuple[Callable[[Conversation], tuple[int, int, int]], list[tuple[int, int, int]]]]
+        self._rows = [(measure, []) for measure in job.measures]
+
+    def add(self, conversation: Conversation) -> None:
+        for measure, rows in self._rows:
+            rows.append(measure(conversation))
+
+    def counts(self) -> list[Counts]:
+        return [np.array(rows, np.int32).reshape(-1, 3) for _, rows in self._rows]
 
 
 _DUPLICATE_FIX = "give it its own id, or leave the key out"
@@ -256,19 +279,22 @@ def unknown_keys_of(value: object) -> list[str]:
 
 
 def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, report: Report) -> PartitionResult:
-    """Rebuild from the records what a marker doesn't hold because it identifies: ids of bad ones, and hashes."""
+    """Rebuild from the records what a marker doesn't hold: ids of bad ones and hashes, which identify, and lengths."""
     errors: dict[int, list[RecordError]] = {}
     for position, _line, *words in done.problems:
         errors.setdefault(position, []).append(RecordError(*words))
     problems: list[Problem] = []
-    hashed = KeyedHashes(job.key) if job.key is not None else None
+    hashed, lengths = KeyedHashes(job.key) if job.key is not None else None, _Lengths(job)
     for record in _records(job, partition):
         found = errors.get(record.position or 0, [])
         problems += [(_without_value(record), id_of(record.value), error) for error in found]
-        if not found and hashed is not None:
-            make_sample(record, Conversation.from_record(record.value), [], hashed)
+        if not found and (hashed is not None or job.measures):
+            conversation = Conversation.from_record(record.value)
+            make_sample(record, conversation, [], hashed)
+            lengths.add(conversation)
         report(1, 0)
-    return PartitionResult(partition, done, problems, {} if hashed is None else hashed.values, resumed=True)
+    values = {} if hashed is None else hashed.values
+    return PartitionResult(partition, done, problems, values, lengths.counts(), resumed=True)
 
 
 def _without_value(record: RawRecord) -> RawRecord:

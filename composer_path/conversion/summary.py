@@ -41,6 +41,8 @@ class ConvertSummary:
     bytes: int = 0  # of the shard files
     resumed: int = 0  # partitions that an earlier run had converted
     part: str | None = None  # "1/4" if this was one part of several and there is no index yet
+    lengths: list[str] = field(default_factory=list)  # files with the lengths of samples
+    lengths_left_out: int = 0  # such files that aren't there, as a part was converted without
     rejected_file: Path | None = None  # where the rejected records are listed, if any were
     mapping_file: Path | None = None  # where hashes lead back to values, unless identifiers were kept
 
@@ -77,6 +79,9 @@ class ConvertSummary:
         rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
         rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
         rows += [("partitions taken over", self.resumed)] if self.resumed else []
+        rows += [("lengths of samples in", file) for file in self.lengths]
+        missing = "not written: a part was converted without --lengths; composer-path lengths YAML measures them"
+        rows += [("lengths of samples", missing)] * self.lengths_left_out
         rows += [("rejected records listed in", self.rejected_file)] if self.rejected_file else []
         rows += [("hashes lead back through", self.mapping_file)] if self.mapping_file else []
         if self.part is not None:

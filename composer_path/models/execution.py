@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from composer_path.models.float8_linear import hold_in_float8
 from composer_path.models.language_model import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 
@@ -24,6 +25,7 @@ KEPT = re.compile(
     r"aten::(mm|addmm|bmm|_flash_attention_forward|_scaled_dot_product_\w+)"
     r"|flash_attn::_flash_attn_varlen_forward|torch_attn::_varlen_attn"
 )
+FROZEN_ONLY = "it must be null where language_model is trained; leave it out of this stage"
 # Heads whose logits are more than a product with one matrix; `loss_chunk` computes just that.
 SCALED_HEADS = (
     "final_logit_softcapping",
@@ -42,6 +44,7 @@ def choose_execution(
     vision_chunk: int | None = None,
     loss_chunk: int | None = None,
     row_multiple: int | None = None,
+    frozen_weights: Literal["float8"] | None = None,
 ) -> PathMLLM:
     """Set the levers on a model, before it is sharded.
 
@@ -57,6 +60,8 @@ def choose_execution(
         loss_chunk: Logits exist for at most so many answer tokens at once, and are recomputed in the backward pass;
             None for all at once.
         row_multiple: Rows are filled up to a multiple of so many tokens, so that compiled kernels see few shapes.
+        frozen_weights: `float8` keeps the linear layers of a frozen language model's blocks in half the bytes. The one
+            lever that changes what is computed: weights are rounded to 3 bits of mantissa. None keeps them as read.
 
     Raises:
         ValueError: Unknown words, numbers below 1, or a lever that this model or machine can't use.
@@ -76,6 +81,10 @@ def choose_execution(
     model.loss_chunk, model.row_multiple = loss_chunk, row_multiple
     vision_trained = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
     llm_blocks, vision_blocks = decoder_blocks(model.language_model), model.vision_encoder.blocks
+    if frozen_weights is not None:
+        if any(parameter.requires_grad for parameter in model.language_model.parameters()):
+            raise ValueError(f"execution.frozen_weights: found {frozen_weights}; {FROZEN_ONLY}")
+        hold_in_float8(llm_blocks)
     if fused == "liger":
         _use_liger(model)
     if checkpointing != "off":

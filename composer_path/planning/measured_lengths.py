@@ -1,23 +1,25 @@
-"""Measures how long each sample of a training YAML's sets is, for balanced batches; images are never read.
+"""How long each sample of a training YAML's sets is, for balanced batches; images are never read.
 
 Everything that decides a length (tokenizer, template, placeholders of an image, where samples are cut) is taken from
-the YAML, as training takes it.
+the YAML, as training takes it. Measured from shards, or asked of the conversion that writes them.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
+from composer_path.batches.balance import Reach
+from composer_path.batches.measure import UNUSABLE, Measure, lengths_key
 from composer_path.batches.mixture import given, template_of
-from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import TemplateError
+from composer_path.conversion.sample_lengths import WantedLengths
+from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.tokenize import TextPreparation
-from composer_path.records.vocabulary import TextEncoder, Tokenizer, load_tokenizer, text_encoder
+from composer_path.records.vocabulary import Tokenizer, load_tokenizer, text_encoder
 from composer_path.run.preparation import text_of
 from composer_path.shards.index import INDEX_NAME
 from composer_path.shards.lengths import (
@@ -25,14 +27,13 @@ from composer_path.shards.lengths import (
     LengthsKey,
     SampleLengths,
     has_lengths,
-    lengths_key,
     lengths_place,
     read_lengths,
     write_lengths,
 )
 from composer_path.shards.view import ShardView, over_shards
 from composer_path.storage.errors import StorageError
-from composer_path.storage.places import open_place
+from composer_path.storage.places import Folder, open_place
 
 LOADERS = ("train_loader", "eval_loader")
 Progress = Callable[[int], None]  # gets the number of shards that are done
@@ -55,13 +56,13 @@ class TrainingSet:
             raise LengthsError(f"{self.where}: found no {INDEX_NAME} in '{open_place(self.url)}'") from None
         except StorageError as error:
             raise LengthsError(f"{self.where}: {error}") from None
-        return lengths_key(index, tokenizer, self.text)
+        return lengths_key(tokenizer, self.text).of_set(index)
 
 
 def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None = None) -> list[TrainingSet]:
-    """The sets of a configuration's `LOADERS`; None for those of them that are balanced."""
+    """The sets of a configuration's `LOADERS`; None for those of them that must be balanced."""
     if loaders is None:
-        loaders = tuple(name for name in LOADERS if settings[name] and settings[name]["balance"])
+        loaders = tuple(name for name in LOADERS if settings[name] and settings[name]["balance"] in get_args(Reach))
     sections = {name: settings[name] for name in loaders if settings[name]}
     num_image_tokens = image_tokens_of(settings["model"]) if sections else 0
     sets = []
@@ -94,6 +95,36 @@ def image_tokens_of(model: Mapping[str, Any]) -> int:
     return projector.num_image_tokens(vision.num_tokens(vision.image_size, vision.image_size))
 
 
+def wanted_lengths(settings: Mapping[str, Any], out: str) -> list[WantedLengths]:
+    """What a conversion to a place is to count: the lengths that the loaders which read that place will look for.
+
+    Raises:
+        LengthsError: None reads it.
+    """
+    sets, here = training_sets(settings, LOADERS), _where_it_lies(out)
+    tokenizer = load_tokenizer(**settings["tokenizer"])
+    wanted: dict[tuple[LengthsKey, str | None], WantedLengths] = {}  # train and eval may read alike
+    for found in sets:
+        if _where_it_lies(found.url) == here:
+            key, measure = lengths_key(tokenizer, found.text), Measure(found.text, text_encoder(tokenizer))
+            measure(
+                Conversation(turns=(Turn("human", "?"), Turn("assistant", "!")))
+            )  # else the first record would fail
+            wanted[key, found.folder] = WantedLengths(key, measure, found.folder)
+    if not wanted:
+        read = ", ".join(str(open_place(found.url)) for found in sets)
+        raise LengthsError(
+            f"--lengths: must name a YAML that reads --out {open_place(out)}, found one that reads {read}; "
+            "add the key that says so, such as train_loader.dataset.local=OUT"
+        )
+    return list(wanted.values())
+
+
+def _where_it_lies(url: str) -> str:
+    place = open_place(url)
+    return os.path.realpath(place.path) if isinstance(place, Folder) else place.url.rstrip("/")
+
+
 def lengths_problems(settings: Mapping[str, Any]) -> list[str]:
     """What is wrong with the lengths of a configuration's balanced loaders, one a line, before anything is built."""
     sets, problems = training_sets(settings), []
@@ -116,8 +147,8 @@ def measure(
 ) -> Iterator[str]:
     """Measure the sets of a configuration and yield a line for each: counts, and where the file lies.
 
-    Without `loaders`: of those that are balanced, or of the training loader if none is. Files lie in `out` (a folder or
-    URL), or where the configuration says. `progress` makes a set's report from its number of shards.
+    Without `loaders`: of those that must be balanced, or of the training loader if none must. Files lie in `out` (a
+    folder or URL), or where the configuration says. `progress` makes a set's report from its number of shards.
 
     Raises:
         LengthsError: There is no such set.
@@ -143,28 +174,20 @@ def _measure_set(
     found: TrainingSet, tokenizer: Tokenizer, workers: int, progress: Callable[[int], Progress]
 ) -> SampleLengths:
     view = ShardView(found.url)
-    how, report = (found.text, text_encoder(tokenizer)), progress(len(view.shards))
+    how, report = Measure(found.text, text_encoder(tokenizer)), progress(len(view.shards))
     parts = [np.zeros((0, 3), np.int32), *over_shards(_measure_shard, view, how, workers, report)]
     return SampleLengths(*(np.ascontiguousarray(column) for column in np.concatenate(parts).T))
 
 
-def _measure_shard(task: tuple[ShardView, int, tuple[TextPreparation, TextEncoder]]) -> np.ndarray:
-    view, number, (text, encoder) = task
-    counts = [_measure_sample(data, num_images, text, encoder) for data, num_images in view.texts(number)]
+def _measure_shard(task: tuple[ShardView, int, Measure]) -> np.ndarray:
+    view, number, measure = task
+    counts = [_measure_sample(measure, data, num_images) for data, num_images in view.texts(number)]
     return np.array(counts, np.int32).reshape(-1, 3)
 
 
-def _measure_sample(data: Any, num_images: int, text: TextPreparation, encoder: TextEncoder) -> tuple[int, int, int]:
-    """Tokens, answer tokens and images of a sample, as `ConversationDataset` would make it.
-
-    Only that an image can't be decoded isn't seen here: such a sample is shorter than it was measured.
-    """
+def _measure_sample(measure: Measure, data: Any, num_images: int) -> tuple[int, int, int]:
     try:
         conversation = Conversation.from_shard(data, num_images)
-    except ValueError:
-        return 1, 0, 0
-    with suppress(TemplateError):
-        tokens = text.tokenize(conversation, encoder)
-        if tokens.num_answer_tokens:
-            return len(tokens.input_ids), tokens.num_answer_tokens, tokens.num_images
-    return 1, 0, 0
+    except ValueError:  # the shard is damaged here
+        return UNUSABLE
+    return measure(conversation)

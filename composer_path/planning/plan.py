@@ -201,13 +201,14 @@ def bytes_of_rows(model: PathMLLM, sample: SampleSize) -> tuple[float, float]:
 
 
 def standing_bytes(model: PathMLLM, fsdp: Mapping[str, Any] | None, optimizer: str, gpus: int) -> Standing:
-    """Bytes of one GPU beside activations: fp32 for what learns, bf16 for what is frozen.
+    """Bytes of one GPU beside activations: fp32 for what learns, bf16 for what is frozen (or a byte where in float8).
 
     Under FSDP a block is gathered while the one before it still computes; both, and the root (embeddings, final norm,
     head), are whole in bf16. Gradients of such a pair are whole in bf16, and once more in fp32 for their reduction.
     """
     count, trained = _size(list(model.parameters()))
-    spread = 4.0 * trained + 2.0 * (count - trained), 4.0 * trained, MOMENTS[optimizer] * trained
+    in_float8 = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
+    spread = 4.0 * trained + 2.0 * (count - trained) - in_float8, 4.0 * trained, MOMENTS[optimizer] * trained
     if fsdp is None:  # autocast keeps a bf16 copy of each weight it has used
         return Standing(*spread, 2.0 * trained)
     # The versions have different settings, see Composer's FSDPConfig and FSDP2Config.

@@ -157,7 +157,7 @@ def _empty_batch(model: PathMLLM, row: RowSize, device: torch.device) -> dict[st
 @contextmanager
 def computing_in(model: PathMLLM, dtype: torch.dtype) -> Iterator[PathMLLM]:
     """Within it, all weights of a model on the meta device have the dtype that products are computed in."""
-    before = {parameter: parameter.dtype for parameter in model.parameters()}
+    before = {parameter: parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     for parameter in before:
         parameter.data = parameter.data.to(dtype)
     try:

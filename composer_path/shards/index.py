@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ IMAGE_HASHES_NAME = "image_hashes.bin"  # uint64 xxh64 of each stored image, by 
 _OURS = re.compile(
     rf"({INDEX_NAME}|{CARD_NAME}|{MANIFEST_NAME}|shard\.\d+\.mds"
     rf"|part-\d+/(shard\.\d+\.mds|{DONE_NAME}|{IMAGE_HASHES_NAME}))"
+    r"|lengths-[0-9a-f]{16}\.part-\d+\.npz"
     r"|(part-\d+/)?\.[\w.]+\.unfinished"
 )
 # Measured lengths, which lie beside an index; without use for another set, but never in its way.
@@ -60,12 +61,27 @@ def is_lengths(name: str) -> bool:
     return _LENGTHS.fullmatch(name) is not None
 
 
+def part_lengths_name(what: str, part: int) -> str:
+    """Return the name of the lengths that one part of a conversion has counted; `what` is the hash of what for."""
+    return f"lengths-{what}.part-{part:05}.npz"
+
+
+def is_part_lengths(name: str) -> bool:
+    """Whether it is such a name."""
+    return is_ours(name) and name.startswith("lengths-")
+
+
 def publish(
-    place: Folder | Bucket, parts: Iterable[Part], card: dict[str, Any], index_keys: Mapping[str, Any] | None = None
+    place: Folder | Bucket,
+    parts: Iterable[Part],
+    card: dict[str, Any],
+    index_keys: Mapping[str, Any] | None = None,
+    beside: Callable[[bytes], None] = lambda index: None,
 ) -> None:
     """Write data card and index of parts whose files have been verified, in their order, the index last.
 
-    A `StorageError` says that a file isn't there or has another size; there is no index then.
+    `beside` writes what belongs to just this index, and gets its content before it is there. A `StorageError` says that
+    a file isn't there or has another size; there is no index then.
     """
     expected: dict[str, int | None] = {MANIFEST_NAME: None, CARD_NAME: None, INDEX_NAME: None}
     shards: list[Entry] = []
@@ -82,7 +98,9 @@ def publish(
     place.sync(name for name, size in expected.items() if size is not None)
     write_json(place, CARD_NAME, card, durable=True)
     index = {**(index_keys or {}), "shards": shards, "version": 2}
-    place.write(INDEX_NAME, [json.dumps(index, sort_keys=True).encode()], durable=True)
+    content = json.dumps(index, sort_keys=True).encode()
+    beside(content)
+    place.write(INDEX_NAME, [content], durable=True)
     place.delete([MANIFEST_NAME])
 
 

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from composer_path.records.prompts import PromptTemplate
-from composer_path.records.tokenize import TextPreparation
-from composer_path.records.vocabulary import Tokenizer, text_encoder
 from composer_path.shards.index import is_lengths
 from composer_path.storage.places import Bucket, Folder, open_place
 
 FORMAT = 1
 _COLUMNS = ("tokens", "answer_tokens", "images")
-_DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that numpy reads
+DAMAGE = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)  # of a file that numpy reads
 MEASURE_COMMAND = "composer-path lengths"
 
 
@@ -36,9 +32,9 @@ class LengthsError(ValueError):
 class LengthsKey:
     """What the lengths of a set depend on; other lengths belong to another key."""
 
-    index: str  # hash of the set's index, which holds the shards' names, sizes and checksums
-    tokenizer: str  # see `tokenizer_hash`
-    template: str  # see `template_hash`
+    index: str  # hash of the set's index, which holds the shards' names, sizes and checksums; "" of none yet
+    tokenizer: str  # hashes of batches/measure.py
+    template: str
     num_image_tokens: int  # placeholders of an image
     max_seq_len: int | None  # where samples are cut, tokens
     image_position: str
@@ -47,7 +43,11 @@ class LengthsKey:
     @property
     def file_name(self) -> str:
         """The file's name: lengths of several tokenizers or templates can lie side by side."""
-        return f"lengths-{_hash(json.dumps(asdict(self), sort_keys=True).encode())}.npz"
+        return f"lengths-{short_hash(json.dumps(asdict(self), sort_keys=True).encode())}.npz"
+
+    def of_set(self, index: bytes) -> LengthsKey:
+        """The key of a set, by the content of its index.json; the rest stays."""
+        return replace(self, index=short_hash(index))
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """What another key says otherwise; hashes are named only."""
@@ -71,45 +71,6 @@ class SampleLengths:
         return len(self.tokens)
 
 
-def lengths_key(index: bytes, tokenizer: Tokenizer, text: TextPreparation) -> LengthsKey:
-    """The key of a set's lengths; `index` is the content of its index.json."""
-    if not isinstance(text.num_image_tokens, int):
-        raise LengthsError("balance: needs the same number of tokens for every image; leave balance out")
-    return LengthsKey(
-        index=_hash(index),
-        tokenizer=tokenizer_hash(tokenizer),
-        template=template_hash(text.template),
-        num_image_tokens=text.num_image_tokens,
-        max_seq_len=text.max_seq_len,
-        image_position=text.image_position,
-    )
-
-
-def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """A hash of what decides a tokenizer's ids: its files' contents, special tokens and chat template; not its path."""
-    encoder = text_encoder(tokenizer)
-    parts: dict[str, Any] = {
-        "special_tokens": sorted(encoder.special_tokens.items()),
-        "named": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id],
-        "prefix_after_special": encoder.prefix_after_special,
-        "chat_template": getattr(tokenizer, "chat_template", None),
-    }
-    state = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-    file = Path(getattr(tokenizer, "vocab_file", None) or "")
-    if file.is_file():
-        state.update(file.read_bytes())
-    if tokenizer.is_fast:
-        state.update(tokenizer.backend_tokenizer.to_str().encode())
-    else:
-        state.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return state.hexdigest()[:16]
-
-
-def template_hash(template: PromptTemplate) -> str:
-    """A template's name and a hash of its settings."""
-    return f"{template.name}-{_hash(json.dumps(dataclasses.asdict(template), sort_keys=True, default=str).encode())}"
-
-
 def write_lengths(place: Folder | Bucket, key: LengthsKey, lengths: SampleLengths) -> str:
     """Write the lengths of a set, whole or not at all; returns the file's name."""
     file = io.BytesIO()
@@ -130,7 +91,7 @@ def read_lengths(place: Folder | Bucket, key: LengthsKey, num_samples: int | Non
         raise LengthsError(_missing(place, key)) from None
     try:
         lengths, found = _parse(data)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         found_text = f"found a damaged file ({type(error).__name__})"
         raise LengthsError(f"{place}: {key.file_name}: {found_text}; delete it, and {_fix()}") from None
     if found != asdict(key) or num_samples not in (None, len(lengths)):
@@ -164,7 +125,7 @@ def _missing(place: Folder | Bucket, key: LengthsKey) -> str:
         if is_lengths(name):
             try:
                 others.append(key.differences(_parse(place.read(name))[1]))
-            except _DAMAGE:
+            except DAMAGE:
                 continue
     if not others:
         return f"{place}: found no lengths of this set's samples; {_fix()}"
@@ -181,5 +142,6 @@ def lengths_place(url: str | Path, folder: str | None) -> Folder | Bucket:
     return open_place(folder if folder is not None else url)
 
 
-def _hash(data: bytes) -> str:
+def short_hash(data: bytes) -> str:
+    """A hash that tells contents apart, 16 digits."""
     return hashlib.sha256(data).hexdigest()[:16]

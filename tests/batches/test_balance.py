@@ -30,6 +30,8 @@ from composer_path.parallel import end_with_parent
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.columns import COLUMNS, pack_images
+from composer_path.shards.lengths import LengthsError
+from composer_path.stream.error import StreamError
 
 WORDS = "gland stroma nucleus mitosis duct vessel fat muscle"
 
@@ -200,13 +202,20 @@ def tokenizer(mistral_tokenizer_path: Path) -> Any:
     return load_tokenizer(mistral_tokenizer_path)
 
 
-def build(root: Path, tokenizer: Any, tokens: np.ndarray | None, num_workers: int = 0, ranks: int = 1) -> Any:
+def no_lengths() -> Any:
+    raise LengthsError("found no lengths of this set's samples")
+
+
+def build(root: Path, tokenizer: Any, tokens: Any, num_workers: int = 0, ranks: int = 1, balance: str = "node") -> Any:
+    """A loader of both sets; with `auto`, `tokens` None are lengths that aren't there."""
     streams: dict[str, Any] = {"a": {"local": str(root / "a"), "repeat": 1.5}, "b": {"local": str(root / "b")}}
     settings: dict[str, Any] = {"streams": streams, "shuffle": True, "shuffle_seed": 5, "num_canonical_nodes": 4}
     settings |= {"tokenizer": tokenizer, "num_image_tokens": 4, "image_size": 28, "template": "llava_llama_2"}
     dataset = ConversationDataset(**settings, batch_size=GLOBAL_BATCH // ranks)
-    if tokens is not None:
-        dataset.balance(tokens, "node")
+    if balance == "auto":
+        dataset.balance_if_measured(no_lengths if tokens is None else lambda: tokens)
+    elif tokens is not None:
+        dataset.balance(tokens, balance)
     return WholeEpochLoader(
         dataset,
         batch_size=GLOBAL_BATCH // ranks,
@@ -283,8 +292,10 @@ def rank_reads(rank: int, port: int, root: Path, tokenizer: Any, tokens: Any, pl
     """One of two ranks, in a process of its own."""
     join_two_ranks(rank, port)
     found: dict[str, Any] = {}
-    for name, (balanced, num_workers, num_epochs, state) in plan.items():
-        loader = build(root, tokenizer, tokens if balanced and rank == 0 else None, num_workers, ranks=2)
+    for name, (how, num_workers, num_epochs, state) in plan.items():
+        balance, _, those = how.partition(" ")
+        found_here = balance != "null" and those in ("", f"on rank {rank}")
+        loader = build(root, tokenizer, tokens if found_here else None, num_workers, 2, balance)
         found[name] = read(loader, num_epochs, state)
         found[f"{name}: imbalance"] = loader.dataset.imbalance
         if name == "state":
@@ -299,17 +310,25 @@ def two_ranks(
     root: Path, tokenizer: Any, tokens: np.ndarray, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("ranks")
-    alone = build(root, tokenizer, tokens)
-    next(iter(alone))
-    state = json.loads(json.dumps(alone.dataset.state_dict(4 * GLOBAL_BATCH, True)))
+    states = []
+    for lengths in (tokens, None):
+        alone = build(root, tokenizer, lengths)
+        next(iter(alone))
+        states.append(json.loads(json.dumps(alone.dataset.state_dict(4 * GLOBAL_BATCH, True))))
+    state, drawn = states
     plan = {
-        "balanced": (True, 0, 2, None),
-        "balanced, one worker": (True, 1, 2, None),
-        "balanced, two workers": (True, 2, 2, None),
-        "as drawn": (False, 0, 2, None),
-        "from one rank": (True, 0, 2, state),
-        "from one rank, two workers": (True, 2, 2, state),
-        "state": (True, 0, 1, None),
+        "balanced": ("node", 0, 2, None),
+        "balanced, one worker": ("node", 1, 2, None),
+        "balanced, two workers": ("node", 2, 2, None),
+        "as drawn": ("null", 0, 2, None),
+        "auto": ("auto", 0, 2, None),
+        "auto, found by one rank": ("auto on rank 0", 0, 2, None),
+        "from one rank": ("node", 0, 2, state),
+        "from one rank, two workers": ("node", 2, 2, state),
+        "from one rank, auto": ("auto", 0, 2, state),
+        "from one rank as drawn": ("null", 0, 2, drawn),
+        "from one rank as drawn, auto": ("auto", 2, 2, drawn),
+        "state": ("node", 0, 1, None),
     }
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -362,6 +381,86 @@ def test_one_rank_goes_on_with_a_balanced_epoch_of_two(
     whole = len(unbalanced[0]) - 1
     assert found[0][: whole - 3] == unbalanced[0][3:whole]
     assert found[1] == unbalanced[1]
+
+
+@pytest.mark.world_size(2)
+def test_auto_balances_where_all_ranks_find_lengths(two_ranks: list) -> None:
+    for found in two_ranks:
+        assert found["auto"] == found["balanced"] != found["as drawn"]
+        assert found["auto, found by one rank"] == found["as drawn"]
+        assert found["auto, found by one rank: imbalance"] is None
+
+
+@pytest.mark.world_size(2)
+def test_a_resumed_run_keeps_the_order_that_it_began_with_whatever_is_measured_now(two_ranks: list) -> None:
+    for found in two_ranks:
+        assert found["from one rank as drawn, auto"] == found["from one rank as drawn"]
+        assert found["from one rank, auto"] == found["from one rank"] != found["from one rank as drawn"]
+
+
+# ------------------------------------------------------------------------------------------------- by itself
+
+LINES = {
+    # what a checkpoint says, whether lengths are there, the YAML: what is done, and the last line that says so
+    "begins with lengths": (..., True, "auto", "global", "ranks get equal tokens in each step (global), as measured"),
+    "begins without": (..., False, "auto", None, "batches as drawn; found no lengths of this set's samples"),
+    "began as drawn": (None, True, "auto", None, "balance=auto: batches as drawn, as this run began"),
+    "began otherwise": ("node", True, "auto", "node", "balance=auto: balanced (node), as this run began"),
+    "goes on as it began": ("global", True, "auto", "global", "(global), as measured"),
+    "goes on as drawn": (None, False, "auto", None, "batches as drawn; found no lengths"),
+    "is told to": (None, True, "node", "node", "balance=node, as the YAML says; this run began with null"),
+    "is told not to": ("node", False, "null", None, "balance=null, as the YAML says; this run began with node"),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_one_line_says_what_auto_does_and_why(
+    case: str, root: Path, tokenizer: Any, tokens: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    began, there, balance, reach, line = LINES[case]
+    with caplog.at_level("INFO", "composer_path.batches.balance"):
+        dataset = build(root, tokenizer, tokens if there else None, balance=balance).dataset
+        state = dataset.state_dict(0, True)
+        if began is not ...:
+            dataset.load_state_dict(state | {"balance": began})
+    assert dataset.state_dict(0, True)["balance"] == reach
+    assert line in caplog.messages[-1]
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_drawn(root: Path, tokenizer: Any, tokens: np.ndarray) -> None:
+    dataset = build(root, tokenizer, tokens, balance="auto").dataset
+    state = dataset.state_dict(0, True)
+    del state["balance"]
+    dataset.load_state_dict(state)
+    assert dataset.state_dict(0, True)["balance"] is None
+
+
+def test_a_balanced_run_whose_lengths_are_gone_is_refused_by_name(root: Path, tokenizer: Any) -> None:
+    dataset = build(root, tokenizer, None, balance="auto").dataset
+    state = dataset.state_dict(0, True) | {"balance": "global"}
+    message = (
+        r"lengths-missing: this run began with balanced ranks \(global\), .*; measure them with composer-path lengths"
+    )
+    with pytest.raises(StreamError, match=message):
+        dataset.load_state_dict(state)
+
+
+def test_auto_leaves_batches_of_one_stream_a_rank_alone(
+    root: Path, tokenizer: Any, tokens: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = build(root, tokenizer, None).dataset
+    dataset.batching_method = "device_per_stream"
+    with caplog.at_level("INFO", "composer_path.batches.balance"):
+        dataset.balance_if_measured(lambda: tokens)
+    assert "batches as drawn; it would mix the streams" in caplog.messages[-1]
+    assert dataset.state_dict(0, True)["balance"] is None
+
+
+def test_auto_exchanges_within_nodes_where_shards_are_fetched(root: Path, tokenizer: Any, tokens: np.ndarray) -> None:
+    dataset = build(root, tokenizer, None).dataset
+    dataset.streams[0].remote = "s3://bucket/a"
+    dataset.balance_if_measured(lambda: tokens)
+    assert dataset.state_dict(0, True)["balance"] == "node"
 
 
 def test_batches_of_one_stream_a_rank_are_not_mixed(root: Path, tokenizer: Any, tokens: np.ndarray) -> None:

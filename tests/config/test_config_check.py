@@ -286,6 +286,16 @@ def test_what_the_libraries_accept_is_accepted(demo: Path, override: str) -> Non
     load_config(demo, [override])
 
 
+def test_float8_is_for_a_frozen_language_model_that_is_not_sharded(demo: Path) -> None:
+    float8, replicated = "execution.frozen_weights=float8", "trainer.parallelism_config=null"
+    load_config(demo, [float8, replicated])
+    trained = ["model.trainable=[projector,language_model]", "optimizer.lr=1.0e-3"]
+    (problem,) = problems_of(demo, float8, replicated, *trained)
+    assert "execution.frozen_weights: found float8; it must be null where language_model is trained" in problem
+    (problem,) = problems_of(demo, float8, "trainer.parallelism_config={fsdp: {version: 2}}")
+    assert "FSDP shards weights of one dtype; trainer.parallelism_config=null" in problem
+
+
 def test_adaptive_clipping_is_refused_where_fsdp_1_would_refuse_it_at_the_first_step(demo: Path) -> None:
     clipping = "algorithms.gradient_clipping={clipping_type: adaptive, clipping_threshold: 0.1}"
     load_config(demo, [clipping])

@@ -119,6 +119,18 @@ def test_the_replicated_stage_1_holds_every_frozen_weight_on_each_gpu(repo_root:
     assert plan.standing.weights == pytest.approx(2 * frozen, rel=0.5)
 
 
+def test_a_frozen_language_models_linear_layers_take_a_byte_in_float8(repo_root: Path) -> None:
+    replicated = "trainer.parallelism_config=null"
+    float8 = ("execution.frozen_weights=float8",)
+    plan, small = (planned(repo_root, "pretrain", 8, 8e9, replicated, *more) for more in ((), float8))
+    settings = plain(load_config(repo_root / "yamls" / "pretrain.yaml", overrides()))
+    blocks = planning._empty_model(settings, "off").language_model.model.layers
+    linear = sum(p.numel() for name, p in blocks.named_parameters() if name.endswith("proj.weight"))
+    assert plan.standing.weights - small.standing.weights == linear > 0
+    assert plan.parameters == small.parameters
+    assert small.fits[0].most_tokens > plan.fits[0].most_tokens
+
+
 def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
     settings = plain(load_config(repo_root / "yamls" / "finetune.yaml", overrides()))
     model = planning._empty_model(settings, "off")

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from composer_path.records.prompts import get_template
-from composer_path.records.tokenize import TextPreparation
-from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.lengths import (
     LengthsError,
     LengthsKey,
     SampleLengths,
     has_lengths,
-    lengths_key,
     lengths_place,
     read_lengths,
-    template_hash,
-    tokenizer_hash,
     write_lengths,
 )
 from composer_path.storage.places import Folder, open_place
@@ -123,52 +114,3 @@ def test_damaged_lengths_are_never_used(damage: str, tmp_path: Path) -> None:
 def test_lengths_lie_beside_the_set_or_where_they_are_wanted(tmp_path: Path) -> None:
     assert str(lengths_place("s3://bucket/set", str(tmp_path))) == str(tmp_path)
     assert str(lengths_place(str(tmp_path), None)) == str(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------ what they depend on
-
-
-@pytest.fixture(scope="module")
-def tokenizer(mistral_tokenizer_path: Path) -> Any:
-    return load_tokenizer(mistral_tokenizer_path)
-
-
-def test_a_tokenizer_is_known_by_its_content_not_by_its_path(
-    tokenizer: Any, mistral_tokenizer_path: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(mistral_tokenizer_path, tmp_path / "copy")
-    assert tokenizer_hash(load_tokenizer(tmp_path / "copy")) == tokenizer_hash(tokenizer)
-
-
-def test_whatever_changes_ids_changes_a_tokenizers_hash(tokenizer: Any, mistral_tokenizer_path: Path) -> None:
-    changed = [copy.deepcopy(load_tokenizer(mistral_tokenizer_path)) for _ in range(3)]
-    changed[0].add_tokens(["<marker>"], special_tokens=True)
-    changed[1].chat_template = "{{ messages }}"
-    changed[2].eos_token = "<unk>"
-    hashes = {tokenizer_hash(one) for one in (tokenizer, *changed)}
-    assert len(hashes) == 4
-
-
-def test_another_vocabulary_has_another_hash(tokenizer: Any, shared_byte_level_tokenizer: Any) -> None:
-    assert tokenizer_hash(shared_byte_level_tokenizer) != tokenizer_hash(tokenizer)
-
-
-def test_templates_differ_by_name_and_by_every_setting() -> None:
-    templates = ["plain", "llava_llama_2", {"name": "llava_llama_2", "system": None}, "chat_template"]
-    templates += [{"name": "chat_template", "date": "2020-01-01"}, {"name": "chat_template", "system": "Hi."}]
-    hashes = [template_hash(get_template(template)) for template in templates]
-    assert len(set(hashes)) == len(templates)
-    assert hashes == [template_hash(get_template(template)) for template in templates]
-    assert hashes[1].startswith("llava_llama_2-")
-
-
-def test_a_key_holds_no_text(tokenizer: Any) -> None:
-    template = get_template({"name": "llava_llama_2", "system": "You look at slides of Mr. Miller."})
-    key = lengths_key(b"{}", tokenizer, TextPreparation(template, 8, 512))
-    assert "Miller" not in str(key)
-    assert key == lengths_key(b"{}", tokenizer, TextPreparation(template, 8, 512))
-
-
-def test_images_of_different_lengths_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(LengthsError, match="the same number of tokens for every image"):
-        lengths_key(b"{}", tokenizer, TextPreparation(get_template("plain"), lambda index: 4, 512))
