@@ -135,7 +135,7 @@ class Sent:
         self.tensor, self.ring, self.piece = tensor, ring, piece
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tensor.clone, (self.tensor,)
+        return Tensor.clone, (self.tensor.clone(),)  # torch would move what it shares
 
 
 def _send(sent: Sent) -> tuple[Any, ...]:
