@@ -16,7 +16,17 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "mosaicml", "mosaicml-streaming", "accelerate", "timm")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "mosaicml",
+    "mosaicml-streaming",
+    "accelerate",
+    "timm",
+    "torchvision",
+    "pillow",
+    "simplejpeg",
+)
 
 
 class UnequalError(RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -116,3 +117,24 @@ def test_processes_end_with_a_parent_that_was_killed() -> None:
         time.sleep(0.1)
     assert [pid for pid in workers if os.path.exists(f"/proc/{pid}")] == []
     parent.stdout.close()
+
+
+MAPPED = """
+import ctypes
+from composer_path.parallel import keep_freed_memory
+libc = ctypes.CDLL(None)
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in "arena ordblks smblks mapped b c d e f g".split()]
+libc.mallinfo.restype, libc.malloc.restype = Mallinfo, ctypes.c_void_p
+for step in (lambda: None, keep_freed_memory):
+    step()
+    before = libc.mallinfo().mapped
+    libc.malloc(8 * 2**20)
+    print(libc.mallinfo().mapped - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_a_process_that_keeps_freed_memory_takes_an_image_from_its_heap() -> None:
+    run = subprocess.run([sys.executable, "-c", MAPPED], stdout=subprocess.PIPE, text=True, check=True)
+    assert run.stdout.split() == ["1", "0"]

@@ -23,6 +23,7 @@ from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import ImagePosition, TemplateError
 from composer_path.records.rules import ImageError
 from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation, TokenizedConversation
+from composer_path.records.vocabulary import text_encoder
 from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
@@ -79,6 +80,7 @@ class ConversationDataset(BalancedStreamingDataset):
         if streams is not None:
             streaming["streams"], self.sources = build_streams(streams, template, text)
         self._asking = template, streams
+        text_encoder(tokenizer)  # before workers are forked, each of which would build it again
         super().__init__(**streaming)
         self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
         for columns in {tuple(getattr(shard, "column_names", ())) for shard in self.shards}:

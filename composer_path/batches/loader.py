@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.batches.balance import Balance, BalancedStreamingDataset
 from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
 from composer_path.batches.dataset import ConversationDataset
+from composer_path.batches.memory_ring import forget_ended_workers
 from composer_path.batches.microbatches import run_device
 from composer_path.images.pixels import pad_color_of
-from composer_path.parallel import end_with_parent
+from composer_path.parallel import end_with_parent, keep_freed_memory
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
 
@@ -43,6 +44,7 @@ class WholeEpochLoader(DataLoader):
             failed = dataset.failure() is not None
             if not failed:
                 raise
+        forget_ended_workers()
         if failed:
             dataset.raise_failure()  # here, so that no worker's traceback stands around it
         # A worker keeps its own, exact count; here at most its last, incomplete batch may be missing.
@@ -50,6 +52,12 @@ class WholeEpochLoader(DataLoader):
         if dataset.batching_method == "random" and seen < expected - dropped:
             found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
             raise StreamError.of("", "samples-missing", dataset.where(), found, "please report this")
+
+
+def start_worker(worker_id: int) -> None:
+    """What each of a loader's processes does first."""
+    end_with_parent(worker_id)
+    keep_freed_memory()
 
 
 def build_dataloader(
@@ -132,7 +140,7 @@ def build_dataloader(
         persistent_workers=persistent_workers and num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
         timeout=timeout if num_workers else 0,
-        worker_init_fn=end_with_parent,
+        worker_init_fn=start_worker,
     )
     return DataSpec(
         loader,

@@ -140,7 +140,7 @@ def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = Tru
     if not decode and isinstance(image, PngImageFile) and not any(word in data for word in _PNG_MAY_BE_TURNED):
         return _strip_png(data, whole=True)
     _load(image, data)
-    pixels = _in_plain_mode(_upright(image))
+    pixels = _in_plain_mode(_upright(image)).copy()  # a plain picture, which knows nothing of its file
     if isinstance(image, PngImageFile) and orientation_of(image) == 1:
         return _strip_png(data)
     file = io.BytesIO()
@@ -208,7 +208,8 @@ def _in_plain_mode(image: Image.Image) -> Image.Image:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        mode = "L" if image.mode in ("1", "L") else "RGB"
+        return image if image.mode == mode else image.convert(mode)
     except (ValueError, OSError):
         found = f"pixels of mode {image.mode}"
         raise ImageError("unsupported-image", found, "convert it to 8-bit RGB or 16-bit grey") from None

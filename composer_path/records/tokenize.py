@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -49,7 +50,7 @@ class TokenizedConversation:
     @property
     def num_answer_tokens(self) -> int:
         """How many tokens have a label; 0 if the answers were all cut away."""
-        return int((self.labels != IGNORE_INDEX).sum())
+        return int(np.count_nonzero(self.labels.numpy() != IGNORE_INDEX))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ class TextPreparation:
             labels += ids if supervised else [IGNORE_INDEX] * len(ids)
             if truncated:
                 break
-        ids_and_labels = torch.tensor([input_ids, labels], dtype=torch.int64)
+        # Of lists numpy makes an array several times as fast as torch makes a tensor.
+        ids_and_labels = torch.from_numpy(np.array([input_ids, labels], dtype=np.int64))
         return TokenizedConversation(ids_and_labels[0], ids_and_labels[1], num_images, truncated)
 
 

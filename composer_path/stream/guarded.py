@@ -37,6 +37,8 @@ from composer_path.stream.open_shards import SampleReader
 from composer_path.stream.resume import ResumableStreamingDataset
 from composer_path.stream.shared_prefix import prefix_picked_once
 
+_A_MOMENT = 0.1  # s
+
 
 class GuardedStreamingDataset(ResumableStreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
@@ -90,6 +92,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             super().__init__(streams=streams, **streaming)
         self.remember_data()
         self._samples = SampleReader()
+        self._asked: dict[int, float] = {}
         self._starts: list[int] = self.sample_offset_per_shard.tolist()
         self._failure = FailureNote(f"{self._shm_prefix_int:06}_failure")
         if leads:
@@ -126,7 +129,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
 
         While another worker fetches it this one waits, if `blocking`, or returns.
         """
-        if self._is_here(shard_id):  # Streaming asks before each sample; the lock would cost more than reading it
+        if self._was_here(shard_id, blocking) or self._is_here(shard_id):  # the lock costs more than reading a sample
             return
         started = time.monotonic()
         while not self._claim(shard_id):
@@ -152,6 +155,16 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
         """A shard's stream, the shard, and its file's name."""
         shard = self.shards[shard_id]
         return self.streams[self.stream_per_shard[shard_id]], shard, shard.file_pairs[0][0].basename
+
+    def _was_here(self, shard_id: int | np.integer, blocking: bool) -> bool:
+        """Whether it was a moment ago, which is enough ahead of time: Streaming's thread asks before each sample."""
+        if blocking or self._shard_states[shard_id] != _ShardState.LOCAL:
+            return False
+        asked, now = self._asked.get(int(shard_id), -np.inf), time.monotonic()
+        if now - asked > _A_MOMENT:
+            self._asked[int(shard_id)] = now
+            return False
+        return True
 
     def _is_here(self, shard_id: int | np.integer) -> bool:
         """Whether a shard was checked and is still there; it is wanted now, so it won't be the first to make room."""

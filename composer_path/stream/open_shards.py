@@ -58,6 +58,7 @@ class _OpenShard:
         self.state = _state(os.fstat(self.file))
         columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
         self.mds = MdsFile(partial(os.pread, self.file), os.fstat(self.file).st_size, name, shard.samples, columns)
+        self.mds.check()  # once, and no sample's place has to be asked for again
 
     def __del__(self) -> None:
         """Closed when nobody reads from it any more."""

@@ -39,7 +39,8 @@ def check_file(path: Path, info: FileInfo, wanted_hash: str | None) -> None:
 def file_hash(path: Path, name: str) -> str:
     """A file's checksum in hexadecimal, read in pieces."""
     state: Any = getattr(xxhash, name)() if name in xxhash.algorithms_available else hashlib.new(name)
-    with open(path, "rb") as file:
-        while data := file.read(1 << 22):
-            state.update(data)
+    piece = memoryview(bytearray(1 << 20))  # stays in the processor's cache
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            state.update(piece[:size])
     return state.hexdigest()

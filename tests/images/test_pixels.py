@@ -279,6 +279,7 @@ def test_a_torchvision_that_does_not_load_is_not_taken_for_a_damaged_file(monkey
     def decode(*args: object, **keywords: object) -> None:
         raise RuntimeError("Couldn't load the image extension.")
 
+    monkeypatch.setattr("composer_path.images.pixels.jpeg_pixels", lambda *_: None)  # simplejpeg asks no torchvision
     monkeypatch.setattr("torchvision.io.decode_jpeg", decode)
     monkeypatch.setattr(torch.ops, "image", SimpleNamespace())
     data = encode(picture(200, 150), "JPEG")
