@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.__main__ import parse as gpu_options
 from composer_path.commands.verb import parse
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,8 @@ def test_a_documented_command_is_one_that_exists(page: str, command: str, monkey
         parse(*(words[2], words[3:]) if words[2] == "merge" else (verb, words[2:]))
     elif words[0] == "composer-path":
         parse(words[1], words[2:])
+    elif words[0] == "benchmarks/gpu.sh":
+        assert gpu_options(words[1:]).results
     else:
         assert words[0] in ("tensorboard", "export") or command == "pip install .", (
             f"{page}: unknown command '{words[0]}'; teach this test"

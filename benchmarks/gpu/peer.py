@@ -17,6 +17,7 @@ from composer_path.batches.batch import Batch
 from composer_path.config.reading import load_config, plain
 from composer_path.models.flops import FlopCounter
 from composer_path.models.language_model import cast_parameters
+from composer_path.records.tokenize import IGNORE_INDEX
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.train import build_loader, build_model
 
@@ -27,35 +28,38 @@ class RowModel(nn.Module):
     """What the Trainer gets: a row in, the mean loss over its answer tokens out.
 
     Args:
-        model: Of which the language model may be Liger's.
-        fused_loss: Whether Liger's language model computes the loss itself.
+        model: Of which the language model may have Liger's layers.
+        fused_loss: Whether Liger computes head and loss together, at every position.
     """
 
     def __init__(self, model: PathMLLM, fused_loss: bool) -> None:
         super().__init__()
         self.model = model
-        self.fused_loss = fused_loss
+        self.fused_loss = None
+        if fused_loss:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            self.fused_loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX)
 
     def forward(self, row: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch's fields."""
         model = self.model
-        if not self.fused_loss:
+        if self.fused_loss is None:
             keys = ("input_ids", "position_ids", "cu_seq_lens", "max_seq_len", "pixel_values", "image_index", "targets")
             losses = model(**{key: row[key] for key in keys}, logits_index=row["supervised_index"])
             return {"loss": losses.mean()}
         embeds = model.embed_tokens(row["input_ids"], model.embed_images(row["pixel_values"]), row["image_index"])
-        output: Any = model.language_model(
+        hidden = model.language_model.base_model(
             inputs_embeds=embeds[None],
             position_ids=row["position_ids"][None],
             use_cache=False,
-            labels=row["labels"][None],
-            shift_labels=row["labels"][None],
             cu_seq_lens_q=row["cu_seq_lens"],
             cu_seq_lens_k=row["cu_seq_lens"],
             max_length_q=row["max_seq_len"],
             max_length_k=row["max_seq_len"],
-        )
-        return {"loss": output.loss}
+        ).last_hidden_state[0]
+        head: Any = model.language_model.get_output_embeddings()
+        return {"loss": self.fused_loss(head.weight, hidden, row["labels"])}
 
 
 class RowTrainer(_Trainer):
@@ -149,9 +153,9 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def use_liger(model: PathMLLM) -> None:
-    """All of Liger's kernels, its loss too."""
+    """Liger's layers in the language model; its loss is `RowModel`'s."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(
-        rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=True, model=model.language_model
+        rope=True, rms_norm=True, swiglu=True, fused_linear_cross_entropy=False, model=model.language_model
     )
