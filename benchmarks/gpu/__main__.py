@@ -64,6 +64,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     if options.steps < 1 or options.skip < 1:
         parser.error("--steps, --skip: must be at least 1")
     options.scratch = options.scratch.resolve()
+    options.again |= options.tiny and options.results is None  # a try of every line, not a result to keep
     options.results = (options.results or (options.scratch / "results" if options.tiny else RESULTS)).resolve()
     return options
 
@@ -130,6 +131,8 @@ def prepare(options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What the runs share; taken from an earlier call where it holds all that is needed."""
     stages = options.stage or list(YAMLS)
     path = options.scratch / "prepared.json"
+    if options.tiny and options.again:
+        path.unlink(missing_ok=True)
     found = json.loads(path.read_text()) if path.exists() else {"tiny": options.tiny, "stages": {}}
     if found["tiny"] != options.tiny:
         shutil.rmtree(options.scratch / "language_model", ignore_errors=True)

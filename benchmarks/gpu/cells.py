@@ -22,8 +22,9 @@ from composer_path.models.execution import choose_execution
 
 STAGES = {"1": ("projector",), "2": ("projector", "language_model")}
 CHECKPOINTING = ("off", "selective", "full")
-# Relative, of the gradient of any one weight: sums in another order; rounding to bf16 after every operation.
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+# Relative, of the gradient of any one weight: sums in another order; and rounding to bf16 after other operations (a
+# plain step in bf16 is 0.13 off one in fp32 in the projector's LayerNorm, on a CPU).
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}
 IMAGE_SIZE = 112
 
 

@@ -20,6 +20,7 @@ from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, run_job
 from benchmarks.gpu.variants import VARIANTS, peer_recomputes, row_tokens
 from benchmarks.gpu.verdict import NEEDS_CUDA
+from composer_path.config.reading import load_config
 
 
 @pytest.fixture
@@ -135,6 +136,15 @@ def test_the_exit_code_says_whether_all_variants_ran_and_agree(
     assert kept.isdisjoint(again) and ("stage 1: padded" in again) == bool({"failed", "not_run"} & report.keys())
 
 
+def test_a_try_of_every_line_runs_them_all_again(tmp_path: Path, pretend: Any) -> None:
+    words = ["--tiny", "--scratch", str(tmp_path)]
+    begun = pretend({"prepare": PREPARED})
+    assert call.main(words) == 0
+    assert begun[-2:] == ["stage 2: compile", "cells: compile"] and len(begun) == 18
+    again = pretend({"prepare": PREPARED})
+    assert call.main(words) == 0 and again == begun
+
+
 def test_without_its_baseline_no_variant_counts(tmp_path: Path, pretend: Any) -> None:
     pretend({"prepare": PREPARED, "stage 1: eager": {"failed": "RuntimeError"}})
     words = ["--tiny", "--stage", "1", "--results", str(tmp_path), "--scratch", str(tmp_path / "scratch")]
@@ -193,6 +203,18 @@ def test_rows_are_those_that_plan_allows_on_the_card() -> None:
     assert row_tokens(VARIANTS["padded"], PREPARED, "2") == int(19e9 / (5e6 / 3 + 384e3) / 2.5) // 256 * 256
     assert not peer_recomputes(PREPARED, "2", batch=32)  # 7 k tokens of 5 MB beside 57 GB
     assert peer_recomputes(PREPARED, "2", batch=128)
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_a_yaml_that_can_be_trained_with(name: str, stage: str, tmp_path: Path) -> None:
+    options = call.parse(["--scratch", str(tmp_path)])
+    task = call.stage_task(options, PREPARED | {"gpu": "NVIDIA H200", "tiny": False}, stage, name)
+    config = load_config(task["yaml"], task["overrides"])
+    assert (config.execution.activation_checkpointing or "off") == VARIANTS[name].checkpointing  # YAML's off is false
+    assert config.execution.fusion == (name if name in ("liger", "compile") else "off")
+    assert config.train_loader.global_batch_size == {"1": 64, "2": 32}[stage]
+    assert config.trainer.max_duration == "11ba"
 
 
 def test_wheels_are_unpacked_for_the_call_alone(tmp_path: Path, repo_root: Path) -> None:
