@@ -71,9 +71,9 @@ bench: $(READY)
 	PYTHONPATH=tests python -m benchmarks.first_batch
 	python -m benchmarks.convert_memory
 
-# One GPU that holds a 7B's training (141 GB); `make bench-gpu GPU_FLAGS=--tiny` goes through every line on a CPU.
+# One GPU that holds a 7B's training (141 GB); GPU_FLAGS=--tiny runs every line on a CPU.
 bench-gpu: $(READY)
-	python -m benchmarks.train_gpu $(GPU_FLAGS)
+	benchmarks/gpu.sh $(GPU_FLAGS)
 
 check: $(READY)
 	ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.__main__ import parse as gpu_options
 from composer_path.commands.verb import parse
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -52,6 +53,8 @@ def test_a_documented_command_is_one_that_exists(page: str, command: str, monkey
     elif words[0] in ("pip", "uv"):
         files = [word for word in words if "/" in word]
         assert words[-1] in (".", *files) and all((REPO_ROOT / file).is_file() for file in files)
+    elif words[0] == "benchmarks/gpu.sh":
+        assert gpu_options(words[1:]).results
     else:
         assert words[0] in ("tensorboard", "export"), f"{page}: unknown command '{words[0]}'; teach this test"
 

@@ -38,21 +38,16 @@ def test_a_quick_run_ends_well_and_leaves_the_results_alone(name: str, repo_root
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_goes_through_every_line_on_a_cpu(tmp_path: Path, repo_root: Path) -> None:
-    words = ["--tiny", "--steps", "2", "--skip", "1", "--folder", str(tmp_path)]
+    words = ["--tiny", "--results", str(tmp_path / "results"), "--scratch", str(tmp_path), "--minutes", "14"]
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.train_gpu", *words],
-        cwd=repo_root,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [repo_root / "benchmarks" / "gpu.sh", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    result = json.loads((tmp_path / "train_gpu.json").read_text())
-    assert set(result["ceilings"]) >= {"matmul_tflops", "vision_images_per_s"}
-    for stage in ("pretrain", "finetune"):
-        for name, report in result[stage].items():
-            if name == "ours, liger":
-                assert "needs a CUDA device" in report["failed"] or "pip install" in report["failed"]
-            else:
-                assert report["first_loss_error"] < 5e-3 and report["steps"] == 2, (stage, name)
+    found = json.loads((tmp_path / "results" / "gpu.json").read_text())["jobs"]
+    assert len(found) == 17
+    not_run = {name for name, report in found.items() if "not_run" in report}
+    assert {name.partition(": ")[2] for name in not_run} == {"liger", "compile"} and len(not_run) == 6

@@ -11,12 +11,13 @@ import torch
 from composer_path import build_vision_encoder
 
 
-def measure_ceilings(tiny: bool) -> dict[str, float]:
+def run(task: dict[str, Any]) -> dict[str, float]:
     """TFLOP/s of a bf16 product, GB/s of a copy within the device and from the host, images/s of a ViT-L/16 at 448 px.
 
     Args:
-        tiny: Small sizes, for a machine without a GPU.
+        task: `tiny`, small sizes for a machine without a GPU.
     """
+    tiny = task["tiny"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size, copied = (256, 1 << 20) if tiny else (8192, 1 << 30)
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
