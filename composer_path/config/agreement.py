@@ -11,6 +11,7 @@ from composer_path.batches.mixture import asking_template, check_streams, templa
 from composer_path.config.types import hint
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
+from composer_path.run.sharding import check_fsdp1
 
 LOADERS = ("train_loader", "eval_loader")
 Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
@@ -79,8 +80,13 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
     if get("trainer.autoresume") and trainer.get("save_interval", "") is None:
         found = "has nothing to go on from while save_interval is null"
         yield f"trainer.autoresume: {found}; give an interval or remove this"
-    if get(clipping) == "adaptive" and get("trainer.parallelism_config.fsdp.version") == 1:
-        yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
+    if get("trainer.parallelism_config.fsdp.version") == 1:
+        try:
+            check_fsdp1()
+        except ValueError as error:
+            yield str(error)
+        if get(clipping) == "adaptive":
+            yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
     written = given.get("trainer")
     for key in ("eval_interval", "eval_subset_num_batches"):
         if "eval_loader" not in given and isinstance(written, Mapping) and written.get(key) is not None:

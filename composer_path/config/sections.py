@@ -123,12 +123,17 @@ def _loader(default: Any) -> Section:
 def _optimizer() -> Choice:
     changes: dict[str, Any] = dict.fromkeys(("lr", "weight_decay", "eps"), AT_LEAST_0)
     changes["betas"] = {"check": rules.check_beta}
+    # torchao's signature has no types.
+    types = {"betas": tuple[float, float], "eps": float, "amsgrad": bool, "block_size": int}
+    types["bf16_stochastic_round"] = bool
+    untyped = {key: {"annotation": annotation, **changes.get(key, {})} for key, annotation in types.items()}
     sections = {}
     for name in get_args(OptimizerName):
         functions: list[Any] = [build_optimizer]
         with suppress(ValueError):  # its package isn't installed: said when it is built
             functions.append(optimizer_class(name))
-        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=changes)
+        stated = changes if name == "adamw" else changes | untyped
+        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=stated)
     return Choice("name", sections, REQUIRED)
 
 

@@ -1,4 +1,4 @@
-"""How the model is spread over ranks: Composer's FSDP2 (default), FSDP1 or DDP, from the YAML's section."""
+"""How the model is spread over ranks: Composer's FSDP2 (default), FSDP1 (torch 2.7) or DDP, from the YAML's section."""
 
 from __future__ import annotations
 
@@ -19,8 +19,19 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 FSDP1_DEFAULTS = {"sync_module_states": True, "state_dict_type": "sharded"}
 
 
+def check_fsdp1() -> None:
+    """Raise ValueError where this torch is too new for FSDP1, which torch deprecates from 2.8 on."""
+    if torch.__version__ >= "2.8":  # torch's own type, which compares versions
+        found = f"1 (FSDP1) is for torch 2.7, found torch {torch.__version__}"
+        raise ValueError(f"trainer.parallelism_config.fsdp.version: {found}; use version: 2, or null as fsdp for DDP")
+
+
 def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Composer's `parallelism_config` from the YAML's (None is DDP); ValueError for FSDP1 without a GPU."""
+    """Composer's `parallelism_config` from the YAML's (None is DDP).
+
+    Raises:
+        ValueError: FSDP1 with a torch that is too new for it, or without a GPU.
+    """
     if not section or section["fsdp"] is None:
         return None
     fsdp = dict(section["fsdp"])
@@ -28,6 +39,7 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
         with warnings.catch_warnings():  # "experimental": this project pins the version and tests it
             warnings.simplefilter("ignore", UserWarning)
             return {"fsdp": FSDP2Config(**fsdp)}
+    check_fsdp1()
     if not torch.cuda.is_available():
         fix = "use version: 2 here, or leave the section out for DDP"
         raise ValueError(f"trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; {fix}")

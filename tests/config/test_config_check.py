@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from config_problems import problems_of
 
 from composer_path.config.reading import ConfigError, load_config
@@ -242,10 +243,11 @@ def test_all_mistakes_are_listed_in_one_error_one_a_line(demo: Path) -> None:
 def test_typos_inside_either_fsdp_section_are_errors(demo: Path, version: int) -> None:
     section = f"{{version: {version}, mixed_precison: PURE}}"
     problems = problems_of(demo, "trainer.parallelism_config=null", f"trainer.parallelism_config={{fsdp: {section}}}")
-    assert problems == [
+    assert problems[0] == (
         "trainer.parallelism_config.fsdp.mixed_precison: unknown key; did you mean "
         "trainer.parallelism_config.fsdp.mixed_precision?"
-    ]
+    )
+    assert all("FSDP1" in problem for problem in problems[1:])
 
 
 @pytest.mark.parametrize(
@@ -287,8 +289,24 @@ def test_what_the_libraries_accept_is_accepted(demo: Path, override: str) -> Non
 def test_adaptive_clipping_is_refused_where_fsdp_1_would_refuse_it_at_the_first_step(demo: Path) -> None:
     clipping = "algorithms.gradient_clipping={clipping_type: adaptive, clipping_threshold: 0.1}"
     load_config(demo, [clipping])
-    (problem,) = problems_of(demo, clipping, "trainer.parallelism_config={fsdp: null}", *FSDP_1)
+    problem = problems_of(demo, clipping, "trainer.parallelism_config={fsdp: null}", *FSDP_1)[-1]
     assert problem.startswith("algorithms.gradient_clipping.clipping_type: found adaptive, which FSDP 1 can't")
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.7.0", False), ("2.7.1+cu126", False), ("2.8.0", True)])
+def test_fsdp_1_is_refused_by_name_where_torch_is_newer_than_2_7(
+    demo: Path, version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    fsdp_1 = ["trainer.parallelism_config={fsdp: null}", *FSDP_1]
+    if not refused:
+        load_config(demo, fsdp_1)
+        return
+    (problem,) = problems_of(demo, *fsdp_1)
+    assert problem == (
+        "trainer.parallelism_config.fsdp.version: 1 (FSDP1) is for torch 2.7, found torch 2.8.0; use version: 2, or "
+        "null as fsdp for DDP"
+    )
 
 
 def test_ranks_must_divide_the_batch(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from config_problems import problems_of
 from omegaconf import OmegaConf
 from streaming import StreamingDataset
@@ -70,10 +71,19 @@ def test_a_choice_brings_its_own_keys(demo: Path, tmp_path: Path) -> None:
     )
     config = OmegaConf.load(demo)
     config.scheduler = {"name": "constant_with_warmup", "t_warmup": "10ba", "alpha": 0.5}
+    path = tmp_path / "other.yaml"
+    OmegaConf.save(config, path)
+    assert load_config(path).scheduler.alpha == 0.5
+
+
+@pytest.mark.skipif(torch.__version__ >= "2.8", reason="FSDP1 is for torch 2.7")
+def test_fsdp_1_brings_its_own_keys(demo: Path, tmp_path: Path) -> None:
+    config = OmegaConf.load(demo)
     config.trainer.parallelism_config.fsdp = {"version": 1, "sharding_strategy": "HYBRID_SHARD"}
     path = tmp_path / "other.yaml"
     OmegaConf.save(config, path)
-    assert load_config(path).trainer.parallelism_config.fsdp.version == 1
+    fsdp = load_config(path).trainer.parallelism_config.fsdp
+    assert fsdp.version == 1 and fsdp.sync_module_states
 
 
 def test_sections_left_out_are_there_and_empty(demo: Path, tmp_path: Path) -> None:

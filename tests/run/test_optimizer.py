@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run
+from config_problems import problems_of
+from tiny_run import REPO_ROOT, Interrupted, Witness, convert_shards, load_tiny_config, run
 
 from composer_path import PathMLLM
+from composer_path.config.reading import load_config
 from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
 from composer_path.weights.assembly import assemble_model
 
@@ -129,3 +131,12 @@ def test_8_bit_moments_learn_nearly_alike_and_go_on_exactly_after_a_stop(tmp_pat
     assert stopped.losses | resumed == undisturbed
     assert max(abs(undisturbed[step] / exact[step] - 1) for step in exact) < 1e-3  # measured 8e-5
     assert undisturbed != exact
+
+
+def test_the_keywords_of_8_bit_moments_are_checked_though_their_signature_has_no_types() -> None:
+    pytest.importorskip("torchao")
+    eight = ["optimizer=null", "optimizer={name: adamw_8bit, lr: 2.0e-3, block_size: 512, betas: [0.8, 0.9]}"]
+    demo = REPO_ROOT / "yamls" / "demo" / "finetune.yaml"
+    assert load_config(demo, eight).optimizer.block_size == 512
+    (problem,) = problems_of(demo, *eight, "optimizer.block_size=many")
+    assert problem.startswith("optimizer.block_size: found the text 'many'; it must be a whole number")

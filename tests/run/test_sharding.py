@@ -345,6 +345,13 @@ def test_the_section_becomes_composers() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="FSDP1 runs where there is a GPU")
+@pytest.mark.skipif(torch.__version__ >= "2.8", reason="FSDP1 is for torch 2.7")
 def test_fsdp_1_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="version: 1 needs a CUDA device"):
+        build_parallelism_config({"fsdp": {"version": 1}})
+
+
+def test_fsdp_1_is_not_built_where_torch_is_newer_than_2_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))
+    with pytest.raises(ValueError, match=r"version: 1 \(FSDP1\) is for torch 2.7, found torch 2.8.0; use version: 2"):
         build_parallelism_config({"fsdp": {"version": 1}})
