@@ -4,8 +4,8 @@ python -m benchmarks.end_to_end [--quick]
 
 Ours: MDS shards, `composer_path.train.train`, Composer's Trainer. Theirs: one JSON read lazily, a padded collator,
 transformers' Trainer, with and without gradient checkpointing. Each run has a process of its own; the order of the runs
-is shuffled anew each repetition. All losses must agree to 1e-4, or nothing is written. A second set of runs with a
-nearly empty model, beside bare loops over the same parts, shows what each Trainer itself costs per step.
+is shuffled anew each repetition. All losses must agree to 1e-4, or nothing is written. What
+each Trainer itself costs is measured by host_work.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TARGET = 1.3
 TOLERANCE = 1e-4
 WHOLE = ("ours", "transformers", "transformers, checkpointing")
-OVERHEAD = ("ours", "loop, padding-free", "transformers", "loop, padded")
 
 
-def run_in_process(name: str, model: str, steps: int, shorter: int, folder: Path, at: int) -> dict[str, Any]:
+def run_in_process(
+    name: str, model: str, steps: int, shorter: int, folder: Path, at: int, module: str
+) -> dict[str, Any]:
     """One run in a fresh process, unless it lies in the folder already; what it reports."""
     place = folder / f"run-{model}-{at}-{name}".replace(" ", "_").replace(",", "")
     if (place / "report.json").exists():
@@ -46,7 +48,7 @@ def run_in_process(name: str, model: str, steps: int, shorter: int, folder: Path
     plan |= {"data": str(folder / f"data-{model}".replace(" ", "_")), "place": str(place)}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.run(
-        [sys.executable, "-m", "benchmarks.end_to_end", "--run", json.dumps(plan)],
+        [sys.executable, "-m", module, "--run", json.dumps(plan)],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -57,8 +59,8 @@ def run_in_process(name: str, model: str, steps: int, shorter: int, folder: Path
     return json.loads((place / "report.json").read_text(encoding="utf-8"))
 
 
-def run_here(plan: Mapping[str, Any]) -> None:
-    """What a run's own process does."""
+def run_here(plan: Mapping[str, Any], now: Callable[[], float] = time.process_time) -> None:
+    """What a run's own process does; `now` is the clock of its steps."""
     import torch
 
     from benchmarks.instruction_set import write_instruction_set
@@ -69,12 +71,20 @@ def run_here(plan: Mapping[str, Any]) -> None:
     place.mkdir(parents=True, exist_ok=True)  # an interrupted run starts again
     data = write_instruction_set(Path(plan["data"]), 8 * plan["steps"], plan["shorter"])
     config = run_config(data, plan["model"], plan["steps"], place)
-    report = run_by_name(plan["name"], config, data.data, place / "transformers")
+    report = run_by_name(plan["name"], config, data.data, place / "transformers", now)
     (place / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def compare(
-    names: Sequence[str], model: str, *, steps: int, shorter: int, repetitions: int, folder: Path
+    names: Sequence[str],
+    model: str,
+    *,
+    steps: int,
+    shorter: int,
+    repetitions: int,
+    folder: Path,
+    module: str = "benchmarks.end_to_end",
+    measure: str = "seconds_per_step",
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds per step of each run, by repetition, and its largest relative loss error against the first run.
 
@@ -85,11 +95,11 @@ def compare(
     errors = dict.fromkeys(names, 0.0)
     expected: dict[str, float] | None = None
     for repetition, name in interleaved(names, repetitions):
-        report = run_in_process(name, model, steps, shorter, folder, repetition)
+        report = run_in_process(name, model, steps, shorter, folder, repetition, module)
         losses = numbered(report["losses"])
         expected = losses if expected is None else expected
         errors[name] = max(errors[name], *require_equal(name, losses, expected, TOLERANCE).values())
-        seconds[name].append(report["seconds_per_step"])
+        seconds[name].append(report[measure])
     return seconds, errors
 
 
@@ -112,13 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quick = options.quick
     repetitions = 1 if quick else options.repetitions
     whole = {"steps": 3 if quick else 20, "shorter": 16 if quick else 4, "repetitions": repetitions}
-    empty = {"steps": 4 if quick else 60, "shorter": 16, "repetitions": min(3, repetitions)}
-    names, overhead_names = (WHOLE[:2], OVERHEAD[::2]) if quick else (WHOLE, OVERHEAD)
+    names = WHOLE[:2] if quick else WHOLE
     try:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(options.folder or temporary)
             times, errors = compare(names, "small", folder=folder, **whole)
-            empty_times, empty_errors = compare(overhead_names, "nearly empty", folder=folder, **empty)
     except UnequalError as error:
         print(error, file=sys.stderr)
         return 1
@@ -127,28 +135,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (name, 1000 * spread(times[name])["median"], speeds[name]["median"], f"{errors[name]:.0e}") for name in names
     ]
     print_table(("run", "ms a step", "ours is faster by", "largest error"), rows)
-    print("\nnearly empty model:")
-    milliseconds = {name: spread([1000 * seconds for seconds in found]) for name, found in empty_times.items()}
-    print_table(("run", "ms a step"), [(name, found["median"]) for name, found in milliseconds.items()])
     if quick:
         return 0
-    pairs = {"Composer": ("ours", "loop, padding-free"), "transformers": ("transformers", "loop, padded")}
-    overhead = {
-        trainer: spread([1000 * (a - b) for a, b in zip(empty_times[run], empty_times[loop], strict=True)])
-        for trainer, (run, loop) in pairs.items()
-    }
-    print_table(("Trainer", "its own ms a step"), [(name, found["median"]) for name, found in overhead.items()])
     write_result(
         "end_to_end",
         {
             "threads": 1,
             "target": TARGET,
-            "settings": {"whole": whole, "nearly empty": empty, "batch_size": 8, "loader_workers": 0},
+            "settings": {**whole, "batch_size": 8, "loader_workers": 0},
             "speed_of_ours_over": {name: speeds[name] for name in names if name != "ours"},
             "cpu_seconds_per_step": {name: spread(found) for name, found in times.items()},
-            "largest_relative_loss_error": errors | {f"nearly empty: {k}": v for k, v in empty_errors.items()},
-            "nearly_empty_ms_per_step": milliseconds,
-            "trainer_overhead_ms_per_step": overhead,
+            "largest_relative_loss_error": errors,
         },
     )
     if speeds["transformers"]["median"] < TARGET:

@@ -1,4 +1,4 @@
-"""Whole training runs on the same weights, records and order: our road, transformers' Trainer, and two bare loops.
+"""Whole training runs on the same weights, records and order: our road, and transformers' Trainer.
 
 Each is run in a process of its own and reports the CPU time between the end of its first and of its last step, so that
 neither start nor checkpoints count.
@@ -6,8 +6,10 @@ neither start nor checkpoints count.
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,12 @@ import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.instruction_set import IMAGES, REPOSITORY, InstructionSet
 from benchmarks.lazy_conversations import LazyConversations
 from benchmarks.padded_step import PaddedModel, pad_samples
-from composer_path import ComposerPathMLLM
-from composer_path.batches.batch import split_batch
 from composer_path.config.reading import load_config, plain
-from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.optimizer import build_optimizer
-from composer_path.train import build_loader, build_model
+from composer_path.train import build_model
 
 # About the proportions of a 7B, a quarter of the lengths.
 SMALL = {
@@ -39,6 +36,7 @@ NEARLY_EMPTY = {
     "model.projector.pooler": "{kind: reference, dim: 16, num_queries: 4, num_heads: 2}",
     "model.language_model.config": "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, "
     "num_attention_heads: 2, num_key_value_heads: 2, vocab_size: 512}",
+    "trainer.parallelism_config": "null",  # as transformers' run: a process group's threads are not the Trainer's work
 }
 MODELS = {"small": SMALL, "nearly empty": NEARLY_EMPTY}
 
@@ -60,16 +58,17 @@ def run_config(data: InstructionSet, model: str, steps: int, folder: Path, batch
         "scheduler=null",
         "scheduler={name: constant}",
         "callbacks=null",
-        "callbacks={speed_monitor: {window_size: 5}, lr_monitor: {}, batch_report: {}}",
+        "callbacks={speed_report: {window_size: 5}, lr_monitor: {}, batch_report: {}}",
         f"trainer={{max_duration: {steps}ba, eval_interval: 1ep, save_interval: 999ep, autoresume: false}}",
     ]
     return load_config(REPOSITORY / "yamls" / "demo" / "finetune.yaml", overrides)
 
 
 class StepClock(Callback):
-    """Notes loss and process time at the end of each step."""
+    """Notes loss and time at the end of each step, by default the process's CPU time."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.process_time) -> None:
+        self.now = now
         self.ends: list[float] = []
         self.losses: list[float] = []
 
@@ -81,36 +80,21 @@ class StepClock(Callback):
     def note(self, loss: float) -> None:
         """A step has ended with this loss."""
         self.losses.append(loss)
-        self.ends.append(time.process_time())
+        self.ends.append(self.now())
 
     def report(self) -> dict[str, Any]:
-        """Losses and the mean time of all steps but the first."""
-        return {"losses": self.losses, "seconds_per_step": (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)}
+        """Losses, and the mean and median time of all steps but the first."""
+        steps = [end - start for start, end in pairwise(self.ends)]
+        seconds = {"seconds_per_step": statistics.fmean(steps), "median_seconds_per_step": statistics.median(steps)}
+        return {"losses": self.losses, **seconds}
 
 
-def run_ours(config: Any) -> dict[str, Any]:
+def run_ours(config: Any, now: Callable[[], float] = time.process_time) -> dict[str, Any]:
     """The real road: shards, `composer_path.train.train`, Composer's Trainer."""
     from composer_path.train import train
 
-    clock = StepClock()
+    clock = StepClock(now)
     train(config, callbacks=[clock])
-    return clock.report()
-
-
-def run_packed_loop(config: Any) -> dict[str, Any]:
-    """Our loader, model and optimizer in a bare loop: what is left when Composer's Trainer is taken away."""
-    settings = plain(config)
-    model = build_model(settings).train()
-    loader = build_loader(settings["train_loader"], model, load_tokenizer(**settings["tokenizer"]))
-    adapter, optimizer, clock = ComposerPathMLLM(model), build_optimizer(model, **settings["optimizer"]), StepClock()
-    for batch in loader.dataloader:
-        total = 0.0
-        for part in split_batch(batch, loader.dataloader.batch_size):
-            loss = adapter.loss(adapter(part), part) * (part.loss_weight / batch.loss_weight)
-            loss.backward()
-            total += loss.item()
-        finish_step(model, optimizer)
-        clock.note(total)
     return clock.report()
 
 
@@ -143,13 +127,15 @@ def lazy_dataset(config: Any, data: Path, images: Path = IMAGES) -> LazyConversa
     )
 
 
-def run_transformers(config: Any, data: Path, checkpointing: bool, folder: Path) -> dict[str, Any]:
+def run_transformers(
+    config: Any, data: Path, checkpointing: bool, folder: Path, now: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
     """Transformers' Trainer with a padded collator over the lazy set."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     settings = plain(config)
     steps = int(settings["trainer"]["max_duration"].removesuffix("ba"))
-    clock, losses = StepClock(), []
+    clock, losses = StepClock(now), []
     trainer_class: Any = Trainer  # a type checker can't follow how it is assembled
 
     class InOrder(trainer_class):
@@ -200,38 +186,10 @@ def run_transformers(config: Any, data: Path, checkpointing: bool, folder: Path)
     return clock.report()
 
 
-def run_padded_loop(config: Any, data: Path) -> dict[str, Any]:
-    """The padded model without checkpointing in a bare loop: what is left without transformers' Trainer."""
-    settings = plain(config)
-    padded = PaddedModel(build_model(plain(config)), checkpointing=False)
-    optimizer = torch.optim.AdamW(
-        [p for p in padded.parameters() if p.requires_grad], lr=settings["optimizer"]["lr"], weight_decay=0.0
-    )
-    loader: DataLoader[Any] = DataLoader(
-        lazy_dataset(config, data), settings["train_loader"]["global_batch_size"], collate_fn=pad_samples
-    )
-    clock = StepClock()
-    for batch in loader:
-        loss = padded(**batch)["loss"]
-        loss.backward()
-        finish_step(padded, optimizer)
-        clock.note(loss.item())
-    return clock.report()
-
-
-RUNS: Sequence[str] = (
-    "ours",
-    "transformers",
-    "transformers, checkpointing",
-    "loop, padding-free",
-    "loop, padded",
-)
-
-
-def run_by_name(name: str, config: Any, data: Path, folder: Path) -> dict[str, Any]:
-    """One of `RUNS`."""
+def run_by_name(
+    name: str, config: Any, data: Path, folder: Path, now: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
+    """`ours`, `transformers`, or `transformers, checkpointing`."""
     if name == "ours":
-        return run_ours(config)
-    if name.startswith("transformers"):
-        return run_transformers(config, data, "checkpointing" in name, folder)
-    return run_packed_loop(config) if name == "loop, padding-free" else run_padded_loop(config, data)
+        return run_ours(config, now)
+    return run_transformers(config, data, "checkpointing" in name, folder, now)

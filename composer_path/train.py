@@ -72,7 +72,6 @@ def train(
         loggers: Likewise.
     """
     import torch
-    from composer import Trainer
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
@@ -87,6 +86,7 @@ def train(
     from composer_path.run.precision import settle_precision
     from composer_path.run.report import RunReport
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
+    from composer_path.run.trainer import StepTrainer
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
@@ -119,7 +119,7 @@ def train(
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
-    trainer = Trainer(
+    trainer = StepTrainer(
         model=ComposerPathMLLM(model),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,

@@ -142,6 +142,8 @@ def split_batch(batch: Batch, microbatch_size: int | float) -> list[Batch]:
             "raise max_seq_len, or convert the data again without such records"
         )
     counts = add_cuts(counts, batch.cu_seq_lens.tolist(), num_bins)
+    if len(counts) == 1:
+        return [batch]
     starts = [sum(counts[:at]) for at in range(len(counts))]
     return [batch.cut(start, start + count) for start, count in zip(starts, counts, strict=True)]
 

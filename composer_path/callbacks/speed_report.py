@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from composer.callbacks import SpeedMonitor
 from composer.core import State
+from composer.devices import Device
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -52,24 +53,50 @@ class SpeedReport(SpeedMonitor):
             log.warning(f"{found} callbacks.speed_report.gpu_flops_available", self.gpu_flops_available / 1e12)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Report the window that ends with this step."""
-        super().batch_end(state, logger)
+        """Report the window that ends with this step; SpeedMonitor's numbers by its own formulas."""
         model: Any = getattr(state.model, "module", state.model)  # a `ComposerPathMLLM`, from within DDP
         batch: Batch = state.batch
         needed, computed = model.flops_per_batch(batch), model.hardware_flops_per_batch(batch)
+        trained = state.timestamp.total_wct.total_seconds()
         self.window.append((needed, computed, len(batch.is_he), len(batch.targets)))
-        if len(self.history_wct) < (self.history_wct.maxlen or 0):
-            return
-        seconds = self.history_wct[-1] - self.history_wct[0]
-        needed, computed, images, targets = (sum(values) for values in list(zip(*list(self.window)[1:], strict=True)))
-        metrics = {
-            "throughput/device/images_per_sec": images / seconds,
-            "throughput/device/answer_tokens_per_sec": targets / seconds,
-        }
-        if self.gpu_flops_available:
-            over_ranks = sum(list(self.history_flops)[1:]) / dist.get_world_size()
-            metrics["throughput/device/hfu"] = over_ranks / seconds / self.gpu_flops_available * computed / needed
+        self.history_samples.append(state.timestamp.sample.value)
+        self.history_tokens.append(state.timestamp.token.value)
+        self.history_wct.append(trained)
+        self.history_flops.append(sum_over_ranks(needed, state.device))
+        moments = {"train": trained, "val": self.total_eval_wct, "total": trained + self.total_eval_wct}
+        metrics = {f"time/{name}": seconds / self.divider for name, seconds in moments.items()}
+        if len(self.history_wct) == self.history_wct.maxlen:
+            metrics |= self._rates()
         logger.log_metrics(metrics)
+
+    def _rates(self) -> dict[str, float]:
+        seconds, ranks = self.history_wct[-1] - self.history_wct[0], dist.get_world_size()
+        tokens = self.history_tokens[-1] - self.history_tokens[0]
+        flops = sum(self.history_flops) - self.history_flops[0]
+        over_ranks = {
+            "batches_per_sec": (len(self.history_samples) - 1) / seconds,
+            "samples_per_sec": (self.history_samples[-1] - self.history_samples[0]) / seconds,
+            **({"tokens_per_sec": tokens / seconds} if tokens > 0 else {}),
+            "flops_per_sec": flops / seconds,
+        }
+        needed, computed, images, targets = (sum(values) for values in list(zip(*list(self.window)[1:], strict=True)))
+        of_a_device = {name: value / ranks for name, value in over_ranks.items()}
+        of_a_device |= {"images_per_sec": images / seconds, "answer_tokens_per_sec": targets / seconds}
+        if self.gpu_flops_available:
+            of_a_device["mfu"] = of_a_device["flops_per_sec"] / self.gpu_flops_available
+            of_window = sum(list(self.history_flops)[1:]) / ranks
+            of_a_device["hfu"] = of_window / seconds / self.gpu_flops_available * computed / needed
+        rates = {f"throughput/{name}": value for name, value in over_ranks.items()}
+        return rates | {f"throughput/device/{name}": value for name, value in of_a_device.items()}
+
+
+def sum_over_ranks(value: float, device: Device) -> float:
+    """A number of each rank, added up in single precision; a single rank's needn't go to the device."""
+    total = torch.tensor(value, dtype=torch.float)
+    if dist.get_world_size() > 1:
+        total = device.tensor_to_device(total)
+        dist.all_reduce(total)
+    return total.item()
 
 
 def measure_peak(device: torch.device, size: int = 8192, repetitions: int = 10) -> float:

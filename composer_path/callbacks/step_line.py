@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_path.run.late_losses import LateLosses
+
 
 class StepLine(LoggerDestination):
     """Prints step, loss, learning rates and speed from what others log; reads nothing from the GPU.
+
+    A step's line waits for its loss, which comes from a GPU while the next step runs.
 
     Args:
         every: Print each n-th step (and every evaluation).
@@ -22,14 +27,21 @@ class StepLine(LoggerDestination):
     def __init__(self, every: int = 1, stream: TextIO | None = None) -> None:
         self.every, self.stream = every, stream
         self.latest: dict[str, Any] = {}
+        self.losses: Mapping[str, Any] = self.latest  # of the newest step
+        self.held: tuple[str, Mapping[str, Any], str] | None = None  # a line: what stands before its loss, and after
         self.last_time, self.last_samples = time.monotonic(), 0
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Remember the newest value of everything."""
         self.latest.update(metrics)
 
+    def log_losses(self, losses: LateLosses, step: int | None = None) -> None:
+        """Remember a step's losses, which may still be on their way."""
+        self.losses = losses
+
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Print the step that just ended."""
+        """Print the step that just ended, or, if its loss isn't here, the one before."""
+        self.show()
         now, batch = time.monotonic(), state.timestamp.batch.value
         if dist.get_global_rank() != 0 or batch % self.every:
             return
@@ -42,12 +54,35 @@ class StepLine(LoggerDestination):
         elif duration is not None and duration.unit.value == "ep" and length is not None:
             total = duration.value * int(length)
         rates = sorted({float(group["lr"]) for optimizer in state.optimizers for group in optimizer.param_groups})
-        self._print(
-            f"{state.run_name} step {batch}{f'/{total}' if total else ''}"
-            f"  loss {float(self.latest.get('loss/train/total', float('nan'))):.4f}"
-            f"  lr {' '.join(f'{value:.2e}' for value in rates)}"
-            f"  {rate:.1f} samples/s"
+        self.held = (
+            f"{state.run_name} step {batch}{f'/{total}' if total else ''}  loss ",
+            self.losses,
+            f"  lr {' '.join(f'{value:.2e}' for value in rates)}  {rate:.1f} samples/s",
         )
+        if not isinstance(self.losses, LateLosses) or self.losses.arrived():
+            self.show()
+
+    def show(self) -> None:
+        """Print the line that is held back."""
+        if self.held is not None:
+            (before, losses, after), self.held = self.held, None
+            self._print(f"{before}{float(losses.get('loss/train/total', float('nan'))):.4f}{after}")
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Hold nothing back."""
+        self.show()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Likewise."""
+        self.show()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Likewise."""
+        self.show()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Likewise; an error may have ended the run."""
+        self.show()
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Print what an evaluation found."""

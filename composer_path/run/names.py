@@ -20,7 +20,7 @@ _SECTIONS = {
     "scheduler": (ComposerScheduler, "_scheduler", ["composer.optim"]),
     "algorithms": (Algorithm, "", ["composer.algorithms", "composer_path.algorithms"]),
     "callbacks": (Callback, "_callback", ["composer.callbacks", "composer_path.callbacks"]),
-    "loggers": (LoggerDestination, "_logger", ["composer.loggers"]),
+    "loggers": (LoggerDestination, "_logger", ["composer.loggers", "composer_path.callbacks.tensorboard"]),
 }
 
 

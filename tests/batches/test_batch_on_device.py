@@ -6,21 +6,32 @@ import contextlib
 import random
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from composer import Trainer
-from composer.core import DataSpec
+from composer.algorithms import GradientClipping
+from composer.callbacks import LRMonitor
+from composer.core import Callback, DataSpec, State
 from composer.devices import DeviceCPU
+from composer.loggers import Logger
 from composer.models import ComposerModel
+from composer.optim import ConstantScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
+import composer_path.run.trainer
 from composer_path import IGNORE_INDEX, IMAGE_TOKEN_ID
 from composer_path.batches.batch import Batch, PackedCollator, Sample, split_batch
+from composer_path.callbacks import BatchReport, SpeedReport, StepLine
+from composer_path.callbacks.tensorboard import TensorboardLogger
 from composer_path.models.composer_model import ComposerPathMLLM
+from composer_path.run.late_losses import LateLosses
+from composer_path.run.trainer import StepTrainer
 from composer_path.weights.assembly import assemble_model
 
 NUM_IMAGE_TOKENS = 4
@@ -219,6 +230,95 @@ def test_a_step_asks_the_device_for_nothing(model: ComposerPathMLLM, monkeypatch
             loss.backward()
     assert reads.found == []
     assert all(parameter.grad is not None for parameter in model.model.projector.parameters())
+
+
+class Far(DeviceCPU):
+    """A device whose tensors can't be read, once it has been left."""
+
+    left = False
+
+    def module_to_device(self, module: Any) -> Any:
+        return module
+
+    def tensor_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta") if self.left else tensor
+
+
+class Leaving(Callback):
+    """Leaves the device's content behind when the run begins, and notes which steps have ended."""
+
+    def __init__(self, device: Far) -> None:
+        self.device, self.step = device, 0
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.device.left = True
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.step = state.timestamp.batch.value
+
+
+def test_a_whole_step_with_its_callbacks_and_loggers_asks_the_device_for_nothing_before_the_next_has_begun(
+    model: ComposerPathMLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Composer's loop, clipping, optimizer and schedule; only losses are read, each a step late."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # a check of types reads what it checks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from composer_path.models.attention import packed_attention
+
+    monkeypatch.setattr(torch, "autocast", lambda **keywords: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device_type: False)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "packed_sdpa", partial(packed_attention, "torch_flash"))
+    device = Far()
+    leaving, asked = Leaving(device), []
+
+    class Late(LateLosses):
+        """Losses that come when the next step has ended."""
+
+        def __init__(self, sums: Any, world_size: int) -> None:
+            super().__init__(sums, world_size)
+            assert self.host.is_meta
+            self.step = leaving.step + 1
+
+        def arrived(self) -> bool:
+            return leaving.step > self.step
+
+        def __getitem__(self, name: str) -> float:
+            asked.append((self.step, leaving.step))
+            return float(self.step)
+
+    monkeypatch.setattr(composer_path.run.trainer, "LateLosses", Late)
+    loader = DataLoader([*samples(12)], batch_size=3, collate_fn=PackedCollator(70))  # type: ignore[arg-type]
+    spec = DataSpec(
+        loader,
+        split_batch=split_batch,
+        microbatch_transforms=lambda batch: batch.to("meta"),
+        get_num_samples_in_batch=lambda batch: len(batch.sample_ids),
+        get_num_tokens_in_batch=lambda batch: {"total": len(batch.input_ids), "loss_generating": batch.loss_weight},
+    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainer = StepTrainer(
+        model=model,
+        train_dataloader=spec,
+        optimizers=torch.optim.AdamW(trainable),
+        schedulers=ConstantScheduler(),
+        max_duration="1ep",
+        device=device,
+        algorithms=[GradientClipping("norm", 1.0)],
+        callbacks=[leaving, SpeedReport(window_size=1), LRMonitor(), BatchReport()],
+        loggers=[TensorboardLogger(str(tmp_path)), StepLine()],
+        accumulate_train_batch_on_tokens=True,
+        device_train_microbatch_size=3,
+        progress_bar=False,
+    )
+    with Reads() as reads:
+        trainer.fit()
+    trainer.close()
+    assert reads.found == []
+    lines = [line for line in capsys.readouterr().err.splitlines() if " loss " in line]
+    assert [line.split()[2:5] for line in lines] == [[f"{step}/4", "loss", f"{step}.0000"] for step in range(1, 5)]
+    assert {step for step, _ in asked} == {1, 2, 3, 4}
+    assert all(when > step for step, when in asked if step < 4), asked  # the last step's at the end
 
 
 def test_cutting_leaves_page_locked_what_was_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 
 from composer_path.callbacks import StepLine
+from composer_path.run.late_losses import LateLosses
 
 
 @pytest.fixture
@@ -37,6 +38,35 @@ def test_a_step_has_its_number_loss_rates_and_speed(state: State) -> None:
     first, second = lines_of(state, StepLine(), range(1, 3))
     assert re.fullmatch(r"a_run step 1/6  loss 1\.0000  lr 2\.00e-05 2\.00e-03  [\d.]+ samples/s", first)
     assert second.startswith("a_run step 2/6  loss 0.5000")
+
+
+class Coming(LateLosses):
+    """Losses that come when they are told to."""
+
+    here = False
+
+    def arrived(self) -> bool:
+        return self.here
+
+
+def test_a_line_waits_for_its_loss_until_the_next_step_or_evaluation(state: State) -> None:
+    stream = io.StringIO()
+    line, logger = StepLine(), Logger(state)
+    line.stream = stream
+    late = [Coming({"loss/train/total": torch.tensor([1.0 / step])}, 1) for step in (1, 2, 3)]
+    late[2].here = True
+    for step, losses in enumerate(late, start=1):
+        line.log_losses(losses, step - 1)
+        state.timestamp = Timestamp(batch=step, sample=8 * step)
+        line.batch_end(state, logger)
+        printed = len(stream.getvalue().splitlines())
+        assert printed == (0, 1, 3)[step - 1]
+    late[2].here = False
+    line.batch_end(state, logger)
+    assert len(stream.getvalue().splitlines()) == 3
+    line.eval_start(state, logger)
+    found = [text.split()[2:5] for text in stream.getvalue().splitlines()]
+    assert found == [["1/6", "loss", "1.0000"], ["2/6", "loss", "0.5000"], *[["3/6", "loss", "0.3333"]] * 2]
 
 
 def test_only_each_nth_step_is_printed(state: State) -> None:
