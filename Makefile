@@ -63,6 +63,7 @@ test-pinned-parity: .venv-pinned/.ready
 bench: $(READY)
 	python -m benchmarks.step_speed
 	python -m benchmarks.end_to_end
+	python -m benchmarks.host_work
 	python -m benchmarks.scaling
 	python -m benchmarks.learning
 	python -m benchmarks.loss_chunk
