@@ -30,7 +30,7 @@ from transformers import get_cosine_schedule_with_warmup
 from benchmarks.instruction_set import IMAGES, REPOSITORY, demo_words, train_vocabulary
 from benchmarks.measure import UnequalError, print_table, process_time, require_equal, write_result
 from benchmarks.padded_step import PaddedModel, pad_samples
-from benchmarks.trainer_runs import StepClock, clocked, finish_step, lazy_dataset
+from benchmarks.trainer_runs import StepClock, finish_step, lazy_dataset
 from composer_path.config.reading import load_config, plain
 from composer_path.train import build_model
 
@@ -103,8 +103,8 @@ def run_ours(config: Any) -> dict[str, Any]:
     """The real road; losses of the steps and the held-out token loss after the last."""
     from composer_path.train import train
 
-    with clocked(StepClock()) as clock:
-        seconds, trainer = process_time(lambda: train(config))
+    clock = StepClock()
+    seconds, trainer = process_time(lambda: train(config, callbacks=[clock]))
     heldout = float(trainer.state.eval_metrics["heldout"]["token_loss"].compute())
     return {"losses": clock.losses, "heldout_loss": heldout, "cpu_seconds": seconds}
 
