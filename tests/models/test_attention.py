@@ -156,7 +156,7 @@ def test_models_that_attend_causally_are_accepted(model_type: str, keys: dict[st
     check_attention_supported(AutoConfig.for_model(model_type, **keys), max_seq_len=256)
 
 
-@pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon", "gptj"])
+@pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon", "mpt"])
 def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model_type: str) -> None:
     with pytest.raises(ValueError, match=f"language model '{model_type}' does not go through"):
         untrained_language_model(config={"model_type": model_type})
