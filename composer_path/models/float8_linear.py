@@ -18,8 +18,8 @@ class Float8Linear(nn.Module):
     """Computes as the layer it is made of, with weights rounded to float8 (e4m3) and one scale for each output.
 
     The weight is restored for each product and given up after it, in the backward pass too, where torchao's weight-only
-    layers keep every restored weight (seen in 0.11 and 0.18). Its bytes are held as uint8: no conversion of a module's dtype touches
-    them, and every backend can send them.
+    layers keep every restored weight (seen in 0.11 and 0.18). Its bytes are held as uint8: no conversion of a module's
+    dtype touches them, and every backend can send them.
     """
 
     scale: Tensor
