@@ -140,7 +140,7 @@ class Assistant:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             **generation,
         )
-        return self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the one the template trains, and the tokenizer's own."""

@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,10 +31,8 @@ PADDED = "sdpa"  # transformers' own
 KERNELS = {"packed_flash_attn": "the flash-attn package", "packed_sdpa": "one causal attention a sample"}
 _TORCHS_FLASH = "packed_torch_flash"
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
+_VARLEN = "torch.nn.attention.varlen"  # from torch 2.10 on
+varlen_attn: Any = import_module(_VARLEN).varlen_attn if find_spec(_VARLEN) else None
 
 
 def resolve_attention(backend: AttentionBackend, device_type: str | None = None) -> str:
@@ -111,7 +111,8 @@ def pack_attention(language_model: PreTrainedModel) -> None:
     language_model.packed_attention = chosen  # type: ignore[assignment]
 
     def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        wanted = language_model.packed_attention if kwargs.get("cu_seq_lens_q") is not None else PADDED
+        packed = kwargs.get("cu_seq_lens_q") is not None
+        wanted: Any = language_model.packed_attention if packed else PADDED
         if module.config._attn_implementation != wanted:
             module.config._attn_implementation = wanted
 
