@@ -142,8 +142,14 @@ def test_an_unknown_reach_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # --------------------------------------------------------------------------------------------- Streaming's order
 
+
 # As of mosaicml-streaming 0.13.0: who makes an epoch's order, in which shape, and who gets it. When one differs,
 # compare it with `ConversationDataset._share_work` and composer_path/batches/balance.py, and write the new number here.
+def test_places_without_a_sample_weigh_nothing() -> None:
+    work = np.array([[0, -1], [1, -1]]).reshape(1, 2, 1, 1, 2)
+    assert imbalance(work, np.array([4, 6])) == 1.2  # the fullest rank's 6 over the mean of 4 and 6
+
+
 ORIGINALS = {
     StreamingDataset._get_work: "b44aef7d7bfdc6f2",
     StreamingDataset._share_work: "d1e82efab458c46c",
