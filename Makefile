@@ -55,7 +55,7 @@ test-pinned: .venv-pinned/.ready
 
 # Of the pinned stack what CI looks at: parity with the reference, the road, and what is asked of Composer and Streaming.
 PARITY := tests/test_requirements.py tests/test_architecture.py tests/models tests/weights tests/records \
-	tests/run/test_sharding.py tests/run/test_checkpoints.py tests/run/test_trainer.py tests/seam \
+	tests/run/test_sharding.py tests/checkpoints tests/run/test_trainer.py tests/seam \
 	tests/stream/test_streaming_originals.py tests/batches/test_memory_ring.py
 test-pinned-parity: .venv-pinned/.ready
 	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" python -m pytest -m "not slow" $(PARITY)

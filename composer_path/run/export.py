@@ -20,8 +20,8 @@ from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
-from composer_path.run.checkpoint_safety import METADATA, is_harmless, read_pickle
-from composer_path.run.checkpoints import frozen_names
+from composer_path.checkpoints.gate import METADATA, is_harmless, read_pickle
+from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
 from composer_path.storage.atomic import replace_files

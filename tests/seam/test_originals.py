@@ -29,10 +29,10 @@ from torch.utils.data._utils import collate
 
 # As of mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0 and Pillow 11.3 and 13.0.
 ORIGINALS: list[tuple[Any, str, str, str]] = [
-    (State, "_apply_required_algorithms", "d36696ae3338309a", "run/checkpoint_safety.py"),
+    (State, "_apply_required_algorithms", "d36696ae3338309a", "checkpoints/gate.py"),
     (State, "_dataset_state_dict", "5d62abc5a4e2f36a", "batches/dataset.py"),
     (State, "_load_dataset_state", "24a0d3f2293485c8", "stream/resume.py"),
-    (CheckpointSaver, "_rotate_checkpoints", "fc52677b6d4f1e41", "run/checkpoints.py"),
+    (CheckpointSaver, "_rotate_checkpoints", "fc52677b6d4f1e41", "checkpoints/trained_only.py"),
     (SpeedMonitor, "init", "ac943d0c1e352d3a", "callbacks/speed_report.py"),
     (SpeedMonitor, "batch_end", "b3654794acea0e6d", "callbacks/speed_report.py"),
     (StreamingDataset, "__init__", "34032a553e3c5801", "stream/guarded.py"),

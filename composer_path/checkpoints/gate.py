@@ -39,7 +39,7 @@ def require_safe_checkpoints() -> None:
     Raises:
         RuntimeError: This Composer evaluates it somewhere else than the supported version does.
     """
-    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "composer_path.run.checkpoint_safety.is_harmless"
+    os.environ["CHECKPOINT_VALIDATION_FUNCTION"] = "composer_path.checkpoints.gate.is_harmless"
     # Composer evaluates the text of algorithms in a checkpoint to add them; here algorithms come from the YAML alone.
     if not hasattr(State, "_apply_required_algorithms"):
         raise RuntimeError("this version of Composer restores algorithms in an unknown way; use mosaicml 0.32.1")

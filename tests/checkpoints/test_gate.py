@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, save
 
-from composer_path.run.checkpoint_safety import is_harmless, pickled_names, read_pickle, require_safe_checkpoints
+from composer_path.checkpoints.gate import is_harmless, pickled_names, read_pickle, require_safe_checkpoints
 
 
 class Evil:

@@ -15,8 +15,8 @@ from tiny_run import SHORT_RUNS, short_run
 
 from composer_path import PathMLLM
 from composer_path.models.execution import choose_execution
-from composer_path.run.checkpoint_safety import is_harmless, read_pickle
-from composer_path.run.checkpoints import (
+from composer_path.checkpoints.gate import is_harmless, read_pickle
+from composer_path.checkpoints.trained_only import (
     ResumableCheckpoints,
     TrainedOnly,
     earlier_checkpoints,
