@@ -75,12 +75,12 @@ def train(
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
+    from composer_path.checkpoints.gate import require_safe_checkpoints
+    from composer_path.checkpoints.trained_only import ResumableCheckpoints, TrainedOnly
     from composer_path.config.reading import plain
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import load_tokenizer
-    from composer_path.checkpoints.gate import require_safe_checkpoints
-    from composer_path.checkpoints.trained_only import ResumableCheckpoints, TrainedOnly
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
     from composer_path.run.precision import settle_precision

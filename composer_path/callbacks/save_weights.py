@@ -9,9 +9,9 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
-from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.run.export import write_model, write_projector
 from composer_path.weights.model_folder import PathMLLM
 

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
+from composer_path.checkpoints.gate import METADATA, is_harmless, read_pickle
+from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
-from composer_path.checkpoints.gate import METADATA, is_harmless, read_pickle
-from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
 from composer_path.storage.atomic import replace_files

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from composer_path import PathMLLM
 from composer_path.callbacks import SaveWeights
+from composer_path.checkpoints.trained_only import TrainedOnly
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.checkpoints.trained_only import TrainedOnly
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS
 

@@ -14,7 +14,6 @@ from composer.loggers import Logger
 from tiny_run import SHORT_RUNS, short_run
 
 from composer_path import PathMLLM
-from composer_path.models.execution import choose_execution
 from composer_path.checkpoints.gate import is_harmless, read_pickle
 from composer_path.checkpoints.trained_only import (
     ResumableCheckpoints,
@@ -23,6 +22,7 @@ from composer_path.checkpoints.trained_only import (
     frozen_names,
     gather_weights,
 )
+from composer_path.models.execution import choose_execution
 from composer_path.weights.assembly import assemble_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
