@@ -17,6 +17,7 @@ from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_proces
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
 from composer_path.checkpoints.gate import METADATA, is_harmless, read_pickle
+from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
@@ -102,11 +103,9 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: Not a checkpoint, or tensors are missing.
     """
-    checkpoint = checkpoint.resolve()  # of a `latest` link
+    checkpoint = named(checkpoint).path
     prefix = "model."  # the ComposerModel's one child
     if checkpoint.is_dir():
-        if not (checkpoint / METADATA).is_file():
-            raise ValueError(f"'{checkpoint}' is no checkpoint: it has no {METADATA}")
         is_harmless(checkpoint / METADATA)
         reader = FileSystemReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
@@ -118,10 +117,8 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         with warnings.catch_warnings():  # that this is one process, which is what no_dist says
             warnings.simplefilter("ignore", UserWarning)
             load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
-    elif checkpoint.is_file():
-        tensors = read_pickle(checkpoint)["state"]["model"]
     else:
-        raise ValueError(f"no checkpoint at '{checkpoint}'")
+        tensors = read_pickle(checkpoint)["state"]["model"]
     if missing := sorted(name for name in names if prefix + name not in tensors):
         raise ValueError(f"checkpoint '{checkpoint}' lacks {len(missing)} trained tensors, such as {missing[:3]}")
     return {name: tensors[prefix + name] for name in names}

@@ -14,7 +14,7 @@ from composer_path import PathMLLM
 from composer_path.config.reading import load_config
 from composer_path.run.export import export_checkpoint, read_checkpoint
 
-LATEST = "checkpoints/latest-rank0.pt"
+LATEST = "checkpoints/latest"
 
 
 @pytest.fixture(scope="module")
