@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import xxhash
+
 MANIFEST = "manifest.json"
 VERSION = 1
 NAME = re.compile(r"ep(\d+)-ba(\d+)")  # of a checkpoint's folder: epochs and steps that were done
@@ -45,25 +47,29 @@ class Manifest:
     version: int = VERSION
 
     def to_bytes(self) -> bytes:
-        """As it is written."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+        """As it is written, with a hash of itself."""
+        content = asdict(self)
+        content["xxh64"] = xxhash.xxh64_hexdigest(json.dumps(content, sort_keys=True).encode())
+        return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Read one; ValueError where it is none."""
+        """Read one; ValueError where it is none, or one that was changed."""
         content = json.loads(data)
         if not isinstance(content, dict) or content.get("version") != VERSION:
             found = content.get("version") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"its version must be {VERSION}, found {found!r}")
         try:
             content["files"] = {str(name): (int(size), str(xxh64)) for name, (size, xxh64) in content["files"].items()}
-            read = cls(**content)
+            read = cls(**{key: value for key, value in content.items() if key != "xxh64"})
         except (TypeError, ValueError, AttributeError, KeyError):
             raise ValueError("its entries aren't those of a manifest") from None
         plain = all(re.fullmatch(r"[\w.-]+", name) and name not in (".", "..", MANIFEST) for name in read.files)
         values = (read.run_id, str), (read.step, int), (read.epoch, int), (read.fingerprint, dict), (read.history, list)
         if not (read.files and plain and all(isinstance(value, kind) for value, kind in values)):
             raise ValueError("its entries aren't those of a manifest")
+        if read.to_bytes() != data:
+            raise ValueError("it was changed after it was written")
         return read
 
 
