@@ -15,9 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from composer_path.checkpoints.folder import reason
-from composer_path.checkpoints.gate import METADATA, read_pickle
+from composer_path.checkpoints.gate import read_pickle
 from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
 from composer_path.checkpoints.manifest import CheckpointError
+from composer_path.checkpoints.metadata_file import METADATA
 from composer_path.checkpoints.saver import contents
 
 # What a run can do without: it begins anew there. (Of more ranks than saved, random states are their own.)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
-from composer_path.checkpoints.gate import METADATA, is_harmless, read_pickle
+from composer_path.checkpoints.gate import read_pickle
+from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
@@ -106,8 +107,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     checkpoint = named(checkpoint).path
     prefix = "model."  # the ComposerModel's one child
     if checkpoint.is_dir():
-        is_harmless(checkpoint / METADATA)
-        reader = FileSystemReader(str(checkpoint))
+        reader = GuardedReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
         tensors = {
             prefix + name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -116,7 +116,7 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
         }
         with warnings.catch_warnings():  # that this is one process, which is what no_dist says
             warnings.simplefilter("ignore", UserWarning)
-            load({"state": {"model": tensors}}, storage_reader=reader, no_dist=True)
+            load({"state": {"model": tensors}}, storage_reader=reader, planner=GuardedPlanner(), no_dist=True)
     else:
         tensors = read_pickle(checkpoint)["state"]["model"]
     if missing := sorted(name for name in names if prefix + name not in tensors):
