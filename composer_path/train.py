@@ -76,11 +76,12 @@ def train(
     """
     from composer_path.config.reading import plain
     from composer_path.run.lock import locked
+    from composer_path.run.place import folder_of
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
     settings = plain(config)
-    run_folder = Path(settings["save_root"], settings["trainer"]["run_name"])
+    run_folder = folder_of(settings["save_root"], settings["trainer"]["run_name"])
     with locked(run_folder, "run", "wait for it, or give another trainer.run_name"):
         return _train(config, settings, run_folder, callbacks, algorithms, loggers)
 
@@ -99,7 +100,6 @@ def _train(
     from composer.utils import dist, get_device
 
     from composer_path.batches.measure import tokenizer_hash
-    from composer_path.checkpoints.folder import CheckpointFolder
     from composer_path.checkpoints.gate import require_safe_checkpoints
     from composer_path.checkpoints.trained_only import TrainedOnly
     from composer_path.models.composer_model import ComposerPathMLLM
@@ -139,13 +139,7 @@ def _train(
     report = RunReport(run_folder, count_parameters(model))
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
-    start = choose_start(
-        settings,
-        CheckpointFolder(run_folder / "checkpoints"),
-        trained_only,
-        tokenizer_hash(tokenizer),
-        dataset.data_hash,
-    )
+    start = choose_start(settings, trained_only, tokenizer_hash(tokenizer), dataset.data_hash)
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = StepTrainer(
         model=ComposerPathMLLM(model),
