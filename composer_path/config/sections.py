@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 from composer import Trainer
 from composer.core import Precision
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from streaming import StreamingDataset
-from streaming.base.batching import batching_methods
 from streaming.base.hashing import get_hashes
-from streaming.base.partition import algos as partition_algos
 from streaming.base.shuffle import algos as shuffle_algos
 
 from composer_path.batches.dataset import ConversationDataset
@@ -34,11 +32,13 @@ from composer_path.run.optimizer import OptimizerName, build_optimizer, optimize
 from composer_path.run.sharding import FSDP1_DEFAULTS
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
+from composer_path.stream.order import REFUSED, check_setting
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
+SEED = "${seed}"  # of the whole run
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
 
 
@@ -89,6 +89,7 @@ def _loader(default: Any) -> Section:
     built = ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
     refused = dict.fromkeys(built, "leave it out; it is read from the model") | {"batch_size": "use global_batch_size"}
     of_streaming = dict.fromkeys(("stream_name", "stream_config"), "use streams")
+    of_streaming["drop_last"] = "it stands in the loader's section"
     of_streaming["download_retry"] = "use fault_timeout, the seconds in which a file must have arrived"
     checks: dict[str, Any] = {
         "local": {"check": check_readable},
@@ -99,18 +100,17 @@ def _loader(default: Any) -> Section:
     counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
     changes = {
         **checks,
-        **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
+        **dict.fromkeys(counts, AT_LEAST_1),
+        **{name: {"check": partial(check_setting, name)} for name in ("shuffle_block_size", *REFUSED)},
         **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
         # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
         "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
-        "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
-        "batching_method": {"annotation": Literal[tuple(batching_methods)]},
         "sampling_method": {"annotation": Literal["balanced", "fixed"]},
         "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
         "streams": Section({}, members=stream),
         "cache_limit": {"check": rules.check_bytes},
         "epoch_size": {"check": rules.check_epoch_size},
-        "shuffle_seed": AT_LEAST_0,
+        "shuffle_seed": {**AT_LEAST_0, "default": SEED},
     }
     datasets = (ConversationDataset, GuardedStreamingDataset, StreamingDataset)
     numbers: dict[str, Any] = {
@@ -146,7 +146,7 @@ def _named_sections(name: str) -> Section:
         "progress_bar": "use trainer.progress_bar",
     }
     clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
-    changes: dict[str, Any] = {"gradient_clipping": clipping}
+    changes: dict[str, Any] = {"gradient_clipping": clipping, "stain_jitter": {"seed": {"default": SEED}}}
     sections: dict[str, Node] = {}
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
