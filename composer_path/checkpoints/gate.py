@@ -78,7 +78,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def _refused(path: str | Path, error: TorchFileError) -> ValueError:
+    fix = error.fix or "take another checkpoint, or write its weights as safetensors where it came from"
     return ValueError(
-        f"checkpoint '{path}': must hold tensors and plain values and nothing else, whole; found {error}; take another "
-        "checkpoint, or write its weights as safetensors where it came from"
+        f"checkpoint '{path}': must hold tensors and plain values and nothing else, whole; found {error}; {fix}"
     )
