@@ -103,7 +103,10 @@ class _Storages:
         return Storage(memory, kind.dtype, num_elements)
 
     def _memory(self, name: str) -> torch.UntypedStorage:
-        length = self.zip.read(name).nbytes
+        try:
+            length = self.zip.read(name).nbytes
+        except ZipError as error:
+            raise PickleError(str(error)) from None
         if not length:
             return torch.UntypedStorage(0)
         start = self.zip.records[name].start

@@ -109,8 +109,8 @@ class TorchZip:
             if (count, size, start) != narrow:
                 raise ZipError("a zip file with two tables of its records")
             count, size, start, end = wide_count, wide_size, wide_start, wide
-        if start + size > end:
-            raise ZipError("a zip file that is cut")
+        if start + size != end:
+            raise ZipError("a zip file with more than its records and their table")
         return start, size, count
 
     def _entry(self, at: int) -> tuple[str, Record, int]:
