@@ -45,7 +45,7 @@ def go(checkout: Path, work: Path) -> Path:
     for stage in ("pretrain", "finetune"):
         places = [f"save_root={out}", f"variables.shards={out}/shards", "loggers.tensorboard.flush_interval=1"]
         run("train.py", f"yamls/demo/{stage}.yaml", *places)
-    export = ["export", out / "finetune/checkpoints/latest-rank0.pt", out / "exported"]
+    export = ["export", out / "finetune/checkpoints/latest", out / "exported"]
     run("-c", "import sys; from composer_path.cli import main; sys.exit(main(sys.argv[1:]))", *export)
     (out / "complete").touch()
     return out

@@ -70,14 +70,38 @@ def train(
         callbacks: Objects beside those that the configuration names.
         algorithms: Likewise.
         loggers: Likewise.
+
+    Raises:
+        ValueError: Another process trains in the run's folder.
     """
+    from composer_path.config.reading import plain
+    from composer_path.run.lock import locked
+
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
+    settings = plain(config)
+    run_folder = Path(settings["save_root"], settings["trainer"]["run_name"])
+    with locked(run_folder, "run", "wait for it, or give another trainer.run_name"):
+        return _train(config, settings, run_folder, callbacks, algorithms, loggers)
+
+
+def _train(
+    config: DictConfig,
+    settings: dict[str, Any],
+    run_folder: Path,
+    callbacks: Sequence[Callback],
+    algorithms: Sequence[Algorithm],
+    loggers: Sequence[LoggerDestination],
+) -> Trainer:
+    """The road itself."""
     import torch
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
+    from composer_path.batches.measure import tokenizer_hash
+    from composer_path.checkpoints.folder import CheckpointFolder
     from composer_path.checkpoints.gate import require_safe_checkpoints
-    from composer_path.checkpoints.trained_only import ResumableCheckpoints, TrainedOnly
-    from composer_path.config.reading import plain
+    from composer_path.checkpoints.trained_only import TrainedOnly
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import load_tokenizer
@@ -86,13 +110,10 @@ def train(
     from composer_path.run.precision import settle_precision
     from composer_path.run.report import RunReport
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
+    from composer_path.run.start import choose_start
     from composer_path.run.trainer import StepTrainer
 
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
-    settings = plain(config)
     trainer_section = settings["trainer"]
-    run_folder = Path(settings["save_root"], trainer_section["run_name"])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own checkpoint writer
     device = get_device(trainer_section["device"])
@@ -118,6 +139,13 @@ def train(
     report = RunReport(run_folder, count_parameters(model))
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
+    start = choose_start(
+        settings,
+        CheckpointFolder(run_folder / "checkpoints"),
+        trained_only,
+        tokenizer_hash(tokenizer),
+        dataset.data_hash,
+    )
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = StepTrainer(
         model=ComposerPathMLLM(model),
@@ -127,22 +155,22 @@ def train(
         schedulers=build_named("scheduler", **settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
-            ResumableCheckpoints(trained_only),
             *build_parts("callbacks", settings["callbacks"], of_the_run),
             *callbacks,
             report,
+            *start.callbacks,
         ],
         loggers=[*build_parts("loggers", settings["loggers"], of_the_run), *loggers],
         parallelism_config=build_parallelism_config(trainer_section.pop("parallelism_config")),
         accumulate_train_batch_on_tokens=True,  # the loss is then the same for any split
         device_train_microbatch_size=train_loader.dataloader.batch_size,  # an upper bound: split_batch cuts by tokens
         seed=settings["seed"],
-        **trainer_keywords(trainer_section, run_folder),
+        **trainer_keywords(trainer_section),
     )
-    report.save_config(config)
-    if evaluators and trainer.state.timestamp.batch == 0:
-        trainer.eval()
     if trainer.state.timestamp < trainer.state.max_duration:
+        report.save_config(config, start.history)
+        if evaluators and trainer.state.timestamp.batch == 0:
+            trainer.eval()
         trainer.fit()
     else:
         log.warning("this run has ended before; its results lie in %s (trainer.max_duration says how long)", run_folder)

@@ -146,7 +146,7 @@ def test_stage_1_has_gradients_and_checkpoint_entries_of_the_projector_only(
 ) -> None:
     projector = {key for key in pretrained["weights"] if key.startswith("projector.")}
     assert set(pretrained["gradients"]) == projector
-    names = checkpoint_names(runs / "pretrain" / "checkpoints" / "latest-rank0.pt")
+    names = checkpoint_names(runs / "pretrain" / "checkpoints" / "latest")
     assert {name.removeprefix("state.model.model.") for name in names if name.startswith("state.model.")} == projector
     optimizer = [name for name in names if name.startswith("state.optimizers.")]
     assert any("exp_avg_sq" in name for name in optimizer)

@@ -242,8 +242,7 @@ def two_steps(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 SHORT_RUNS = {
-    "full_tied": [
-        "trainer.parallelism_config.fsdp.state_dict_type=full",
+    "fsdp2_tied": [
         "model.language_model.config.tie_word_embeddings=true",
     ],
     "ddp": ["trainer.parallelism_config=null"],

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from composer_path.asking.run_table import CONFIG, PLACES
 
-NEWEST = "latest-rank0.pt"  # Composer's link to the newest checkpoint
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, and where to."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder (its newest checkpoint), or a checkpoint")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="a run's folder (its newest whole checkpoint), or a checkpoint"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--config", type=Path, help="the run's config.yaml (default: the one of the run)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
@@ -47,7 +47,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if not checkpoints.is_dir() and not (path / CONFIG).is_file():
         # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
         return path, path.absolute().parent.parent / CONFIG
-    if not (checkpoints / NEWEST).exists():
+    from composer_path.checkpoints.folder import CheckpointFolder
+    from composer_path.checkpoints.newest import newest_whole
+
+    found = newest_whole(CheckpointFolder(checkpoints), clear=False)
+    if found is None:
         fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
-        raise ValueError(f"run '{path}': found no checkpoint at '{checkpoints / NEWEST}'; {fix}")
-    return checkpoints / NEWEST, path / CONFIG
+        raise ValueError(f"run '{path}': found no checkpoint in '{checkpoints}'; {fix}")
+    return found.path, path / CONFIG

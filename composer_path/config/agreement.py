@@ -94,6 +94,9 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
         if get(clipping) == "adaptive":
             yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
+    for key, needed in (("eval_loader", get("eval_loader")), ("trainer.save_interval", trainer.get("save_interval"))):
+        if get("trainer.best") is not None and needed is None:
+            yield f"trainer.best: needs {key}; give it or remove this"
     written = given.get("trainer")
     for key in ("eval_interval", "eval_subset_num_batches"):
         if "eval_loader" not in given and isinstance(written, Mapping) and written.get(key) is not None:

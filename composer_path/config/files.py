@@ -95,7 +95,7 @@ def _missing_weights(model: Settings) -> Iterator[str]:
 def _earlier_results(settings: Settings) -> Iterator[str]:
     trainer = settings["trainer"]
     folder = Path(settings["save_root"], trainer["run_name"])
-    meant = trainer["autoresume"] or trainer["save_overwrite"] or trainer["load_path"]
+    meant = trainer["autoresume"] or trainer["save_overwrite"] or trainer["save_interval"] is None
     if not meant and any((folder / "checkpoints").glob("*")):
         fix = "choose another run_name or save_root, or go on where it was with trainer.autoresume=true"
         yield f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; {fix}"

@@ -67,8 +67,17 @@ check_epoch_size = _rule(
     "found {}; it must be a number of samples, as in 50000 or 50k", lambda size: number_abbrev_to_int(size) >= 1
 )
 check_run_name = _rule(
-    "found '{}', which is no folder below save_root; give a name without '..' or a first '/'",
-    lambda name: (parts := PurePosixPath(name).parts) and parts[0][0] != "/" and ".." not in parts,
+    "found {!r}, which is no folder below save_root; give one of visible letters, without '..', braces or a first '/'",
+    lambda name: (
+        (parts := PurePosixPath(name).parts)
+        and parts[0][0] != "/"
+        and ".." not in parts
+        and name.isprintable()
+        and not set(name) & set("{}")
+    ),
+)
+check_number_to_keep = _rule(
+    "found {}; it must be at least 1, or -1 for all", lambda number: number >= 1 or number == -1
 )
 check_projector_type = _rule(
     "found '{}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity",

@@ -20,6 +20,7 @@ from streaming.base.shuffle import algos as shuffle_algos
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.loader import build_dataloader
 from composer_path.batches.mixture import build_stream
+from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.config import rules
 from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
 from composer_path.models.attentional_pooler import PoolerSettings
@@ -166,11 +167,19 @@ def _trainer() -> Section:
         "device_train_microbatch_size": "use train_loader.max_tokens_per_microbatch",
         "accumulate_train_batch_on_tokens": "leave it out; use train_loader.loss_average",
         "step_schedulers_every_batch": "leave it out; the schedulers step every batch",
+        **dict.fromkeys(("save_filename", "save_latest_filename"), "leave it out; checkpoints/ep<epochs>-ba<steps>"),
+        **dict.fromkeys(("save_ignore_keys", "load_ignore_keys"), "leave it out; what is trained is saved and loaded"),
+        "save_weights_only": "use callbacks.save_weights, which writes models to hand on",
+        "load_strict_model_weights": "leave it out; weights always fit, or are refused",
+        "load_exclude_algorithms": "leave it out; algorithms come from the YAML alone",
+        "load_progress_bar": "leave it out",
     }
     objects = ("algorithm_passes", "console_stream", "load_object_store", "profiler")
     return section_of(
         Trainer,
+        CheckpointSaver,
         default=REQUIRED,
+        leave_out=("folder", "keep", "fingerprint", "overwrite"),
         refused=elsewhere | dict.fromkeys(objects, "leave it out; it takes an object, which a YAML can't hold"),
         changes={
             "run_name": {"annotation": str, "default": REQUIRED, "check": rules.check_run_name},
@@ -178,6 +187,8 @@ def _trainer() -> Section:
             "eval_interval": {"check": rules.check_eval_interval},
             "console_log_interval": {"check": rules.check_console_interval},
             "save_interval": {"annotation": str | int | None},  # null saves nothing
+            "save_num_checkpoints_to_keep": {"check": rules.check_number_to_keep},
+            "best": {"annotation": Literal["heldout/token_loss"] | None},  # what an evaluation measures
             "progress_bar": {"annotation": bool | None, "default": None},  # null: where a terminal can draw it
             # Composer's own default on a GPU is fp16.
             "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "default": REQUIRED},
@@ -193,7 +204,6 @@ def _fsdp() -> Choice:
     mixed = Literal["param_dtype", "reduce_dtype", "buffer_dtype"]
     words: dict[str, Any] = {
         "mixed_precision": Literal["DEFAULT", "PURE", "FULL"] | dict[mixed, Literal["fp32", "bf16"]],
-        "state_dict_type": Literal["full", "sharded"],
         "sharding_strategy": Literal["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"],
         "backward_prefetch": Literal["BACKWARD_PRE", "BACKWARD_POST", "NONE"],
     }
@@ -201,6 +211,10 @@ def _fsdp() -> Choice:
     ours = dict.fromkeys(
         ("activation_checkpointing", "activation_checkpointing_reentrant", "activation_cpu_offload"),
         "use execution.activation_checkpointing, which works with and without sharding",
+    )
+    ours |= dict.fromkeys(
+        ("state_dict_type", "load_monolith_rank0_only", "sharded_ckpt_prefix_dir"),
+        "leave it out; each rank writes its part of a checkpoint, which any number of ranks can read",
     )
     sections = {}
     for version, cls, defaults in ((1, FSDPConfig, FSDP1_DEFAULTS), (2, FSDP2Config, {})):

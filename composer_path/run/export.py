@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
-from composer_path.checkpoints.gate import METADATA, read_pickle
+from composer_path.checkpoints.gate import read_pickle
 from composer_path.checkpoints.guarded import GuardedReader, load_sharded
+from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
@@ -102,11 +103,9 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     Raises:
         ValueError: Not a checkpoint, or tensors are missing.
     """
-    checkpoint = checkpoint.resolve()  # of a `latest` link
+    checkpoint = named(checkpoint).path
     prefix = "model."  # the ComposerModel's one child
     if checkpoint.is_dir():
-        if not (checkpoint / METADATA).is_file():
-            raise ValueError(f"'{checkpoint}' is no checkpoint: it has no {METADATA}")
         reader = GuardedReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
         tensors = {
@@ -115,15 +114,13 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
             if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
         }
         load_sharded({"state": {"model": tensors}}, reader, alone=True)
-    elif checkpoint.is_file():
+    else:
         content = read_pickle(checkpoint)
         state = content.get("state") if isinstance(content, dict) else None
         found = state.get("model") if isinstance(state, dict) else None
         if not isinstance(found, dict):
             raise ValueError(f"'{checkpoint}' is no checkpoint of a run: it has no state of a model")
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    else:
-        raise ValueError(f"no checkpoint at '{checkpoint}'")
     if missing := sorted(name for name in names if prefix + name not in tensors):
         raise ValueError(f"checkpoint '{checkpoint}' lacks {len(missing)} trained tensors, such as {missing[:3]}")
     return {name: tensors[prefix + name] for name in names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from composer_path.callbacks.step_line import StepLine
@@ -38,11 +37,10 @@ def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str,
     return parts
 
 
-def trainer_keywords(section: Mapping[str, Any], run_folder: Path) -> dict[str, Any]:
-    """Keywords for Composer's Trainer: the YAML's, and what it may leave out. `save_interval: null` saves nothing."""
-    keywords = {"save_folder": str(run_folder / "checkpoints"), **section}
+def trainer_keywords(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords for Composer's Trainer: the YAML's, less what our own saver and loader get (run/start.py)."""
+    ours = {"autoresume", "best", *(key for key in section if key.startswith(("save_", "load_")))}
+    keywords = {key: value for key, value in section.items() if key not in ours - {"save_metrics"}}
     if keywords["progress_bar"] is None:
         keywords["progress_bar"] = sys.stderr.isatty()
-    if keywords["save_interval"] is None:
-        del keywords["save_folder"], keywords["save_interval"]
     return keywords

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from composer_path.asking.run_table import CONFIG, SUMMARY
+from composer_path.storage.atomic import write_whole
 from composer_path.weights.folder import write_json
 
 
@@ -21,11 +23,16 @@ class RunReport(Callback):
         self.run_folder = run_folder
         self.summary: dict[str, Any] = {"parameters": parameters, "heldout_token_loss": {}}
 
-    def save_config(self, config: DictConfig) -> None:
-        """Keep the configuration as given: it may name environment variables, but never holds their values."""
+    def save_config(self, config: DictConfig, history: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the configuration as given: it may name environment variables, but never holds their values.
+
+        What changed at a resume stands above it, in comments. An older summary goes: it is of other steps.
+        """
         if dist.get_global_rank() == 0:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(config, self.run_folder / CONFIG)
+            lines = [f"# from step {entry['step']} on: {line}" for entry in history for line in entry["changes"]]
+            text = "".join(f"{line}\n" for line in lines) + OmegaConf.to_yaml(config)
+            write_whole(self.run_folder / CONFIG, lambda file: file.write(text.encode()))
+            (self.run_folder / SUMMARY).unlink(missing_ok=True)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the held-out loss: the first and the newest."""

@@ -14,9 +14,8 @@ import torch.distributed
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
-# Where FSDP1 of this project differs from Composer's: ranks that start empty get rank 0's weights, and each writes its
-# own part of a checkpoint.
-FSDP1_DEFAULTS = {"sync_module_states": True, "state_dict_type": "sharded"}
+# Where FSDP1 of this project differs from Composer's: ranks that start empty get rank 0's weights.
+FSDP1_DEFAULTS = {"sync_module_states": True}
 
 
 def check_fsdp1() -> None:
@@ -43,7 +42,7 @@ def build_parallelism_config(section: Mapping[str, Any] | None) -> dict[str, Any
     if not torch.cuda.is_available():
         fix = "use version: 2 here, or leave the section out for DDP"
         raise ValueError(f"trainer.parallelism_config.fsdp.version: 1 needs a CUDA device; {fix}")
-    return {"fsdp": FSDPConfig(**fsdp)}
+    return {"fsdp": FSDPConfig(**fsdp, state_dict_type="sharded")}  # each writes its own part of a checkpoint
 
 
 def mend_gloo_averaging() -> bool:

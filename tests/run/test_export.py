@@ -14,7 +14,7 @@ from composer_path import PathMLLM
 from composer_path.config.reading import load_config
 from composer_path.run.export import export_checkpoint, read_checkpoint
 
-LATEST = "checkpoints/latest-rank0.pt"
+LATEST = "checkpoints/latest"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_stage_is_refused_with_what_it_lacks(runs: Path,
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no checkpoint at"):
         read_checkpoint(tmp_path / "not_there", set())
-    with pytest.raises(ValueError, match=r"is no checkpoint: it has no \.metadata"):
+    with pytest.raises(ValueError, match=r"is damaged: \.metadata is missing"):
         read_checkpoint(tmp_path, set())
 
 

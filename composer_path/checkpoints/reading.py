@@ -1,0 +1,142 @@
+"""Reads a checkpoint into a run, through the gate: sharded or a single file, into a sharded run or a whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from composer.core import State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from composer_path.checkpoints.folder import reason
+from composer_path.checkpoints.gate import read_pickle
+from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
+from composer_path.checkpoints.manifest import CheckpointError
+from composer_path.checkpoints.metadata_file import METADATA
+from composer_path.checkpoints.saver import contents
+
+# What a run can do without: it begins anew there. (Of more ranks than saved, random states are their own.)
+_MAY_BE_MISSING = ("state.callbacks.", "state.dataset_state.", "state.algorithms", "rng", "composer_path")
+# Hyperparameters of a newer torch; they come from the YAML anyway.
+_OF_THE_YAML = "param_groups"
+
+
+def is_of_this_format(path: Path) -> bool:
+    """Whether a checkpoint without a manifest was written by a version that writes one; CheckpointError: it is none."""
+    if path.is_file():
+        return False
+    if not (path / METADATA).is_file():
+        raise CheckpointError(f"{METADATA} is missing")
+    try:
+        return "composer_path" in GuardedReader(path).read_metadata().state_dict_metadata
+    except (ValueError, OSError) as error:
+        raise CheckpointError(reason(error)) from None
+
+
+def load_into(path: Path, state: State, logger: Logger, weights_only: bool = False) -> list[dict[str, Any]]:
+    """Give a run the weights, or everything, of a checkpoint; returns the random states of the ranks that saved it.
+
+    Raises:
+        CheckpointError: It doesn't fit this run, or can't be read.
+    """
+    template = contents(state)
+    if weights_only:
+        template = {"state": {"model": template["state"]["model"]}}
+    try:
+        content = _read_file(path, template) if path.is_file() else _read_folder(path, template)
+    except (ValueError, OSError, KeyError, RuntimeError, CheckpointException) as error:
+        found = _first(error) if isinstance(error, CheckpointException) else reason(error)
+        raise CheckpointError(f"checkpoint {path}: can't be taken: {found}") from None
+    run_name = state.run_name
+    with torch.no_grad():
+        state.load_state_dict(content["state"], logger, strict=True)
+    state.run_name = run_name
+    return content.get("rng", [])
+
+
+def _read_folder(path: Path, template: dict[str, Any]) -> dict[str, Any]:
+    reader = GuardedReader(path)
+    present = reader.read_metadata().state_dict_metadata
+    _fit(template, present)
+    with torch.no_grad():
+        dcp.load(template, storage_reader=reader, planner=GuardedPlanner())
+    return template
+
+
+def _read_file(path: Path, template: dict[str, Any]) -> dict[str, Any]:
+    """A single file has everything as whole tensors on every rank."""
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+        raise ValueError("it is no checkpoint of a run: it has no 'state'")
+    _fit(template, dict(_leaves(content)))
+    with torch.no_grad():
+        return _filled(template, content)
+
+
+def _filled(template: Any, content: Any) -> Any:
+    """The content in the template's form: sharded where that is sharded."""
+    if isinstance(template, Mapping) and isinstance(content, Mapping):
+        return {key: _filled(value, content[key]) for key, value in template.items()}
+    if isinstance(template, list) and isinstance(content, list):
+        return [_filled(value, content[at]) for at, value in enumerate(template)]
+    if isinstance(template, Tensor):
+        if not isinstance(content, Tensor) or template.shape != content.shape:
+            raise ValueError("a tensor of another shape stands where the run has one")
+        content = content.to(device=template.device, dtype=template.dtype)
+        if isinstance(template, DTensor):
+            return distribute_tensor(content, template.device_mesh, template.placements)
+    return content
+
+
+def _fit(template: dict[str, Any], present: Mapping[str, Any]) -> None:
+    """Take out of the template what a run can do without; CheckpointError where the two don't fit."""
+    names = set(present)
+    if "rng" in template:
+        saved = {key.split(".")[1] for key in names if key.startswith("rng.")}
+        template["rng"] = template["rng"][: len(saved)]
+    wanted = [key for key, _ in _leaves(template)]
+    missing = [key for key in wanted if key not in names]
+    needed = [key for key in missing if not key.startswith(_MAY_BE_MISSING) and _OF_THE_YAML not in key]
+    left_over = sorted({key for key in names if key.startswith("state.model.")} - set(wanted))
+    parts = {"lacks": needed, "holds in addition": left_over}
+    if problems := [f"{word} {len(keys)} entries, such as {keys[0]}" for word, keys in parts.items() if keys]:
+        raise CheckpointError(f"it {' and '.join(problems)}; this run trains other modules, or another model")
+    for key in missing:
+        _drop(template, ".".join(key.split(".")[:3]) if key.startswith("state.callbacks.") else key)
+
+
+def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What torch.distributed.checkpoint writes as entries of their own, by its names for them."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(content, list) and not _is_leaf(content):
+        for at, value in enumerate(content):
+            yield from _leaves(value, f"{path}.{at}")
+    else:
+        yield path, content
+
+
+def _is_leaf(value: list[Any]) -> bool:
+    return not any(isinstance(one, Mapping | Tensor) or (isinstance(one, list) and not _is_leaf(one)) for one in value)
+
+
+def _drop(content: Any, key: str) -> None:
+    """Take what has this name out."""
+    for name in list(content) if isinstance(content, Mapping) else range(len(content)):
+        if str(name) == key:
+            del content[name]
+            return
+        if key.startswith(f"{name}."):
+            _drop(content[name], key[len(str(name)) + 1 :])
+            return
+
+
+def _first(error: CheckpointException) -> str:
+    return reason(next(iter(error.failures.values()))[0])

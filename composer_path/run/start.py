@@ -1,0 +1,89 @@
+"""How a run starts: anew, or where which checkpoint left it; what of its settings changed since; and its saver."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from composer.core import Callback
+from composer.utils import dist
+
+from composer_path.checkpoints.folder import CheckpointFolder, on_first_rank
+from composer_path.checkpoints.manifest import CheckpointError
+from composer_path.checkpoints.newest import Found, named, newest_whole
+from composer_path.checkpoints.resume import Resume
+from composer_path.checkpoints.saver import CheckpointSaver
+from composer_path.checkpoints.trained_only import TrainedOnly
+from composer_path.run.fingerprint import differences, fingerprint, hash_of_files, weights_files
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Start:
+    """What a run begins with."""
+
+    found: Found | None  # the checkpoint that it goes on from
+    history: list[dict[str, Any]]  # what changed at which step
+    callbacks: Sequence[Callback]
+
+
+def choose_start(
+    settings: Mapping[str, Any], folder: CheckpointFolder, trained_only: TrainedOnly, tokenizer: str, data: str
+) -> Start:
+    """Find the checkpoint to go on from, and compare the run that wrote it with this one. All ranks call it.
+
+    Args:
+        settings: Of the YAML, plain.
+        folder: Of the run's checkpoints.
+        trained_only: What keeps frozen weights out of them.
+        tokenizer: A hash of it.
+        data: A hash of it.
+
+    Raises:
+        CheckpointError: None is whole, or a setting differs that can't change within a run.
+    """
+    section = settings["trainer"]
+    files = on_first_rank(lambda: {name: hash_of_files(held) for name, held in weights_files(settings).items()})
+    ours = fingerprint(settings, files | {"tokenizer": tokenizer}) | {"data": data}
+    saver = None
+    if section["save_interval"] is not None:
+        keep, best = section["save_num_checkpoints_to_keep"], section["best"]
+        saver = CheckpointSaver(folder, section["save_interval"], keep, best, ours, section["save_overwrite"])
+    found, weights_only = newest_whole(folder) if section["autoresume"] else None, False
+    if found is None and section["load_path"] is not None:
+        found, weights_only = named(section["load_path"]), section["load_weights_only"]
+    history: list[dict[str, Any]] = []
+    if found is None or weights_only:
+        _tell("a new run%s", f", with the weights of {found.path}" if found else "")
+    else:
+        _tell("goes on from %s, after step %s", found.path, found.step)
+        if found.manifest is not None:
+            history = [*found.manifest.history, *_compare(found.manifest.fingerprint, ours, found)]
+            if saver is not None and found.path.parent.resolve() == folder.path.resolve():
+                saver.go_on_from(found.manifest)
+    if saver is not None:
+        saver.history = history
+    resume = Resume(found, weights_only, trained_only)
+    return Start(None if weights_only else found, history, [resume, *([saver] if saver else [])])
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], found: Found) -> list[dict[str, Any]]:
+    """What changed, as an entry of the history."""
+    applied, refused = differences(before, now)
+    if refused:
+        fix = "set them back, or give another trainer.run_name to start anew"
+        lines = "\n  ".join(refused)
+        raise CheckpointError(
+            f"checkpoint {found.path}: can't go on with other settings than it began with:\n  {lines}\n  {fix}"
+        )
+    for line in applied:
+        _tell("from step %s on: %s", found.step, line)
+    return [{"step": found.step, "changes": applied}] if applied else []
+
+
+def _tell(line: str, *values: object) -> None:
+    if dist.get_global_rank() == 0:
+        log.info(line, *values)
