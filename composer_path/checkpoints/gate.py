@@ -35,7 +35,7 @@ def require_safe_checkpoints() -> None:
     State._apply_required_algorithms = lambda self, *args, **kwargs: None  # type: ignore[method-assign]
     validated = composer.utils.checkpoint._ensure_valid_checkpoint
     composer.utils.checkpoint._torch_load_with_validation = lambda path, **kwargs: read_pickle(validated(path))
-    for name in ("read_metadata", "set_up_storage_reader", "read_data", "_check"):
+    for name in ("_read", "read_metadata", "set_up_storage_reader", "read_data", "_check"):
         setattr(FileSystemReaderWithValidation, name, getattr(GuardedReader, name))
     DefaultLoadPlanner.load_bytes = GuardedPlanner.load_bytes  # type: ignore[method-assign, assignment]
 

@@ -24,13 +24,17 @@ class GuardedReader(FileSystemReader):
     Use it by `load_sharded`, or call `read_metadata` first: torch hides what that raises.
     """
 
+    _read: tuple[Any, Metadata] | None = None  # of which folder, since a load asks for it again
+
     def read_metadata(self) -> Metadata:  # type: ignore[override]  # of all ranks' files only the common one is written
         """The metadata, checked against the files.
 
         Raises:
             ValueError: See `read_metadata_file`.
         """
-        return read_metadata_file(self.path)
+        if self._read is None or self._read[0] != self.path:
+            self._read = self.path, read_metadata_file(self.path)
+        return self._read[1]
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:  # type: ignore[override]
         """Keep where the entries lie and what each is."""
