@@ -19,6 +19,7 @@ from composer_path.storage.atomic import TEMPORARY_SUFFIX, sync_path, write_whol
 from composer_path.storage.places import Folder
 
 LATEST, BEST = "latest", "best"  # links to the newest checkpoint, and to the best one
+_GONE = f".gone{TEMPORARY_SUFFIX}"  # ends the name of one that is being removed
 _OLD_LATEST = "latest-rank0.pt"  # Composer's name for it
 
 Value = TypeVar("Value")
@@ -91,11 +92,12 @@ class CheckpointFolder:
                     yield f"{file} was changed: its xxh64 isn't the one of its manifest"
 
     def clear_unfinished(self) -> list[str]:
-        """Remove what a kill left; returns the names of the checkpoints that were being written or removed."""
+        """Remove what a kill left; returns the names of the checkpoints that were being written."""
         cleared = []
         for path in sorted(self.path.glob(f".*{TEMPORARY_SUFFIX}")) if self.path.is_dir() else ():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            cleared.append(path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX))
+            if not path.name.endswith(_GONE):
+                cleared.append(path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX))
         for name in self.names():  # of an earlier version: DCP writes its metadata last
             path = self.path / name
             begun = path.is_dir() and not (path / MANIFEST).exists() and not (path / ".metadata").exists()
@@ -140,7 +142,7 @@ class CheckpointFolder:
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint; its name goes first."""
-        gone = self.path / f".{name}{TEMPORARY_SUFFIX}"
+        gone = self.path / f".{name}{_GONE}"
         shutil.rmtree(gone, ignore_errors=True)
         (self.path / name).rename(gone)
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
@@ -166,7 +168,13 @@ def on_first_rank(work: Callable[[], Value]) -> Value:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, of the system's without its number."""
+    """What an error says, of the system's without its number; the system's goes before what it led to."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if "inline_container" in str(error):  # torch's writer of zip files, which forgets the system's words
+        return "a write was refused, as by a full disk"
     return str(error)

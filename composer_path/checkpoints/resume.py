@@ -40,7 +40,19 @@ class Resume(Callback):
             settings.apply(state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Go on with the random numbers; Composer restores them at the beginning of an epoch only."""
+        """Go on with the random numbers, where an epoch begins; Composer restores them nowhere else."""
+        if state.timestamp.batch_in_epoch == 0:
+            self._restore()
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Amid an epoch: its loader, which draws one when it starts, did so in the process that began the epoch."""
+        self._restore()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Likewise, where nothing of the epoch was left."""
+        self._restore()
+
+    def _restore(self) -> None:
         if dist.get_global_rank() < len(self.random_states):
             reproducibility.load_rng_state([{}] * dist.get_global_rank() + self.random_states[dist.get_global_rank() :])
         self.random_states = []

@@ -66,6 +66,11 @@ class CheckpointSaver(Callback):
         """Be the saver of the run that wrote this."""
         self.run_id, self.history, self.saved_step = manifest.run_id, list(manifest.history), manifest.step
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Let those go that an earlier process had no time to."""
+        if self.saved_step is not None:
+            on_first_rank(self._rotate)
+
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the metric that `best` goes by."""
         if self.best is not None:

@@ -23,11 +23,11 @@ _PLACES = re.compile(
 )
 # What a resumed run must have as it began: its random numbers, its model, its data and their order.
 _FIXED = re.compile(
-    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad)|optimizer\.lr\.keys"
+    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad)"
     r"|train_loader\.(global_batch_size|drop_last)"
     r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|decoder"
     r"|shuffle\w*|num_canonical_nodes|partition_algo|sampling_\w+|epoch_size|batching_method|replication|split"
-    r"|streams\..*)"
+    r"|streams(\..*)?)"
     r"|files\..*"
 )
 _FREE = re.compile(r"model\.attention|train_loader\.dataset\.streams\.[^.]+\.(download_\w+|validate_hash|keep_zip)")
@@ -95,8 +95,6 @@ def weights_files(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
-        if path == "optimizer.lr":
-            yield "optimizer.lr.keys", sorted(map(str, value))
         for key, member in value.items():
             yield from _flat(member, f"{path}.{key}" if path else str(key))
     else:

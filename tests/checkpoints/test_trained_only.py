@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from composer.callbacks import CheckpointSaver
-from composer.core import State
-from composer.devices import DeviceCPU
-from composer.loggers import Logger
-from tiny_run import SHORT_RUNS, short_run
 
 from composer_path import PathMLLM
-from composer_path.checkpoints.gate import is_harmless, read_pickle
 from composer_path.checkpoints.trained_only import (
-    ResumableCheckpoints,
     TrainedOnly,
-    earlier_checkpoints,
     frozen_names,
     gather_weights,
 )

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from fake_checkpoints import fake_checkpoint
 
+from composer_path.checkpoints.folder import CheckpointFolder
 from composer_path.cli import main
 from composer_path.commands.export import find_checkpoint
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run's folder with one sharded checkpoint."""
+    """A run's folder with two checkpoints."""
     folder = tmp_path / "finetune"
-    (folder / "checkpoints" / "ep1-ba20").mkdir(parents=True)
-    (folder / "checkpoints" / "latest-rank0.pt").symlink_to("ep1-ba20")
+    for step in (10, 20):
+        fake_checkpoint(CheckpointFolder(folder / "checkpoints"), step)
     (folder / "config.yaml").write_text("version: 1\n")
     return folder
 
 
-def test_a_run_means_its_newest_checkpoint(run_folder: Path) -> None:
-    newest = run_folder / "checkpoints" / "latest-rank0.pt"
+def test_a_run_means_its_newest_whole_checkpoint(run_folder: Path) -> None:
+    newest = run_folder / "checkpoints" / "ep0-ba20"
     assert find_checkpoint(run_folder) == (newest, run_folder / "config.yaml")
-    assert find_checkpoint(newest) == (newest, run_folder / "config.yaml")
-    older = run_folder / "checkpoints" / "ep1-ba20"
-    assert find_checkpoint(older) == (older, run_folder / "config.yaml")
+    for place in (run_folder / "checkpoints" / "latest", run_folder / "checkpoints" / "ep0-ba10"):
+        assert find_checkpoint(place) == (place, run_folder / "config.yaml")
+    (newest / "__0_0.distcp").write_bytes(b"damaged")
+    assert find_checkpoint(run_folder)[0].name == "ep0-ba10"
 
 
 def test_a_run_without_a_checkpoint_is_told_so(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run_folder / "checkpoints" / "ep1-ba20").rmdir()
+    for step in (10, 20):
+        shutil.rmtree(run_folder / "checkpoints" / f"ep0-ba{step}")
     for _ in range(2):  # a link that leads nowhere, and none
         assert main(["export", str(run_folder), str(run_folder / "out")]) == 2
-        assert f"run '{run_folder}': found no checkpoint at" in capsys.readouterr().err
-        (run_folder / "checkpoints" / "latest-rank0.pt").unlink(missing_ok=True)
+        assert f"run '{run_folder}': found no checkpoint in" in capsys.readouterr().err
+        (run_folder / "checkpoints" / "latest").unlink(missing_ok=True)
     assert not (run_folder / "out").exists()
 
 
