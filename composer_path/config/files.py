@@ -13,6 +13,7 @@ from streaming.base.util import number_abbrev_to_int
 from composer_path.batches.mixture import template_of
 from composer_path.config.agreement import LOADERS
 from composer_path.images.features import FeaturesError, common_features
+from composer_path.models.language_model import load_language_model_config
 from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import load_tokenizer
@@ -89,6 +90,11 @@ def _missing_weights(model: Settings) -> Iterator[str]:
         path = model[name][key]
         if path is not None and not Path(path).exists():
             yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"
+    if (path := model["language_model"]["path"]) is not None and Path(path, "config.json").is_file():
+        try:
+            load_language_model_config(path)
+        except ValueError as error:
+            yield f"model.language_model.path: {str(error).splitlines()[0]}"
 
 
 def _earlier_results(settings: Settings) -> Iterator[str]:

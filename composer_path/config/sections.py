@@ -24,8 +24,9 @@ from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Sec
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
-from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
 from composer_path.records.prompts import get_template
+from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
@@ -46,6 +47,7 @@ AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": ru
 def config_schema() -> Section:
     """The whole YAML."""
     schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
@@ -53,7 +55,7 @@ def config_schema() -> Section:
             "seed": Key(int, at_least=0),
             "save_root": Key(str),
             "variables": Section({}, {}, open=True),
-            "tokenizer": section_of(load_tokenizer, default=REQUIRED),
+            "tokenizer": section_of(load_tokenizer, refused=no_code, default=REQUIRED),
             "model": _model(),
             "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
             "train_loader": _loader(REQUIRED),
@@ -73,6 +75,7 @@ def _model() -> Section:
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
     mlp = section_of(MlpSettings, changes={"depth": AT_LEAST_0})
     vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1}
+    vision["kwargs"] = {"check": check_vision_keywords}
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
     parts: dict[str, Any] = {

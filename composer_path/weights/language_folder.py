@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from composer_path.models.attention import AttentionBackend, resolve_attention
 from composer_path.models.language_model import load_language_model_config, untrained_language_model
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
+from composer_path.weights.tensor_file import check_pickled_weights
 
 
 def build_language_model(
@@ -31,7 +32,8 @@ def build_language_model(
         empty: Likewise; of a folder only the configuration is read.
 
     Raises:
-        ValueError: Neither or both of `path` and `config`, a path that isn't there, or an unsupported architecture.
+        ValueError: Neither or both of `path` and `config`, a path that isn't there, pickled weights that hold other
+            than tensors, or an unsupported architecture.
     """
     if (path is None) == (config is None):
         raise ValueError(
@@ -43,6 +45,7 @@ def build_language_model(
         )
     if path is None or empty:
         return untrained_language_model(path or config or {}, attention=attention, dtype=dtype, empty=empty)
+    check_pickled_weights(path)
     return AutoModelForCausalLM.from_pretrained(
         path,
         config=load_language_model_config(path),
