@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
+    from composer_path.guards.guards import Guards
     from composer_path.models.path_mllm import PathMLLM
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,27 @@ def train(
         callbacks: Objects beside those that the configuration names.
         algorithms: Likewise.
         loggers: Likewise.
+
+    Raises:
+        RunStopped: It was asked to stop, or met NaN (`NotFinite`); see docs/stopping.md.
     """
+    from composer_path.config.reading import plain
+    from composer_path.guards.guards import Guards
+
+    settings = plain(config)
+    run_folder = Path(settings["save_root"], settings["trainer"]["run_name"])
+    with Guards(**settings["guards"], run_folder=run_folder) as guards:
+        return guarded_train(config, guards, callbacks, algorithms, loggers)
+
+
+def guarded_train(
+    config: DictConfig,
+    guards: Guards,
+    callbacks: Sequence[Callback],
+    algorithms: Sequence[Algorithm],
+    loggers: Sequence[LoggerDestination],
+) -> Trainer:
+    """Train, with guards that are on."""
     import torch
     from composer.core import Evaluator
     from composer.utils import dist, get_device
@@ -78,13 +99,14 @@ def train(
     from composer_path.checkpoints.gate import require_safe_checkpoints
     from composer_path.checkpoints.trained_only import ResumableCheckpoints, TrainedOnly
     from composer_path.config.reading import plain
+    from composer_path.guards.ending import RunStopped
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
-    from composer_path.run.precision import settle_precision
-    from composer_path.run.report import RunReport
+    from composer_path.run.precision import require_device, settle_precision
+    from composer_path.run.report import RunReport, require_steps
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.trainer import StepTrainer
 
@@ -95,11 +117,13 @@ def train(
     run_folder = Path(settings["save_root"], trainer_section["run_name"])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own checkpoint writer
+    require_device(trainer_section["device"])
     device = get_device(trainer_section["device"])
     if device.name == "gpu":
         torch.set_float32_matmul_precision("high")  # tf32 for what is not in bf16, as the reference
     settle_precision(trainer_section, device.name)
     dist.initialize_dist(device, trainer_section["dist_timeout"])
+    guards.board.join()
     mend_gloo_averaging()
     require_safe_checkpoints()
 
@@ -127,6 +151,7 @@ def train(
         schedulers=build_named("scheduler", **settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
+            guards,
             ResumableCheckpoints(trained_only),
             *build_parts("callbacks", settings["callbacks"], of_the_run),
             *callbacks,
@@ -140,12 +165,18 @@ def train(
         **trainer_keywords(trainer_section, run_folder),
     )
     report.save_config(config)
-    if evaluators and trainer.state.timestamp.batch == 0:
-        trainer.eval()
-    if trainer.state.timestamp < trainer.state.max_duration:
-        trainer.fit()
-    else:
-        log.warning("this run has ended before; its results lie in %s (trainer.max_duration says how long)", run_folder)
+    try:
+        if evaluators and trainer.state.timestamp.batch == 0:
+            trainer.eval()
+            require_steps(trainer.state)
+        if trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
+        else:
+            ended = "this run has ended before; its results lie in %s (trainer.max_duration says how long)"
+            log.warning(ended, run_folder)
+    except RunStopped:  # on all ranks at once
+        trainer.close()
+        raise
     trainer.close()
     return trainer
 
