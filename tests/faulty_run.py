@@ -58,8 +58,8 @@ def go(
     """Start a plan, and wait for its end.
 
     Args:
-        signals: Each a note after which it is sent (`batch_start-<rank>-<step>`, or `+` seconds), its number, and to whom: the
-            `leader`, which is the launcher where there is one, or the whole `group`.
+        signals: Each a note after which it is sent (`batch_start-<rank>-<step>`, or `+` seconds), its number, and to
+            whom: the `leader`, which is the launcher where there is one, or the whole `group`.
     """
     root.mkdir(parents=True, exist_ok=True)
     whole = {"stage": "finetune", "shards": str(shards), "root": str(root), "overrides": [*BARE, *overrides], **plan}

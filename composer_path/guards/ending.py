@@ -16,7 +16,7 @@ STOPPED = 75  # as asked (sysexits' EX_TEMPFAIL): the same command goes on
 INTERRUPTED = 130  # by Ctrl-C, as shells report it
 
 _FIRST_WORD = 1.0  # seconds in which rank 0 may say what all ranks met
-_ALONE = 3.0  # likewise before ranks know each other
+_ALONE = 8.0  # likewise before ranks know each other
 _LINGER = 6.0  # a rank that has said nothing waits for the launcher to end it, which then doesn't print its log
 
 
@@ -57,8 +57,10 @@ class Voice:
         """Say why the run ends, unless another rank does; gives the exit code of the run."""
         speaks, tell = True, type(self).tell
         if self.ranks > 1:
-            if self.rank:
-                time.sleep(_FIRST_WORD if tell else _ALONE)  # what all ranks met, rank 0 says
+            if self.rank:  # what all ranks met, rank 0 says, and the launcher then ends this one
+                if not tell and threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(_FIRST_WORD if tell else _ALONE)
             if tell:
                 code, speaks = tell(code, words)
         if speaks:
@@ -74,7 +76,10 @@ class Voice:
             sys.stdout.flush()
             end_within(10.0, code)
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self.rank else signal.SIG_IGN)
-            time.sleep(_FIRST_WORD * bool(self.rank) if agreed else _LINGER if self.rank else _FIRST_WORD)
+            if self.rank:
+                time.sleep(_FIRST_WORD if agreed else _LINGER)
+            elif type(self).tell and not agreed:  # the board lies here: others look at it once a second
+                time.sleep(1.5)
         return code
 
 

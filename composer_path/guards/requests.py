@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any
 
@@ -18,10 +19,10 @@ from composer_path.guards.ending import INTERRUPTED, STOPPED, RunStopped, end_no
 
 _SAME_REQUEST = 1.0  # seconds: a cluster signals launcher and ranks, and the launcher the ranks again
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-TIME_IS_UP = 255  # where a signal's number stands
+TIME_IS_UP, CTRL_C = 255, 256  # where a signal's number stands; of several reasons the largest counts
 
 
-def seconds_of(duration: str | float) -> float:
+def seconds_of(duration: str | int | float) -> float:
     """Seconds of a duration such as `11.5h`, `90m` or `3600s`; a number is seconds; ValueError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(duration))
     seconds = float(found[1]) * _SECONDS[found[2] or "s"] if found else 0.0
@@ -32,12 +33,12 @@ def seconds_of(duration: str | float) -> float:
 
 def words_of(reason: int) -> str:
     """What asked for the stop."""
-    return "guards.stop_after" if reason == TIME_IS_UP else signal.Signals(reason).name
+    return {TIME_IS_UP: "guards.stop_after", CTRL_C: "SIGINT"}.get(reason) or signal.Signals(reason).name
 
 
 def code_of(reason: int) -> int:
     """The exit code of a run that obeyed."""
-    return INTERRUPTED if reason == signal.SIGINT else STOPPED
+    return INTERRUPTED if reason in (CTRL_C, signal.SIGINT) else STOPPED
 
 
 class StopRequests:
@@ -66,6 +67,10 @@ class StopRequests:
     def install(self) -> None:
         """Take the signals over, if this is the main thread; nobody else may."""
         if threading.current_thread() is threading.main_thread():
+            # Python's tracker of shared memory ignores but two of these: it gets the others blocked, and keeps them so.
+            earlier = signal.pthread_sigmask(signal.SIG_BLOCK, self.numbers)
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
             handlers: dict[int, Any] = {number: signal.signal(number, self._interrupt) for number in self.numbers}
             self._earlier = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False), handlers
 
@@ -82,10 +87,10 @@ class StopRequests:
                 os.close(end)
 
     def reason(self) -> int:
-        """The signal's number, `TIME_IS_UP`, or 0 for none."""
+        """The signal's number, `CTRL_C`, `TIME_IS_UP`, or 0 for none."""
         self.read()
         if self.first is not None:
-            return self.first[0]
+            return CTRL_C if self.first[0] == signal.SIGINT else self.first[0]
         return TIME_IS_UP if self.until is not None and time.time() >= self.until else 0
 
     def read(self) -> None:
@@ -102,7 +107,10 @@ class StopRequests:
             if os.environ.get("RANK", "0") == "0":
                 doing = "nothing is trained yet" if self.before_steps else "the step in progress is finished and saved"
                 os.write(2, f"{name}: {doing}; a second one ends the process at once\n".encode())
-        elif now - self.first[1] > _SAME_REQUEST:
+        elif now - self.first[1] <= _SAME_REQUEST:
+            if number == signal.SIGINT:  # from which the launcher made the other
+                self.first = number, self.first[1]
+        else:
             end_now(128 + number, f"{name} again: ended at once, without a checkpoint of this step")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

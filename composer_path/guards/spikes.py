@@ -16,7 +16,7 @@ class LossSpikes:
     WINDOW, FEWEST = 100, 20  # steps; with fewer before it, nothing is called a spike
     LEAST_SHARE = 0.1  # of the median: below that it is no spike, however quiet the losses were
 
-    def __init__(self, deviations: float) -> None:
+    def __init__(self, deviations: int | float) -> None:
         self.deviations = deviations
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
         self.quiet = 0  # steps for which nothing is said

@@ -36,7 +36,9 @@ class Watch:
         run_folder: For what NCCL last did, where it keeps that.
     """
 
-    def __init__(self, timeout: float | None, requests: StopRequests, board: FailureBoard, run_folder: Path) -> None:
+    def __init__(
+        self, timeout: int | float | None, requests: StopRequests, board: FailureBoard, run_folder: Path
+    ) -> None:
         self.timeout, self.requests, self.board, self.run_folder = timeout, requests, board, run_folder
         self.waits_for, self.moves, self.step, self.first_step = START, 0, 0, True
         self.ended = threading.Event()
