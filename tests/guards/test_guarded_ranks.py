@@ -60,7 +60,7 @@ def test_a_step_is_left_out_by_both(shards: Path, tmp_path: Path) -> None:
     assert outcome.losses["3"] == outcome.losses["3"]  # not NaN
 
 
-@pytest.mark.parametrize("fault", ["hang", "stopped"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("stopped", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_both_and_each_says_where_it_waits(fault: str, shards: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, shards, ["guards.stall_timeout=3"], fault=fault, rank=1, step=2, ranks=2)
     assert outcome.code == STALLED and outcome.seconds < MOST + 35  # Composer's launcher gives a stopped rank 30 s
@@ -91,5 +91,6 @@ def test_a_signal_stops_both_at_the_same_step_and_the_same_command_goes_on(
         assert "Traceback" not in everything(outcome)
     step = int(steps_saved(outcome)[0].rpartition("ba")[2])
     resumed = go(tmp_path, shards, words, ranks=2)
+    assert "step 1/6" not in resumed.stderr
     assert resumed.code == 0 and list(resumed.losses) == [str(at) for at in range(1, 7)]
     assert step in (2, 3) and outcome.losses == {at: resumed.losses[at] for at in map(str, range(1, step + 1))}
