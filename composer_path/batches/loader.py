@@ -19,7 +19,7 @@ from composer_path.batches.memory_ring import forget_ended_workers
 from composer_path.batches.microbatches import run_device
 from composer_path.batches.worker_watch import WorkerWatch
 from composer_path.images.pixels import pad_color_of
-from composer_path.parallel import end_with_parent, keep_freed_memory
+from composer_path.parallel import end_with_parent, heed_only_parent, keep_freed_memory
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
 
@@ -89,6 +89,7 @@ class WholeEpochLoader(DataLoader):
 
 def start_worker(worker_id: int) -> None:
     """What each of a loader's processes does first."""
+    heed_only_parent()  # first: later threads leave the signal to it, too
     end_with_parent(worker_id)
     keep_freed_memory()
 

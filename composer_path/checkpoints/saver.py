@@ -89,8 +89,12 @@ class CheckpointSaver(Callback):
         self._save_if_due(Event.EPOCH_CHECKPOINT, state, logger)
 
     def _save_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        if self.due(state, event) or self._improves(state.timestamp.batch.value):
+        if self.will_save(state, event):
             self.save(state, logger)
+
+    def will_save(self, state: State, event: Event) -> bool:
+        """Whether a checkpoint is written at this event; all ranks ask."""
+        return self.due(state, event) or self._improves(state.timestamp.batch.value)
 
     def _metric(self, step: int) -> float | None:
         """The metric, where it was measured at this step and is a number."""

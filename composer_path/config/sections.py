@@ -21,6 +21,8 @@ from composer_path.batches.mixture import build_stream
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.config import rules
 from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
+from composer_path.guards.guards import Guards
+from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
@@ -63,6 +65,7 @@ def config_schema() -> Section:
             "optimizer": _optimizer(),
             "scheduler": Choice("name", schedules, REQUIRED),
             **{name: _named_sections(name) for name in ("algorithms", "callbacks", "loggers")},
+            "guards": _guards(),
             "trainer": _trainer(),
         }
     )
@@ -157,6 +160,15 @@ def _named_sections(name: str) -> Section:
         if key not in trainers:
             sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), default=ABSENT)
     return Section(sections, {}, {key: hint for key, hint in trainers.items() if key in named_classes(name)})
+
+
+def _guards() -> Section:
+    changes: dict[str, Any] = {
+        "skips_in_a_row": AT_LEAST_1,
+        **dict.fromkeys(("loss_spike", "stall_timeout"), ABOVE_0),
+        "stop_after": {"check": seconds_of},
+    }
+    return section_of(Guards, leave_out=("run_folder",), changes=changes, default={})
 
 
 def _trainer() -> Section:

@@ -19,6 +19,7 @@ from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
+from composer_path.guards.finite import require_finite
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
@@ -37,9 +38,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]) -> None:
     """Write the projector for the next stage, and in the reference's file format, beside the model's configuration.
 
-    Its weights are those of `projector.`; others may be there.
+    Its weights are those of `projector.`; others may be there. ValueError if one isn't finite.
     """
     state = {key.removeprefix("projector."): value for key, value in weights.items() if key.startswith("projector.")}
+    require_finite(state, f"'{folder}'")
     save_projector(folder / SAFETENSORS, model.projector, state)
     save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
     write_json(folder / "config.json", model.config())
@@ -59,8 +61,9 @@ def write_model(
     An earlier model in the folder stays until the new one is complete, and takes its evaluation with it.
 
     Raises:
-        ValueError: An unknown `dtype`, or another program's model lies in the folder.
+        ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
     """
+    require_finite(weights, f"'{folder}'")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
     if dtype is not None:

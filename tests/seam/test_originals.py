@@ -16,8 +16,9 @@ import open_clip.model
 import PIL.Image
 import pytest
 import torch
-from composer.callbacks import CheckpointSaver, SpeedMonitor
-from composer.core import State
+from composer.callbacks import SpeedMonitor
+from composer.cli import launcher
+from composer.core import State, engine
 from composer.utils import checkpoint as composers
 from open_clip.transformer import VisionTransformer
 from streaming import Stream, StreamingDataset
@@ -37,7 +38,9 @@ ORIGINALS: list[tuple[Any, str, str, str]] = [
     (composers.FileSystemReaderWithValidation, "read_metadata", "8b55e1977dc3a705", "checkpoints/gate.py"),
     (State, "_dataset_state_dict", "5d62abc5a4e2f36a", "batches/dataset.py"),
     (State, "_load_dataset_state", "24a0d3f2293485c8", "stream/resume.py"),
-    (CheckpointSaver, "_rotate_checkpoints", "fc52677b6d4f1e41", "checkpoints/trained_only.py"),
+    (engine, "sigterm_handler", "1ca25b650c287d1b", "guards/requests.py"),
+    (launcher, "_cleanup_processes", "7ff47e7ee870fd0a", "launch.py"),
+    (launcher, "_monitor_processes", "1f341ba191b851d5", "launch.py"),
     (SpeedMonitor, "init", "ac943d0c1e352d3a", "callbacks/speed_report.py"),
     (SpeedMonitor, "batch_end", "b3654794acea0e6d", "callbacks/speed_report.py"),
     (StreamingDataset, "__init__", "34032a553e3c5801", "stream/guarded.py"),
