@@ -19,7 +19,7 @@ TEST_DATA = [
     "model.vision_encoder.image_size=112",
     "model.vision_encoder.weights=null",
     "model.vision_encoder.kwargs={embed_dim: 64, depth: 2, num_heads: 4}",
-    "model.projector.weights=null",
+    "model.projector={weights: null, pooler_weights: null}",
     "model.projector.pooler={dim: 64, num_queries: 16, num_heads: 4}",
     "model.language_model.path=null",
     "model.language_model.config=test_data/llama/config.json",
@@ -32,6 +32,7 @@ TEST_DATA = [
 # The keys in which stage 2 differs from stage 1.
 STAGES = {
     "model.projector.weights",
+    "model.projector.pooler_weights",
     "model.trainable",
     "train_loader.dataset.local",
     "train_loader.dataset.template",

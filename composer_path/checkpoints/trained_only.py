@@ -16,19 +16,29 @@ class TrainedOnly:
 
     They come from their own files at every start; a 13B model's would take 26 GB in each checkpoint. It is switched on
     after the weights have been spread over the ranks, which goes through the state dict too.
+
+    What is trained is fixed when this is built, before any callback or algorithm runs: a module that one of them
+    freezes later has learned all the same, and stays in everything that is written.
+
+    Attributes:
+        frozen: Names of the frozen parameters.
+        modules: The children of the module that are trained.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.active = False
+        self.frozen = frozenset(frozen_names(module))
+        trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - self.frozen
+        self.modules = frozenset(name.partition(".")[0] for name in trained)
 
         def drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
             if self.active:
-                for name in frozen_names(module):
+                for name in self.frozen:
                     state.pop(prefix + name, None)
 
         def forget_missing(module: nn.Module, incompatible: Any) -> None:
             if self.active:
-                frozen = tuple(frozen_names(module))
+                frozen = tuple(self.frozen)
                 incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(frozen)]
 
         module.register_state_dict_post_hook(drop_frozen)
@@ -45,7 +55,10 @@ class TrainedOnly:
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Names of a module's frozen parameters as they stand in its state dict, tied ones under each of their names."""
+    """Names of a module's frozen parameters as they stand in its state dict, tied ones under each of their names.
+
+    Only a model that was just built can be asked: in a run, `TrainedOnly` knows what its YAML says.
+    """
     return {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 

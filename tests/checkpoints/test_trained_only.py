@@ -74,6 +74,26 @@ def test_frozen_names_are_those_of_the_state_dict_also_where_blocks_are_checkpoi
     assert frozen_names(model) == names == {name for name in model.state_dict() if not name.startswith("projector.")}
 
 
+@pytest.mark.parametrize("how", ["a part", "all", "by the list of modules"])
+def test_what_is_frozen_later_stays_in_a_checkpoint_and_is_missed_on_loading(how: str) -> None:
+    model = model_with(["projector", "language_model"])
+    trained_only = TrainedOnly(model)
+    trained_only.active = True
+    held = set(model.state_dict())
+    if how == "a part":
+        model.projector.mlp.requires_grad_(False)
+    elif how == "all":
+        model.requires_grad_(False)
+    else:
+        model.trainable(["language_model"])
+    assert set(model.state_dict()) == held == set(gather_weights(model, trained_only, everything=False))
+    assert trained_only.modules == {"projector", "language_model"}
+    state = model.state_dict()
+    del state["projector.mlp.0.weight"]
+    with pytest.raises(RuntimeError, match=r"projector\.mlp\.0\.weight"):
+        model.load_state_dict(state)
+
+
 def test_weights_are_gathered_whole_or_as_trained() -> None:
     model = model_with(["projector"])
     trained_only = TrainedOnly(model)
