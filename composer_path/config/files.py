@@ -72,7 +72,12 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
     if not Path(path).expanduser().exists():
         yield f"tokenizer.path: found no '{path}'; give a folder or file of a tokenizer"
         return
-    tokenizer = load_tokenizer(**settings["tokenizer"])
+    try:
+        tokenizer = load_tokenizer(**settings["tokenizer"])
+    except Exception as error:  # the tokenizers library raises bare ones
+        why = str(error).partition("\n")[0].removeprefix("tokenizer.path: ")
+        yield f"tokenizer.path: '{path}' can't be read: {why or type(error).__name__}"
+        return
     if (known := _vocab_size(settings["model"]["language_model"])) is not None:
         try:
             check_vocabulary(tokenizer, known)

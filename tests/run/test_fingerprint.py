@@ -42,7 +42,13 @@ FIXED = (
     *("train_loader.global_batch_size", "train_loader.drop_last", "train_loader.dataset."),
 )
 FREE = (
-    *("model.attention", "tokenizer.path", "model.vision_encoder.weights", "model.projector.weights"),
+    *(
+        "model.attention",
+        "tokenizer.path",
+        "model.vision_encoder.weights",
+        "model.projector.weights",
+        "model.projector.pooler_weights",
+    ),
     *("model.language_model.path", "train_loader.dataset.local", "train_loader.dataset.remote"),
     *("train_loader.dataset.cache_limit", "train_loader.dataset.predownload", "train_loader.dataset.fault_timeout"),
     *("train_loader.dataset.download_timeout", "train_loader.dataset.validate_hash", "train_loader.dataset.keep_zip"),
