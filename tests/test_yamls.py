@@ -32,7 +32,6 @@ TEST_DATA = [
 # The keys in which stage 2 differs from stage 1.
 STAGES = {
     "model.projector.weights",
-    "model.projector.pooler_weights",
     "model.trainable",
     "train_loader.dataset.local",
     "train_loader.dataset.template",
@@ -101,6 +100,7 @@ def test_the_product_starts_on_test_data_by_overriding_paths_and_sizes(repo_root
         (
             ".",
             {
+                "model.projector.pooler_weights",
                 "optimizer.lr",
                 "execution.activation_checkpointing",
                 "execution.frozen_weights",

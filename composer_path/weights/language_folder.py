@@ -50,7 +50,7 @@ def build_language_model(
     check_tensor_folder(path)
     hf_config = load_language_model_config(path)
     try:
-        model, names = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=hf_config,
             attn_implementation=resolve_attention(attention),
@@ -63,6 +63,7 @@ def build_language_model(
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError) as error:
         why = str(error).partition("\n")[0]
         raise WeightsError(f"model.language_model.path: the weights in '{path}' can't be read: {why}") from error
+    model, names = loaded
     _check_names(path, names)
     if broken := not_finite(dict(model.named_parameters())):
         raise WeightsError(
