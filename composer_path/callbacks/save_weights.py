@@ -62,6 +62,7 @@ class SaveWeights(Callback):
             return
         if self.due(state, event) and self.last_saved != state.timestamp.batch.value:
             self.last_saved = state.timestamp.batch.value
+            self.trained_only.check(state.optimizers)
             self.save()
 
     def save(self) -> None:

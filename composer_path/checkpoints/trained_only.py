@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from composer_path.checkpoints.manifest import CheckpointError
 
 
 class TrainedOnly:
@@ -26,7 +28,7 @@ class TrainedOnly:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.active = False
+        self.active, self.module = False, module
         self.frozen = frozenset(frozen_names(module))
         trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - self.frozen
         self.modules = frozenset(name.partition(".")[0] for name in trained)
@@ -43,6 +45,22 @@ class TrainedOnly:
 
         module.register_state_dict_post_hook(drop_frozen)
         module.register_load_state_dict_post_hook(forget_missing)
+
+    def check(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Refuse to write a model of which somebody trains more than its YAML says: that would be left out.
+
+        Raises:
+            CheckpointError: An optimizer holds weights that were frozen when this was built.
+        """
+        held = {id(weight) for one in optimizers for group in one.param_groups for weight in group["params"]}
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        if more := sorted(
+            {name.partition(".")[0] for name in self.frozen if name in named and id(named[name]) in held}
+        ):
+            fix = "name it there, from the run's start"
+            raise CheckpointError(
+                f"model.trainable: an optimizer got weights of {', '.join(more)}, which is frozen; {fix}"
+            )
 
     @contextmanager
     def everything(self) -> Iterator[None]:

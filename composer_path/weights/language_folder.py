@@ -49,6 +49,9 @@ def build_language_model(
         return untrained_language_model(path or config or {}, attention=attention, dtype=dtype, empty=empty)
     check_tensor_folder(path)
     hf_config = load_language_model_config(path)
+    if getattr(hf_config, "quantization_config", None):
+        fix = "take its weights in bf16 or fp32"
+        raise WeightsError(f"model.language_model.path: the weights in '{path}' must not be quantized; {fix}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

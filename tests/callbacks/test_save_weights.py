@@ -14,6 +14,7 @@ from composer.loggers import Logger
 from safetensors.torch import load_file
 
 from composer_path import PathMLLM
+from composer_path.asking.run_table import EVALUATION
 from composer_path.callbacks import SaveWeights
 from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import TrainedOnly
@@ -160,6 +161,16 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_the_earlier_files_s
     ):
         saver.save()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("trainable", [["projector"], ["projector", "language_model"]])
+def test_an_evaluation_of_an_earlier_model_goes_with_it(tmp_path: Path, tokenizer: Any, trainable: list[str]) -> None:
+    saver = saver_of(tmp_path, tokenizer, trainable)
+    saver.save()
+    place = tmp_path if trainable == ["projector"] else tmp_path / "model"
+    (place / EVALUATION).write_text("{}")
+    saver.save()
+    assert (place / "config.json").exists() and not (place / EVALUATION).exists()
 
 
 @pytest.mark.parametrize("trainable", [["projector"], ["projector", "language_model"]])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from composer_path import PathMLLM
+from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import (
     TrainedOnly,
     frozen_names,
@@ -92,6 +93,17 @@ def test_what_is_frozen_later_stays_in_a_checkpoint_and_is_missed_on_loading(how
     del state["projector.mlp.0.weight"]
     with pytest.raises(RuntimeError, match=r"projector\.mlp\.0\.weight"):
         model.load_state_dict(state)
+
+
+def test_a_module_that_somebody_trains_beyond_the_yaml_is_named_not_left_out() -> None:
+    model = model_with(["projector"])
+    trained_only = TrainedOnly(model)
+    optimizer = torch.optim.SGD(model.projector.parameters(), lr=0.1)
+    model.language_model.requires_grad_(True)
+    trained_only.check([optimizer])
+    optimizer.add_param_group({"params": [model.language_model.lm_head.weight]})
+    with pytest.raises(CheckpointError, match=r"model\.trainable: an optimizer got weights of language_model, which"):
+        trained_only.check([optimizer])
 
 
 def test_weights_are_gathered_whole_or_as_trained() -> None:

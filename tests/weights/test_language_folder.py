@@ -131,6 +131,12 @@ def test_weights_that_are_not_the_models_are_refused_with_a_list(folder: Path, t
     assert "\n" not in str(caught.value)
 
 
+def test_quantized_weights_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    said = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(WeightsError, match="must not be quantized; take its weights in bf16"):
+        build_language_model(path=altered(folder, tmp_path, dict, said))
+
+
 def test_buffers_that_older_versions_wrote_are_left_out(folder: Path, tmp_path: Path) -> None:
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
     model = build_language_model(path=altered(folder, tmp_path, lambda tensors: tensors | old, {}))
