@@ -28,6 +28,15 @@ class Resume(Callback):
     def __init__(self, found: Found | None, weights_only: bool, trained_only: TrainedOnly) -> None:
         self.found, self.weights_only, self.trained_only = found, weights_only, trained_only
         self.random_states: list[dict[str, Any]] = []
+        self.frozen = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What somebody froze since the start, a name a line: who does so at one moment won't do it again."""
+        return {"frozen": "\n".join(sorted(self.trained_only.frozen_since()))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up, to freeze it when all else is loaded."""
+        self.frozen = state["frozen"]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Load."""
@@ -38,6 +47,7 @@ class Resume(Callback):
         self.random_states = load_into(self.found.path, state, logger, self.weights_only)
         if not self.weights_only:
             settings.apply(state)
+            self.trained_only.freeze(self.frozen.splitlines())
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Go on with the random numbers, where an epoch begins; Composer restores them nowhere else."""

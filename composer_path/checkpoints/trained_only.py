@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from composer_path.checkpoints.manifest import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 class TrainedOnly:
@@ -45,6 +48,19 @@ class TrainedOnly:
 
         module.register_state_dict_post_hook(drop_frozen)
         module.register_load_state_dict_post_hook(forget_missing)
+
+    def frozen_since(self) -> set[str]:
+        """Names of trained parameters that a callback or an algorithm froze."""
+        return frozen_names(self.module) - self.frozen
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Freeze parameters, as `frozen_since` named them in the run that is gone on with."""
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        known = [named[name] for name in names if name in named]
+        for parameter in known:
+            parameter.requires_grad_(False)
+        if known:
+            log.info("goes on with %d parameters frozen, as they were when this was left", len(known))
 
     def check(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Refuse to write a model of which somebody trains more than its YAML says: that would be left out.

@@ -149,7 +149,7 @@ def load_projector_weights(path: str | Path, projector: Projector, encoder: Visi
         tensors = from_reference_projector(_without_prefix(str(file), tensors))
     expected = projector.state_dict()
     parts, wanted = ({key.partition(".")[0] for key in state} for state in (tensors, expected))
-    if "pooler" in parts and "mlp" in wanted - parts:
+    if config is None and "pooler" in parts and "mlp" in wanted - parts:
         raise WeightsError(f"weights: '{file}' holds a pooler without its MLP; give it as {POOLER_KEY}")
     check_tensors(str(file), expected, tensors)
     projector.load_state_dict(tensors)
