@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -103,6 +104,26 @@ def end_with_parent(worker_id: int = 0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def heed_only_parent() -> None:
+    """Let a worker end when its parent says so, and not by a signal that Ctrl-C or a cluster sends to all processes.
+
+    The parent finishes its step first, for which it needs the workers.
+    """
+    parent, ending = os.getppid(), {signal.SIGTERM}
+    with suppress(ValueError):  # not the main thread, or none was set
+        signal.set_wakeup_fd(-1)  # the parent's, whose signals these are not
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(ending).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def keep_freed_memory() -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from transformers import PreTrainedTokenizerBase
 
+    from composer_path.guards.guards import Guards
     from composer_path.models.path_mllm import PathMLLM
 
 log = logging.getLogger(__name__)
@@ -73,42 +74,47 @@ def train(
 
     Raises:
         ValueError: Another process trains in the run's folder.
+        RunStopped: It was asked to stop, or met NaN (`NotFinite`); see docs/stopping.md.
     """
     from composer_path.config.reading import plain
+    from composer_path.guards.guards import Guards
     from composer_path.run.lock import locked
+    from composer_path.run.place import folder_of
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
     settings = plain(config)
-    run_folder = Path(settings["save_root"], settings["trainer"]["run_name"])
-    with locked(run_folder, "run", "wait for it, or give another trainer.run_name"):
-        return _train(config, settings, run_folder, callbacks, algorithms, loggers)
+    run_folder = folder_of(settings["save_root"], settings["trainer"]["run_name"])
+    alone = locked(run_folder, "run", "wait for it, or give another trainer.run_name")
+    with alone, Guards(**settings["guards"], run_folder=run_folder) as guards:
+        return guarded_train(config, settings, run_folder, guards, callbacks, algorithms, loggers)
 
 
-def _train(
+def guarded_train(
     config: DictConfig,
     settings: dict[str, Any],
     run_folder: Path,
+    guards: Guards,
     callbacks: Sequence[Callback],
     algorithms: Sequence[Algorithm],
     loggers: Sequence[LoggerDestination],
 ) -> Trainer:
-    """The road itself."""
+    """Train, with guards that are on."""
     import torch
     from composer.core import Evaluator
     from composer.utils import dist, get_device
 
     from composer_path.batches.measure import tokenizer_hash
-    from composer_path.checkpoints.folder import CheckpointFolder
     from composer_path.checkpoints.gate import require_safe_checkpoints
     from composer_path.checkpoints.trained_only import TrainedOnly
+    from composer_path.guards.ending import RunStopped
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
-    from composer_path.run.precision import settle_precision
-    from composer_path.run.report import RunReport
+    from composer_path.run.precision import require_device, settle_precision
+    from composer_path.run.report import RunReport, require_steps
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
     from composer_path.run.trainer import StepTrainer
@@ -116,11 +122,13 @@ def _train(
     trainer_section = settings["trainer"]
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|composer)\.")
     warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # torch's own checkpoint writer
+    require_device(trainer_section["device"])
     device = get_device(trainer_section["device"])
     if device.name == "gpu":
         torch.set_float32_matmul_precision("high")  # tf32 for what is not in bf16, as the reference
     settle_precision(trainer_section, device.name)
     dist.initialize_dist(device, trainer_section["dist_timeout"])
+    guards.board.join()
     mend_gloo_averaging()
     require_safe_checkpoints()
 
@@ -140,13 +148,7 @@ def _train(
     report = RunReport(run_folder, count_parameters(model))
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
-    start = choose_start(
-        settings,
-        CheckpointFolder(run_folder / "checkpoints"),
-        trained_only,
-        tokenizer_hash(tokenizer),
-        dataset.data_hash,
-    )
+    start = choose_start(settings, trained_only, tokenizer_hash(tokenizer), dataset.data_hash)
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = StepTrainer(
         model=ComposerPathMLLM(model),
@@ -156,6 +158,7 @@ def _train(
         schedulers=build_named("scheduler", **settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
+            guards,
             *build_parts("callbacks", settings["callbacks"], of_the_run),
             *callbacks,
             report,
@@ -168,13 +171,19 @@ def _train(
         seed=settings["seed"],
         **trainer_keywords(trainer_section),
     )
-    if trainer.state.timestamp < trainer.state.max_duration:
-        report.save_config(config, start.history)
-        if evaluators and trainer.state.timestamp.batch == 0:
-            trainer.eval()
-        trainer.fit()
-    else:
-        log.warning("this run has ended before; its results lie in %s (trainer.max_duration says how long)", run_folder)
+    try:
+        if trainer.state.timestamp < trainer.state.max_duration:
+            report.save_config(config, start.history)
+            if evaluators and trainer.state.timestamp.batch == 0:
+                trainer.eval()
+                require_steps(trainer.state)
+            trainer.fit()
+        else:
+            ended = "this run has ended before; its results lie in %s (trainer.max_duration says how long)"
+            log.warning(ended, run_folder)
+    except RunStopped:  # on all ranks at once
+        trainer.close()
+        raise
     trainer.close()
     return trainer
 

@@ -33,6 +33,7 @@ from warm_process import popen
 
 from composer_path import PathMLLM
 from composer_path.config.reading import plain
+from composer_path.run.trainer import StepTrainer
 from composer_path.train import build_model, main, train
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
@@ -365,3 +366,43 @@ def test_the_command_lists_mistakes_and_builds_nothing(
     assert main([yaml, f"save_root={tmp_path}", "variables.shards=nowhere", "--check", "--files"]) == 2
     assert "train_loader.dataset.local: found no index.json" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def odd_steps(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any, Path]:
+    """24 samples in steps of five on three canonical nodes, which divide neither; the rate is constant."""
+    words = ["train_loader.global_batch_size=5", "train_loader.dataset.num_canonical_nodes=3", "eval_loader=null"]
+    words += ["scheduler.alpha_f=1.0", "trainer.save_interval=1ba", "trainer.save_num_checkpoints_to_keep=-1"]
+    root = tmp_path_factory.mktemp("odd_steps")
+    trainer, witness = run(load_tiny_config("pretrain", shards, root, words))
+    assert [len(witness.samples[step]) for step in range(10)] == [5, 5, 5, 5, 4] * 2
+    for epoch in range(2):
+        found = [sample for step in range(5) for sample in witness.samples[5 * epoch + step]]
+        assert sorted(found) == list(range(24))
+    return words, witness.notes() | {"weights": weights_of(trainer)}, root / "pretrain" / "checkpoints"
+
+
+@pytest.mark.parametrize("durations", [("2ba", "8ba"), ("5ba", "5ba"), ("7ba", "1ba", "2ba"), ("1ep", "1ep")])
+def test_fit_in_several_calls_is_one(
+    durations: tuple[str, ...], odd_steps: tuple, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, expected, _ = odd_steps
+    fit = StepTrainer.fit
+    monkeypatch.setattr(StepTrainer, "fit", lambda trainer: [fit(trainer, duration=part) for part in durations])
+    trainer, witness = run(load_tiny_config("pretrain", shards, tmp_path, [*words, *BARE]))
+    assert (witness.samples, witness.losses) == (expected["samples"], expected["losses"])
+    assert largest_error(weights_of(trainer), expected["weights"]) == 0
+
+
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_run_resumed_around_an_epochs_end_has_the_undisturbed_ones_steps(
+    step: int, odd_steps: tuple, shards: Path, tmp_path: Path
+) -> None:
+    words, expected, checkpoints = odd_steps
+    found = [path for path in checkpoints.iterdir() if path.name.split("-")[1:2] == [f"ba{step}"]]
+    assert found
+    for number, path in enumerate(found):  # at an epoch's end there may be one before and one after it
+        more = [*words, *BARE, f"trainer.load_path={path}"]
+        trainer, witness = run(load_tiny_config("pretrain", shards, tmp_path / str(number), more))
+        assert witness.samples == {at: ids for at, ids in expected["samples"].items() if at >= step}
+        assert largest_error(weights_of(trainer), expected["weights"]) == 0

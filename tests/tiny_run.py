@@ -81,6 +81,7 @@ def tiny_overrides(stage: str, shards: Path, save_root: Path) -> list[str]:
         f"model.language_model={{config: {LANGUAGE_MODEL}}}",
         f"train_loader.dataset.max_seq_len={320 if stage == 'finetune' else 128}",
         "train_loader.dataset={image_position: front, fit: pad, decoder: pil, shuffle: true, num_canonical_nodes: 1}",
+        "train_loader.dataset.shuffle_seed=9176",
         "train_loader={global_batch_size: 8, max_tokens_per_microbatch: 700, loss_average: token, num_workers: 0}",
         "eval_loader={global_batch_size: 8, num_workers: 0}",
         "optimizer={lr: 2.0e-3, betas: [0.9, 0.999], eps: 1.0e-8, weight_decay: 0.0, fused: false}",

@@ -63,7 +63,7 @@ def build_loader(num_workers: int = 0, batch_size: int = BATCH_SIZE, **keywords:
 
 def collate(samples: list[dict[str, Any]]) -> SimpleNamespace:
     """A batch of which only the ids are known: what `WholeEpochLoader` counts."""
-    return SimpleNamespace(sample_ids=[sample["id"] for sample in samples])
+    return SimpleNamespace(sample_ids=[sample["id"] for sample in samples], num_samples=len(samples))
 
 
 def read_epoch(loader: WholeEpochLoader) -> list[int]:

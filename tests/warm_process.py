@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib
 import json
 import os
 import random
@@ -158,14 +159,15 @@ def run_words(words: list[str]) -> NoReturn:
 def execute(words: list[str]) -> None:
     """What Python does with the words behind its own name."""
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
-    if Path(words[0]).name == "composer" or words[1:3] == ["-m", "composer.cli.launcher"]:
+    launchers = ("composer.cli.launcher", "composer_path.launch")
+    if Path(words[0]).name == "composer" or (words[1] == "-m" and words[2] in launchers):
         from composer.cli import launcher
 
         launcher.subprocess = SimpleNamespace(  # type: ignore[assignment]
             Popen=ForkedRank, STDOUT=subprocess.STDOUT, CalledProcessError=subprocess.CalledProcessError
         )
         sys.argv = words if Path(words[0]).name == "composer" else words[2:]
-        sys.exit(launcher.main())
+        sys.exit(importlib.import_module(words[2] if words[1] == "-m" else launchers[0]).main())
     first, *arguments = words[1:]
     if first == "-c":
         sys.argv = ["-c", *arguments[1:]]

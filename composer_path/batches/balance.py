@@ -46,8 +46,6 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
 
     def balance(self, tokens: Tokens, reach: Reach) -> None:
         """From the next epoch on, give all ranks equally many of the `tokens` that each position's sample has."""
-        if self.batching_method == "device_per_stream":
-            raise ValueError(f"balance: {_ONE_STREAM_A_RANK}; leave out one of the two")
         self._balance = tokens, reach
         if _leads("LOCAL_RANK"):  # whose first worker deals an epoch's samples out
             self._imbalance = torch.ones(2, dtype=torch.float64).share_memory_()
@@ -60,12 +58,12 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
         self._as_it_began = True
         tokens, problem = None, None
         try:
-            tokens = None if self.batching_method == "device_per_stream" else stored_lengths()
+            tokens = stored_lengths()
         except (LengthsError, OSError) as error:
             problem = str(error)
         problem = next(filter(None, of_all_ranks(problem)), None)
         if tokens is None or problem is not None:
-            _tell("balance=auto: batches as drawn; %s", problem or f"it {_ONE_STREAM_A_RANK}")
+            _tell("balance=auto: batches as drawn; %s", problem)
             return
         # Where each node has all shards on its disk, an exchange over all ranks fetches nothing.
         reach: Reach = "node" if any(stream.remote is not None for stream in self.streams) else "global"
@@ -129,9 +127,6 @@ class BalancedStreamingDataset(GuardedStreamingDataset):
         return super()._share_work(sample_ids)
 
 
-_ONE_STREAM_A_RANK = "would mix the streams that dataset.batching_method=device_per_stream keeps apart on each rank"
-
-
 def _leads(variable: str) -> bool:
     return int(os.environ.get(variable, "0")) == 0
 
@@ -145,8 +140,8 @@ def _tell(line: str, *values: object) -> None:
 def balance_work(work: Work, tokens: Tokens, reach: Reach) -> Work:
     """Exchange samples inside each global batch so that every rank has as many as before, of nearly equal tokens.
 
-    An empty slot is -1. `node`: ranks exchange with those of their node, whose shards lie on the same disk; `global`:
-    with all.
+    An empty slot is below 0. `node`: ranks exchange with those of their node, whose shards lie on the same disk;
+    `global`: with all.
     """
     if reach not in get_args(Reach):
         raise ValueError(f"balance: found {reach!r}; it must be one of {', '.join(get_args(Reach))}")
@@ -180,7 +175,7 @@ def _across_nodes(steps: Steps) -> Int64[np.ndarray, "steps all_ranks batch_size
 
 
 def _balance(groups: Groups, tokens: Tokens) -> Groups:
-    """Whole groups together; the epoch's last one, whose batches may be smaller, by itself."""
+    """Whole groups together; the epoch's last one, whose batches may be smaller, by itself if they are equally so."""
     balanced = groups.copy()
     filled: Bool[np.ndarray, "groups ranks batch_size"] = groups >= 0
     whole = filled.all(axis=(1, 2))
@@ -188,7 +183,7 @@ def _balance(groups: Groups, tokens: Tokens) -> Groups:
         balanced[whole] = _deal(groups[whole], tokens)
     for at in np.flatnonzero(~whole & filled.any(axis=(1, 2))):
         counts = filled[at].sum(axis=1)
-        if (counts == counts[0]).all():  # as Streaming makes it; ranks must keep their numbers of samples
+        if (counts == counts[0]).all():  # ranks must keep their numbers of samples
             balanced[at][filled[at]] = _deal(groups[at][filled[at]].reshape(1, len(counts), -1), tokens).ravel()
     return balanced
 

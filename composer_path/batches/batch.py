@@ -22,7 +22,7 @@ LossAverage = Literal["token", "sample", "square", "rank"]
 class Sample(TypedDict):
     """One conversation, ready to be laid into a row."""
 
-    sample_id: int  # its position in the stream
+    sample_id: int  # its position in the stream; -1: none, this is a stand-in where a step has no sample for a rank
     input_ids: Int64[Tensor, " tokens"]
     labels: Int64[Tensor, " tokens"]  # not shifted
     pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
@@ -78,6 +78,11 @@ class Batch:
     def sizes(self) -> tuple[list[int], int, int]:
         """Tokens of each sample, images, and answer tokens; asked of a batch on the CPU."""
         return torch.diff(self.cu_seq_lens).tolist(), len(self.is_he), len(self.targets)
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples it has; a stand-in is none."""
+        return int((self.sample_ids >= 0).sum())
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, as torch's DataLoader asks for it."""

@@ -108,8 +108,15 @@ class ConversationDataset(BalancedStreamingDataset):
     def to_sample(self, record: Mapping[str, Any], sample_id: int) -> Sample:
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
         shard_id, _ = self._find(sample_id)
-        source, metadata = self.sources[int(self.stream_per_shard[shard_id])], record["metadata"]
-        tokens, images, problem = self._prepare(record, source.text)
+        source = self.sources[int(self.stream_per_shard[shard_id])]
+        return self._sample(sample_id, source, self._prepare(record, source.text), record["metadata"])
+
+    def stand_in(self) -> Sample:
+        """In place of a sample that a step has for other ranks only; it weighs nothing and isn't counted."""
+        return self._sample(-1, self.sources[0], (NO_TOKENS, [], None), {})
+
+    def _sample(self, sample_id: int, source: Source, prepared: Prepared, metadata: Mapping[str, Any]) -> Sample:
+        tokens, images, problem = prepared
         sample = Sample(
             sample_id=sample_id,
             input_ids=tokens.input_ids,
@@ -171,18 +178,6 @@ class ConversationDataset(BalancedStreamingDataset):
             key = lengths_key(self.tokenizer, source.text).of_set(self._index_of(stream))
             found.append(read_lengths(lengths_place(stream.where, folder), key, int(num_samples)).tokens)
         return np.concatenate(found)
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Where to go on.
-
-        At an epoch's end Composer asks for 0 samples while Streaming still stores the finished epoch, whose order the
-        next one would then repeat; the state then names the next epoch. (A state that was loaded but not used yet
-        names the epoch to come itself.)
-        """
-        state = super().state_dict(num_samples, from_beginning)
-        if num_samples == 0 and from_beginning:
-            state["epoch"] = max(state["epoch"], self.next_epoch)
-        return state
 
 
 def _stacked(images: list[Tensor], none: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,14 +17,27 @@ from composer_path.batches.batch import Batch, LossAverage, PackedCollator, spli
 from composer_path.batches.dataset import ConversationDataset
 from composer_path.batches.memory_ring import forget_ended_workers
 from composer_path.batches.microbatches import run_device
+from composer_path.batches.worker_watch import WorkerWatch
 from composer_path.images.pixels import pad_color_of
-from composer_path.parallel import end_with_parent, keep_freed_memory
+from composer_path.parallel import end_with_parent, heed_only_parent, keep_freed_memory
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset
 
+log = logging.getLogger(__name__)
+
 
 class WholeEpochLoader(DataLoader):
-    """A DataLoader whose epochs end after their last sample, or in a `StreamError`."""
+    """A DataLoader whose epochs have all their steps and samples, or end in a `StreamError`.
+
+    Args:
+        dataset: Whose epochs these are.
+        timeout: Seconds to wait for a batch; 0 waits for ever.
+        **loader: Keywords of torch's DataLoader.
+    """
+
+    def __init__(self, dataset: GuardedStreamingDataset, *, timeout: int | float = 0, **loader: Any) -> None:
+        super().__init__(dataset, **loader)
+        self.watch = WorkerWatch(timeout if self.num_workers else 0)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """One epoch, or the rest of a resumed one.
@@ -33,29 +47,49 @@ class WholeEpochLoader(DataLoader):
         """
         dataset: GuardedStreamingDataset = self.dataset  # type: ignore[assignment]
         dataset.raise_failure()
-        expected, seen, failed = dataset.samples_to_come(), 0, False
-        try:
-            for batch in super().__iter__():
-                if not seen and isinstance(dataset, BalancedStreamingDataset) and dist.get_global_rank() == 0:
-                    dataset.log_imbalance()  # the epoch's order is known once its first batch is here
-                seen += len(batch.sample_ids)
-                yield batch
-        except RuntimeError:  # a worker's StreamError as text, or a worker that was killed meanwhile
-            failed = dataset.failure() is not None
-            if not failed:
-                raise
+        (steps, samples), step, seen = dataset.to_come(), 0, 0
+        batches = self._asked(super().__iter__)
+        while (batch := self._asked(lambda: next(batches, None))) is not None:
+            if not step and isinstance(dataset, BalancedStreamingDataset) and dist.get_global_rank() == 0:
+                dataset.log_imbalance()  # the epoch's order is known once its first batch is here
+            step, seen = step + 1, seen + batch.num_samples
+            if step == steps:  # who counts steps doesn't ask for one more
+                self._check(seen, samples)
+            yield batch
         forget_ended_workers()
-        if failed:
-            dataset.raise_failure()  # here, so that no worker's traceback stands around it
-        # A worker keeps its own, exact count; here at most its last, incomplete batch may be missing.
-        dropped = (self.batch_size or 1) * max(1, self.num_workers) if self.drop_last else 0
-        if dataset.batching_method == "random" and seen < expected - dropped:
-            found = f"an epoch of this rank ended after {seen:,} of {expected:,} samples"
+        self._check(seen, samples)
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        """What workers answer, or a `StreamError`: theirs, which arrives as text, or that none of them answers."""
+        dataset: GuardedStreamingDataset = self.dataset  # type: ignore[assignment]
+        failed = False
+        try:
+            with self.watch.waiting():
+                self.watch.workers = getattr(self._iterator, "_workers", self.watch.workers)
+                answer = ask()
+                self.watch.workers = getattr(answer, "_workers", self.watch.workers)
+                return answer
+        except (RuntimeError, OSError, EOFError):  # also of a worker that was killed meanwhile
+            failed = dataset.failure() is not None
+            if not failed and self.watch.found is None:
+                raise
+        if not failed:
+            self.watch.end()
+            fix = "look for what stopped them or keeps them busy; train_loader.timeout says how long to wait"
+            dataset.note(StreamError.of("", "stalled", dataset.where(), str(self.watch.found), fix))
+        forget_ended_workers()
+        dataset.raise_failure()  # here, so that no worker's traceback stands around it
+
+    def _check(self, seen: int, samples: int) -> None:
+        dataset: GuardedStreamingDataset = self.dataset  # type: ignore[assignment]
+        if seen != samples:
+            found = f"an epoch of this rank ended after {seen:,} of {samples:,} samples"
             raise StreamError.of("", "samples-missing", dataset.where(), found, "please report this")
 
 
 def start_worker(worker_id: int) -> None:
     """What each of a loader's processes does first."""
+    heed_only_parent()  # first: later threads leave the signal to it, too
     end_with_parent(worker_id)
     keep_freed_memory()
 
@@ -73,7 +107,7 @@ def build_dataloader(
     prefetch_factor: int | None = 2,
     persistent_workers: bool = True,
     pin_memory: bool = True,
-    timeout: int | float = 0,
+    timeout: int | float = 600,
     tokenizer: PreTrainedTokenizerBase,
     num_image_tokens: int | Callable[[int], int],
     image_size: int,
@@ -90,12 +124,12 @@ def build_dataloader(
             ranks of a node, `global` with all, by measured lengths; `auto` does it where those are there, with all
             ranks unless a set has a remote; None leaves samples where they were drawn.
         lengths: Folder or URL of the lengths; None for beside each set.
-        drop_last: Leave out an epoch's last, smaller batch.
+        drop_last: Leave out an epoch's last, smaller batch; other samples in each epoch.
         num_workers: Processes a rank that read, decode and tokenize.
         prefetch_factor: Batches each of them prepares ahead.
         persistent_workers: Keep them from epoch to epoch.
         pin_memory: Page-locked batches, which copy faster to a GPU; without effect where there is none.
-        timeout: Seconds to wait for a batch before giving up; 0 waits for as long as dataset.fault_timeout allows.
+        timeout: Seconds to wait for a batch before giving up, as where a worker is frozen; 0 waits for ever.
         tokenizer: Of the language model.
         num_image_tokens: Asked of the model.
         image_size: Of the vision encoder, pixels.
@@ -119,7 +153,10 @@ def build_dataloader(
         image_size=image_size,
         pad_color=pad_color_of(mean),
         batch_size=batch_size,
+        drop_last=drop_last,
     )
+    if dist.get_global_rank() == 0:
+        log.info(samples.describe_epoch())
     longest = samples.sources[0].text.max_seq_len
     if max_tokens_per_microbatch is not None and longest is not None and max_tokens_per_microbatch < longest:
         raise ValueError(
@@ -134,12 +171,11 @@ def build_dataloader(
         samples,
         batch_size=batch_size,
         collate_fn=PackedCollator(max_tokens_per_microbatch, loss_average),
-        drop_last=drop_last,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         persistent_workers=persistent_workers and num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
-        timeout=timeout if num_workers else 0,
+        timeout=timeout,
         worker_init_fn=start_worker,
     )
     return DataSpec(
@@ -147,6 +183,6 @@ def build_dataloader(
         split_batch=split_batch,
         # Composer itself moves tensors in dicts and lists only.
         microbatch_transforms=lambda batch: batch.to(run_device()),
-        get_num_samples_in_batch=lambda batch: len(batch.sample_ids),
+        get_num_samples_in_batch=lambda batch: batch.num_samples,
         get_num_tokens_in_batch=lambda batch: {"total": len(batch.input_ids), "loss_generating": batch.loss_weight},
     )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.checkpoints.folder import on_first_rank
 from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
+from composer_path.guards.guards import settle
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.run.export import write_model, write_projector
@@ -61,6 +62,7 @@ class SaveWeights(Callback):
         if event not in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT):
             return
         if self.due(state, event) and self.last_saved != state.timestamp.batch.value:
+            settle(state)
             self.last_saved = state.timestamp.batch.value
             self.trained_only.check(state.optimizers)
             self.save()

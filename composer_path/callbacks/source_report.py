@@ -34,7 +34,8 @@ class SourceReport(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Count the samples."""
-        self.new.update(state.batch.sources)
+        pairs = zip(state.batch.sample_ids.tolist(), state.batch.sources, strict=True)
+        self.new.update(source for sample_id, source in pairs if sample_id >= 0)
         for source in state.batch.sources:
             self.slots.setdefault(source, len(self.slots))
 
@@ -70,7 +71,8 @@ class SourceReport(Callback):
         metrics: dict[str, float] = {}
         for name, (samples, loss, tokens) in totals.items():
             self.seen[name] = self.seen.get(name, 0) + int(samples)
-            metrics[f"source/{name}/samples"] = self.seen[name]
+            if self.seen[name]:
+                metrics[f"source/{name}/samples"] = self.seen[name]
             if tokens:
                 metrics[f"source/{name}/loss"] = loss / tokens
         self.new.clear()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from composer.utils import dist
 
-from composer_path.checkpoints.manifest import MANIFEST, CheckpointError, Manifest, step_of
+from composer_path.checkpoints.manifest import MANIFEST, CheckpointError, DamagedError, Manifest, step_of
 from composer_path.storage.atomic import TEMPORARY_SUFFIX, sync_path, write_whole
 from composer_path.storage.places import Folder
 
@@ -47,14 +47,14 @@ class CheckpointFolder:
         """A checkpoint's manifest; None where it has none.
 
         Raises:
-            CheckpointError: It is damaged.
+            DamagedError: It can't be read.
         """
         try:
             return Manifest.from_bytes((self.path / name / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError, OSError) as error:
-            raise CheckpointError(f"{MANIFEST} can't be read ({error})") from None
+            raise DamagedError(f"{MANIFEST} can't be read ({error})") from None
 
     def manifests(self) -> dict[str, Manifest]:
         """The readable manifests of all checkpoints, the newest first."""
@@ -62,7 +62,7 @@ class CheckpointFolder:
         for name in self.names():
             try:
                 manifest = self.manifest(name)
-            except CheckpointError:
+            except DamagedError:
                 continue
             if manifest is not None:
                 found[name] = manifest
@@ -70,14 +70,8 @@ class CheckpointFolder:
 
     def problems(self, name: str, manifest: Manifest) -> list[str]:
         """What is wrong with a checkpoint's files; all ranks call it, and each reads its share of them."""
-        ranks, rank = dist.get_world_size(), dist.get_global_rank()
-        share = sorted(manifest.files)[rank::ranks]
-        found = list(self._problems(name, {file: manifest.files[file] for file in share}))
-        found += [f"{file} is missing" for file in self._gone(name, manifest) if rank == 0]
+        found = list(self._problems(name, share_of(manifest.files, dist.get_world_size(), dist.get_global_rank())))
         return sorted({problem for of_rank in dist.all_gather_object(found) for problem in of_rank})
-
-    def _gone(self, name: str, manifest: Manifest) -> list[str]:
-        return [file for file in manifest.files if not (self.path / name / file).is_file()]
 
     def _problems(self, name: str, files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
         folder = Folder(self.path / name)
@@ -85,7 +79,9 @@ class CheckpointFolder:
             path = folder.path / file
             if path.is_symlink():
                 yield f"{file} is a link"
-            elif path.is_file():
+            elif not path.is_file():
+                yield f"{file} is missing"
+            else:
                 if (found := path.stat().st_size) != size:
                     yield f"{file} has {found:,} bytes instead of {size:,}"
                 elif folder.digest(file)[1] != digest:
@@ -105,6 +101,12 @@ class CheckpointFolder:
                 self.remove(name)
                 cleared.append(name)
         return cleared
+
+    def send(self, name: str, staged: Path, files: Iterable[str]) -> None:
+        """Bring the files that this rank wrote to where all ranks can reach them; in a folder they are there."""
+
+    def forget(self, name: str) -> None:
+        """Remove what was brought here of a checkpoint to be read; in a folder it is the checkpoint itself."""
 
     def staging(self, name: str) -> Path:
         """Where a checkpoint is written; empty."""
@@ -152,18 +154,25 @@ class CheckpointFolder:
         return shutil.disk_usage(self.path).free
 
 
+def share_of(files: Mapping[str, Any], ranks: int, rank: int) -> dict[str, Any]:
+    """The files that one of several ranks looks at."""
+    return {name: files[name] for name in sorted(files)[rank::ranks]}
+
+
 def on_first_rank(work: Callable[[], Value]) -> Value:
     """Do something on rank 0 and return its result on all ranks, or raise there what it met."""
     result: Any = None
-    failure: str | None = None
+    failure: CheckpointError | None = None
     if dist.get_global_rank() == 0:
         try:
             result = work()
-        except (CheckpointError, OSError) as error:
-            failure = reason(error)
+        except CheckpointError as error:
+            failure = error
+        except OSError as error:
+            failure = CheckpointError(reason(error))
     result, failure = dist.all_gather_object((result, failure))[0]
     if failure is not None:
-        raise CheckpointError(failure)
+        raise failure
     return result
 
 

@@ -35,7 +35,7 @@ def require_safe_checkpoints() -> None:
     State._apply_required_algorithms = lambda self, *args, **kwargs: None  # type: ignore[method-assign]
     validated = composer.utils.checkpoint._ensure_valid_checkpoint
     composer.utils.checkpoint._torch_load_with_validation = lambda path, **kwargs: read_pickle(validated(path))
-    for name in ("read_metadata", "set_up_storage_reader", "read_data", "_check"):
+    for name in ("_read", "read_metadata", "set_up_storage_reader", "read_data", "_check"):
         setattr(FileSystemReaderWithValidation, name, getattr(GuardedReader, name))
     DefaultLoadPlanner.load_bytes = GuardedPlanner.load_bytes  # type: ignore[method-assign, assignment]
 
@@ -78,7 +78,7 @@ def read_pickle(path: str | Path) -> Any:
 
 
 def _refused(path: str | Path, error: TorchFileError) -> ValueError:
+    fix = error.fix or "take another checkpoint, or write its weights as safetensors where it came from"
     return ValueError(
-        f"checkpoint '{path}': must hold tensors and plain values and nothing else, whole; found {error}; take another "
-        "checkpoint, or write its weights as safetensors where it came from"
+        f"checkpoint '{path}': must hold tensors and plain values and nothing else, whole; found {error}; {fix}"
     )

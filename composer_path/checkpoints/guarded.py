@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, LoadPlanner, load
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
@@ -19,8 +21,10 @@ from composer_path.weights.torch_file import TorchFileError, read_torch_buffer
 class GuardedReader(FileSystemReader):
     """Reads `.metadata` by `read_metadata_file`, and the entries of its files as files of tensors and plain values.
 
-    Call `read_metadata` before `torch.distributed.checkpoint.load`, which hides what it raises.
+    Use it by `load_sharded`, or call `read_metadata` first: torch hides what that raises.
     """
+
+    _read: tuple[Any, Metadata] | None = None  # of which folder, since a load asks for it again
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]  # of all ranks' files only the common one is written
         """The metadata, checked against the files.
@@ -28,7 +32,9 @@ class GuardedReader(FileSystemReader):
         Raises:
             ValueError: See `read_metadata_file`.
         """
-        return read_metadata_file(self.path)
+        if self._read is None or self._read[0] != self.path:
+            self._read = self.path, read_metadata_file(self.path)
+        return self._read[1]
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:  # type: ignore[override]
         """Keep where the entries lie and what each is."""
@@ -88,6 +94,32 @@ class GuardedPlanner(DefaultLoadPlanner):
             _put(self.original_state_dict, self.mappings[name], read)
         else:
             self.state_dict[name] = read
+
+
+def load_sharded(content: dict[str, Any], reader: GuardedReader, *, partial: bool = False, alone: bool = False) -> None:
+    """Fill a state dict from a sharded checkpoint; all ranks call it.
+
+    Args:
+        content: The state dict; its tensors are written into, its values replaced.
+        reader: Of the checkpoint.
+        partial: Whether entries that the checkpoint lacks stay as they are.
+        alone: Whether this process reads for itself, without the other ranks.
+
+    Raises:
+        ValueError: An entry is damaged or holds what it mustn't, or doesn't fit.
+    """
+    reader.read_metadata()
+    planner = GuardedPlanner(allow_partial_load=partial)
+    try:
+        with warnings.catch_warnings():  # that this is one process, which is what no_dist says
+            warnings.simplefilter("ignore", UserWarning)
+            load(content, storage_reader=reader, planner=planner, no_dist=alone)
+    except CheckpointException as error:
+        rank, (failure, _) = next(iter(error.failures.items()))
+        words = str(failure) or type(failure).__name__
+        raise ValueError(
+            words if words.startswith("checkpoint '") else f"checkpoint '{reader.path}': rank {rank}: {words}"
+        ) from None
 
 
 def _put(content: Any, way: tuple[Any, ...], value: Any) -> None:

@@ -23,6 +23,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be written, read or taken; the message says where, why, and what to do."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that is there, and isn't whole."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What stands in a manifest.

@@ -6,6 +6,7 @@ say is compared with the files that lie there: so nothing is read beside a file,
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -41,6 +42,8 @@ def read_metadata_file(folder: str | os.PathLike[str]) -> Metadata:
     """
     folder = Path(folder)
     path = folder / METADATA
+    collecting = gc.isenabled()
+    gc.disable()  # of 512 ranks there are a million records, and nothing to collect among them
     try:
         metadata = PickleReader(path.read_bytes(), NAMES, STATES, keys=frozenset({MetadataIndex})).read()
         _check(metadata, folder)
@@ -50,6 +53,9 @@ def read_metadata_file(folder: str | os.PathLike[str]) -> Metadata:
             f"checkpoint '{folder}': its {METADATA} must hold records of torch.distributed.checkpoint and nothing "
             f"else, that fit its files; found {found}; take another checkpoint"
         ) from None
+    finally:
+        if collecting:
+            gc.enable()
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     return metadata

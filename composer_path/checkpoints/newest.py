@@ -10,7 +10,7 @@ from pathlib import Path
 from composer.utils import dist
 
 from composer_path.checkpoints.folder import LATEST, CheckpointFolder, on_first_rank
-from composer_path.checkpoints.manifest import MANIFEST, CheckpointError, Manifest, step_of
+from composer_path.checkpoints.manifest import MANIFEST, CheckpointError, DamagedError, Manifest, step_of
 from composer_path.checkpoints.reading import is_of_this_format
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ def newest_whole(folder: CheckpointFolder, clear: bool = True) -> Found | None:
         CheckpointError: Some lie there and none is whole, or they belong to several runs.
     """
     for name in on_first_rank(folder.clear_unfinished) if clear else ():
-        _tell("checkpoint %s was not complete when its process ended; its files were removed", folder.path / name)
+        _tell("checkpoint %s was not complete when its process ended; its files were removed", f"{folder}/{name}")
     on_first_rank(lambda: _check_owner(folder))
     damaged: list[str] = []
     for name in on_first_rank(folder.names):
         try:
             manifest = on_first_rank(partial(_manifest, folder, name))
             problems = folder.problems(name, manifest) if manifest is not None else []
-        except CheckpointError as error:
+        except DamagedError as error:
             problems = [str(error)]
         if not problems:
             for line in damaged:
@@ -55,9 +55,9 @@ def newest_whole(folder: CheckpointFolder, clear: bool = True) -> Found | None:
                 words = (
                     "checkpoint %s is of an earlier version and has no manifest: it can't be told whether it is whole"
                 )
-                _tell(words, folder.path / name)
+                _tell(words, f"{folder}/{name}")
             return Found(folder.path / name, manifest)
-        damaged.append(f"{folder.path / name} is damaged: {_some(problems)}")
+        damaged.append(f"{folder}/{name} is damaged: {_some(problems)}")
     if damaged:
         fix = "bring a whole one back from a copy, or give another run_name to start anew"
         raise CheckpointError("; ".join([*damaged, "no whole checkpoint is left", fix]))
@@ -78,7 +78,7 @@ def named(path: str | Path) -> Found:
     try:
         manifest = on_first_rank(lambda: _manifest(folder, place.name))
         problems = folder.problems(place.name, manifest) if manifest is not None else []
-    except CheckpointError as error:
+    except DamagedError as error:
         problems = [str(error)]
     if problems:
         raise CheckpointError(f"checkpoint {place} is damaged: {_some(problems)}; take another one")
@@ -95,10 +95,10 @@ def _check_owner(folder: CheckpointFolder) -> None:
     if len(found) > 1:
         which = ", ".join(sorted(found.values()))
         raise CheckpointError(
-            f"{folder.path}: holds checkpoints of {len(found)} runs, such as {which}; move all but one away"
+            f"{folder}: holds checkpoints of {len(found)} runs, such as {which}; move all but one away"
         )
     target = folder.target(LATEST)
-    if target is None:
+    if target is None or target in folder.names():
         return
     place = folder.path / target
     if place.exists() and place.resolve().parent != folder.path.resolve():
@@ -114,7 +114,7 @@ def _manifest(folder: CheckpointFolder, name: str) -> Manifest | None:
     """A checkpoint's manifest; None only where it is of an earlier version."""
     manifest = folder.manifest(name)
     if manifest is None and is_of_this_format(folder.path / name):
-        raise CheckpointError(f"{MANIFEST} is missing")
+        raise DamagedError(f"{MANIFEST} is missing")
     return manifest
 
 

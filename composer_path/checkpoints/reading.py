@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from composer_path.checkpoints.folder import reason
 from composer_path.checkpoints.gate import read_pickle
 from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
-from composer_path.checkpoints.manifest import CheckpointError
+from composer_path.checkpoints.manifest import CheckpointError, DamagedError
 from composer_path.checkpoints.metadata_file import METADATA
 from composer_path.checkpoints.saver import contents
 
@@ -29,15 +29,15 @@ _OF_THE_YAML = "param_groups"
 
 
 def is_of_this_format(path: Path) -> bool:
-    """Whether a checkpoint without a manifest was written by a version that writes one; CheckpointError: it is none."""
+    """Whether a checkpoint without a manifest was written by a version that writes one; DamagedError: it is none."""
     if path.is_file():
         return False
     if not (path / METADATA).is_file():
-        raise CheckpointError(f"{METADATA} is missing")
+        raise DamagedError(f"{METADATA} is missing")
     try:
         return "composer_path" in GuardedReader(path).read_metadata().state_dict_metadata
     except (ValueError, OSError) as error:
-        raise CheckpointError(reason(error)) from None
+        raise DamagedError(reason(error)) from None
 
 
 def load_into(path: Path, state: State, logger: Logger, weights_only: bool = False) -> list[dict[str, Any]]:

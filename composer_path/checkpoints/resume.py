@@ -9,6 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 
+from composer_path.checkpoints.folder import CheckpointFolder
 from composer_path.checkpoints.newest import Found
 from composer_path.checkpoints.reading import load_into
 from composer_path.checkpoints.trained_only import TrainedOnly
@@ -23,10 +24,13 @@ class Resume(Callback):
         found: The checkpoint; None for a run from the start.
         weights_only: Take its weights alone.
         trained_only: Switched on here: from then on, state dicts are those of checkpoints.
+        folder: Where it lies; forgets what it brought here.
     """
 
-    def __init__(self, found: Found | None, weights_only: bool, trained_only: TrainedOnly) -> None:
-        self.found, self.weights_only, self.trained_only = found, weights_only, trained_only
+    def __init__(
+        self, found: Found | None, weights_only: bool, trained_only: TrainedOnly, folder: CheckpointFolder | None = None
+    ) -> None:
+        self.found, self.weights_only, self.trained_only, self.folder = found, weights_only, trained_only, folder
         self.random_states: list[dict[str, Any]] = []
         self.frozen = ""
 
@@ -48,6 +52,9 @@ class Resume(Callback):
         if not self.weights_only:
             settings.apply(state)
             self.trained_only.freeze(self.frozen.splitlines())
+        if self.folder is not None:
+            dist.barrier()
+            self.folder.forget(self.found.path.name)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Go on with the random numbers, where an epoch begins; Composer restores them nowhere else."""

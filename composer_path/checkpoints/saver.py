@@ -13,6 +13,7 @@ import math
 import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_path.checkpoints.folder import BEST, CheckpointFolder, on_first_rank, reason
-from composer_path.checkpoints.manifest import CheckpointError, Manifest, name_of
+from composer_path.checkpoints.manifest import CheckpointError, DamagedError, Manifest, name_of
 from composer_path.storage.places import Folder
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,12 @@ class CheckpointSaver(Callback):
         self._save_if_due(Event.EPOCH_CHECKPOINT, state, logger)
 
     def _save_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        if self.due(state, event) or self._improves(state.timestamp.batch.value):
+        if self.will_save(state, event):
             self.save(state, logger)
+
+    def will_save(self, state: State, event: Event) -> bool:
+        """Whether a checkpoint is written at this event; all ranks ask."""
+        return self.due(state, event) or self._improves(state.timestamp.batch.value)
 
     def _metric(self, step: int) -> float | None:
         """The metric, where it was measured at this step and is a number."""
@@ -121,14 +126,15 @@ class CheckpointSaver(Callback):
             content = contents(state)
             self._check_room(content)
             staged = on_first_rank(lambda: self.folder.staging(name))
+            staged.mkdir(parents=True, exist_ok=True)  # on nodes that share no disk with the first
             try:
-                written = self._write(content, staged)
+                written = self._write(name, content, staged)
                 manifest = Manifest(
                     self.run_id, step, epoch, written, self.fingerprint, self.history, self._metric(step)
                 )
                 on_first_rank(lambda: self.folder.publish(name, staged, manifest))
             except BaseException:
-                if dist.get_global_rank() == 0:
+                if dist.get_local_rank() == 0:
                     shutil.rmtree(staged, ignore_errors=True)
                 raise
         except CheckpointError as error:
@@ -147,25 +153,25 @@ class CheckpointSaver(Callback):
 
         on_first_rank(check)
 
-    def _write(self, content: dict[str, Any], staged: Any) -> dict[str, tuple[int, str]]:
-        """Write all ranks' parts; returns size and hash of each file, read back."""
+    def _write(self, name: str, content: dict[str, Any], staged: Path) -> dict[str, tuple[int, str]]:
+        """Write all ranks' parts; returns size and hash of each file, read back by the rank that wrote it."""
         try:
             planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
             dcp.save(content, storage_writer=dcp.FileSystemWriter(staged), planner=planner)
         except CheckpointException as error:
             raise CheckpointError("; ".join(sorted({reason(e) for e, _ in error.failures.values()}))) from None
-        place = Folder(staged)
-        on_disk, problem = {}, None
+        place, rank, problem = Folder(staged), dist.get_global_rank(), None
+        on_disk: dict[str, tuple[int, str]] = {}
         try:
-            names = sorted(place.files())
-            mine = names[dist.get_global_rank() :: dist.get_world_size()]
-            on_disk = {name: place.digest(name) for name in mine}
+            mine = [f for f in place.files() if f.startswith(f"__{rank}_") or (rank == 0 and not f.startswith("__"))]
+            on_disk = {file: place.digest(file) for file in mine}
+            self.folder.send(name, staged, mine)
         except OSError as error:
             problem = reason(error)
         gathered = dist.all_gather_object((on_disk, problem))
         if problems := sorted({found for _, found in gathered if found}):
             raise CheckpointError("; ".join(problems))
-        return {name: entry for files, _ in gathered for name, entry in files.items()}
+        return {file: entry for files, _ in gathered for file, entry in files.items()}
 
     def _rotate(self) -> None:
         """Let the oldest go; of another run that is written over, all."""
@@ -190,7 +196,7 @@ class CheckpointSaver(Callback):
         whole = path.is_file() or (path / ".metadata").is_file()
         try:
             return whole and self.folder.manifest(name) is None
-        except CheckpointError:
+        except DamagedError:
             return False
 
 

@@ -9,11 +9,12 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from traceback import walk_tb
+from traceback import format_exc, walk_tb
 from types import ModuleType
 from typing import NoReturn
 
 from composer_path import __version__
+from composer_path.guards.ending import INTERRUPTED, MISTAKE, RunStopped, Voice
 
 # In the order in which one uses them.
 DATA_VERBS = ("init", "convert", "merge", "shards", "lengths", "encode")
@@ -62,27 +63,41 @@ def parse(verb: str, arguments: Sequence[str] | None = None) -> argparse.Namespa
 def exit_code(work: Callable[[], int], verb: str, place: str | None = None) -> int:
     """Work, and return its code; a mistake of the user ends in a line on stderr, a bug of ours in its traceback.
 
-    Of `train`, a library's error is a bug, too: a long run meets more than its user's mistakes. `place` is where the
-    verb writes to, named if the system's error names no file.
+    Of `train`, a library's ValueError is a bug, too: a long run meets more than its user's mistakes. `place` is where
+    the verb writes to, named if the system's error names no file. Of several ranks one says it.
     """
+    voice = Voice()
     try:
         code = work()
         sys.stdout.flush()
+        return code
+    except RunStopped as stop:  # on all ranks at once
+        if voice.rank == 0:
+            print(f"composer-path {verb}: {stop}", file=sys.stderr, flush=True)
+        return voice.leave(stop.code, agreed=True)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130  # as shells report a program that was interrupted
-    except (ValueError, OSError) as error:
+        return INTERRUPTED
+    except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as shells report a program whose reader left, such as `head`
-        *_, (frame, _) = walk_tb(error.__traceback__)
-        if verb == "train" and not str(frame.f_globals["__name__"]).startswith("composer_path."):
+        words = words_of_mistake(error, verb, place)
+        if words is None and voice.ranks == 1:
             raise
-        words = str(error)
-        if isinstance(error, OSError) and error.strerror is not None:
-            words = ": ".join(filter(None, (error.filename or place, error.strerror)))
-        print(f"composer-path {verb}: {words}", file=sys.stderr)
-        return 2
-    return code
+        said = f"composer-path {verb}: {words}" if words is not None else format_exc()
+        return voice.leave(voice.say(MISTAKE if words is not None else 1, said), agreed=False)
+
+
+def words_of_mistake(error: Exception, verb: str, place: str | None) -> str | None:
+    """What a user did wrong, or what the system refused, in a line; None for a bug."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    ours = str(frame.f_globals["__name__"]).startswith("composer_path.")
+    if isinstance(error, OSError):
+        if error.strerror is not None:
+            return ": ".join(filter(None, (error.filename or place, error.strerror)))
+        return str(error) if ours or verb != "train" else " ".join(str(error).split())
+    named = type(error).__module__.startswith("composer_path.")  # our own errors are written for users
+    return str(error) if named or (isinstance(error, ValueError) and (ours or verb != "train")) else None
 
 
 def _nobody_reads() -> bool:

@@ -120,12 +120,10 @@ def _of_a_loader(get: Get, name: str) -> Iterator[str]:
     if isinstance(most, int) and isinstance(longest, int) and most < longest:
         found, fix = f"found {most}, less than {name}.dataset.max_seq_len {longest}", "raise the one or lower the other"
         yield f"{name}.max_tokens_per_microbatch: {found}: one sample may not fit; {fix}"
-    batch, copies = get(f"{name}.global_batch_size"), get(f"{name}.dataset.replication")
+    batch = get(f"{name}.global_batch_size")
     if isinstance(batch, int) and batch % ranks:
         fix = f"take {max(1, batch // ranks) * ranks}, or another number of ranks"
         yield f"{name}.global_batch_size: found {batch}, which {ranks} ranks don't divide; {fix}"
-    if isinstance(copies, int) and copies > 0 and ranks % copies:
-        yield f"{name}.dataset.replication: found {copies}, which doesn't divide the {ranks} ranks; leave it out"
 
 
 def _of_a_mixture(streams: Mapping[str, Any], template: Any, name: str) -> Iterator[str]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from streaming import Stream
 from streaming.base.util import number_abbrev_to_int
 
 from composer_path.batches.mixture import template_of
@@ -23,6 +20,7 @@ from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.shards.index import INDEX_NAME
 from composer_path.storage.places import is_remote
+from composer_path.stream.order import stream_shares
 
 Settings = Mapping[str, Any]  # a configuration, or a section of it, complete and plain
 
@@ -43,9 +41,10 @@ def check_files(settings: Settings) -> list[str]:
 def samples_left_out(settings: Settings) -> Iterator[str]:
     """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0."""
     for name in LOADERS if os.environ.get("RANK", "0") == "0" else ():
-        samples, _, left_out = (settings[name] and _epoch(settings[name])) or (0, 0, 0)
-        if left_out:
-            yield f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out ({_why(settings[name])})"
+        loader = settings[name]
+        samples = (loader and loader["drop_last"] and _samples_of_an_epoch(loader)) or 0
+        if left_out := samples and samples % loader["global_batch_size"]:
+            yield f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out (drop_last wants whole batches)"
 
 
 def _sets(name: str, loader: Settings) -> Iterator[tuple[str, Settings, Path | None]]:
@@ -113,6 +112,11 @@ def _missing_weights(model: Settings) -> Iterator[str]:
         path = model[name][key]
         if path is not None and not Path(path).exists():
             yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"
+    if (path := model["language_model"]["path"]) is not None and Path(path, "config.json").is_file():
+        try:
+            load_language_model_config(path)
+        except ValueError as error:
+            yield f"model.language_model.path: {str(error).splitlines()[0]}"
 
 
 def _earlier_results(settings: Settings) -> Iterator[str]:
@@ -126,45 +130,33 @@ def _earlier_results(settings: Settings) -> Iterator[str]:
 
 def _epoch_problems(name: str, loader: Settings) -> Iterator[str]:
     try:
-        samples, steps, _ = _epoch(loader) or (1, 1, 0)
-    except ValueError as error:  # Streaming's: weights that don't go together
+        samples = _samples_of_an_epoch(loader)
+    except ValueError as error:  # streams whose shares don't go together
         yield f"{name}.dataset: {error}"
         return
-    if not steps:
-        few = f"for which the {samples:,} samples of an epoch are too few ({_why(loader)}): it would have no step"
-        yield f"{name}.global_batch_size: found {loader['global_batch_size']}, {few}; lower it or change that"
+    if samples is None:
+        return
+    batch, nodes = loader["global_batch_size"], loader["dataset"]["num_canonical_nodes"]
+    if loader["drop_last"] and samples < batch:
+        few = f"for which the {samples:,} samples of an epoch are too few (drop_last wants whole batches)"
+        yield f"{name}.global_batch_size: found {batch}, {few}: it would have no step; lower it or change that"
+    if nodes is not None and nodes > samples:
+        fix = f"give at most {samples:,}, or leave it out"
+        yield f"{name}.dataset.num_canonical_nodes: found {nodes}, and an epoch has {samples:,} samples; {fix}"
 
 
-def _why(loader: Settings) -> str:
-    method = loader["dataset"]["batching_method"]
-    return f"{'drop_last' if method == 'random' else f'batching_method {method}'} wants whole batches"
-
-
-def _epoch(loader: Settings) -> tuple[int, int, int] | None:
-    """Samples of an epoch, its steps (at least), and the samples in none; None where a set's size isn't known here."""
-    dataset, batch, ranks = loader["dataset"], loader["global_batch_size"], int(os.environ.get("WORLD_SIZE", "1"))
-    streams, counts = [], []
+def _samples_of_an_epoch(loader: Settings) -> int | None:
+    """How many they are before `drop_last`; None where a set's size isn't known here."""
+    sizes, wanted = [], []
     for _, keywords, index in _sets("", loader):
         if index is None:
             return None
-        counts.append(sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"]))
-        weights = {key: keywords.get(key) for key in ("proportion", "repeat", "choose")}
-        streams.append(Stream(local=str(index.parent), **weights))
-    if not sum(counts):
-        return 0, 0, 0
-    epoch_size = number_abbrev_to_int(dataset["epoch_size"]) if dataset["epoch_size"] else None
-    samples = Stream.apply_weights(streams, np.array(counts), epoch_size, dataset["shuffle_seed"])
-    sizes, method = np.array([stream.choose for stream in streams]), dataset["batching_method"]
-    if method == "random":
-        steps = math.ceil(samples / ranks) // (batch // ranks) if loader["drop_last"] else -(-samples // batch)
-    elif method == "stratified":  # each batch has its part of each stream; those nearest to one more get what is left
-        parts = np.floor(batch * sizes / samples).astype(int)
-        parts[np.argsort(parts - batch * sizes / samples)[: batch - parts.sum()]] += 1
-        steps = min(size // part if part else 0 for size, part in zip(sizes, parts, strict=True))
-    else:  # whole batches of one stream each, of a rank's size where they are dealt out to ranks
-        part = batch // ranks if method == "device_per_stream" else batch
-        steps = sum(sizes // part) * part // batch if min(sizes) >= part else 0
-    return samples, int(steps), max(0, int(samples - steps * batch))
+        sizes.append(sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"]))
+        wanted.append({key: keywords.get(key) for key in ("proportion", "repeat", "choose")})
+    if not all(sizes):
+        return None  # a set without a sample, which is refused when it is read
+    epoch_size = loader["dataset"]["epoch_size"]
+    return sum(stream_shares(sizes, wanted, None if epoch_size is None else number_abbrev_to_int(epoch_size)))
 
 
 def _feature_problems(settings: Settings, name: str, loader: Settings) -> Iterator[str]:

@@ -152,5 +152,6 @@ def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
     elif name.endswith("interval"):
         rules["at_least"] = 1
     plain = list(default) if isinstance(default, tuple) else default
-    sayable = type(plain) in SAYABLE and plain not in (math.inf, -math.inf) and fits(plain, annotation)
+    elsewhere = isinstance(plain, str) and plain.startswith("${")
+    sayable = type(plain) in SAYABLE and plain not in (math.inf, -math.inf) and (elsewhere or fits(plain, annotation))
     return Key(annotation, plain if sayable or isinstance(plain, NoDefault) else ABSENT, **rules | fields)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 from composer import Trainer
 from composer.core import Precision
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from streaming import StreamingDataset
-from streaming.base.batching import batching_methods
 from streaming.base.hashing import get_hashes
-from streaming.base.partition import algos as partition_algos
 from streaming.base.shuffle import algos as shuffle_algos
 
 from composer_path.batches.dataset import ConversationDataset
@@ -23,22 +21,27 @@ from composer_path.batches.mixture import build_stream
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.config import rules
 from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
+from composer_path.guards.guards import Guards
+from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
-from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
 from composer_path.records.prompts import get_template
+from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
 from composer_path.run.sharding import FSDP1_DEFAULTS
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
+from composer_path.stream.order import REFUSED, check_setting
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
+SEED = "${seed}"  # of the whole run
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
 
 
@@ -46,6 +49,7 @@ AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": ru
 def config_schema() -> Section:
     """The whole YAML."""
     schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
@@ -53,7 +57,7 @@ def config_schema() -> Section:
             "seed": Key(int, at_least=0),
             "save_root": Key(str),
             "variables": Section({}, {}, open=True),
-            "tokenizer": section_of(load_tokenizer, default=REQUIRED),
+            "tokenizer": section_of(load_tokenizer, refused=no_code, default=REQUIRED),
             "model": _model(),
             "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
             "train_loader": _loader(REQUIRED),
@@ -61,6 +65,7 @@ def config_schema() -> Section:
             "optimizer": _optimizer(),
             "scheduler": Choice("name", schedules, REQUIRED),
             **{name: _named_sections(name) for name in ("algorithms", "callbacks", "loggers")},
+            "guards": _guards(),
             "trainer": _trainer(),
         }
     )
@@ -73,6 +78,7 @@ def _model() -> Section:
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
     mlp = section_of(MlpSettings, changes={"depth": AT_LEAST_0})
     vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1}
+    vision["kwargs"] = {"check": check_vision_keywords}
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
     parts: dict[str, Any] = {
@@ -89,6 +95,7 @@ def _loader(default: Any) -> Section:
     built = ("tokenizer", "num_image_tokens", "image_size", "pad_color", "mean", "std")
     refused = dict.fromkeys(built, "leave it out; it is read from the model") | {"batch_size": "use global_batch_size"}
     of_streaming = dict.fromkeys(("stream_name", "stream_config"), "use streams")
+    of_streaming["drop_last"] = "it stands in the loader's section"
     of_streaming["download_retry"] = "use fault_timeout, the seconds in which a file must have arrived"
     checks: dict[str, Any] = {
         "local": {"check": check_readable},
@@ -99,18 +106,17 @@ def _loader(default: Any) -> Section:
     counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
     changes = {
         **checks,
-        **dict.fromkeys((*counts, "shuffle_block_size", "replication"), AT_LEAST_1),
+        **dict.fromkeys(counts, AT_LEAST_1),
+        **{name: {"check": partial(check_setting, name)} for name in ("shuffle_block_size", *REFUSED)},
         **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
         # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
         "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
-        "partition_algo": {"annotation": Literal[tuple(partition_algos)]},
-        "batching_method": {"annotation": Literal[tuple(batching_methods)]},
         "sampling_method": {"annotation": Literal["balanced", "fixed"]},
         "validate_hash": {"annotation": Literal[tuple(sorted(get_hashes()))] | None},
         "streams": Section({}, members=stream),
         "cache_limit": {"check": rules.check_bytes},
         "epoch_size": {"check": rules.check_epoch_size},
-        "shuffle_seed": AT_LEAST_0,
+        "shuffle_seed": {**AT_LEAST_0, "default": SEED},
     }
     datasets = (ConversationDataset, GuardedStreamingDataset, StreamingDataset)
     numbers: dict[str, Any] = {
@@ -146,7 +152,7 @@ def _named_sections(name: str) -> Section:
         "progress_bar": "use trainer.progress_bar",
     }
     clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
-    changes: dict[str, Any] = {"gradient_clipping": clipping}
+    changes: dict[str, Any] = {"gradient_clipping": clipping, "stain_jitter": {"seed": {"default": SEED}}}
     sections: dict[str, Node] = {}
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
@@ -154,6 +160,15 @@ def _named_sections(name: str) -> Section:
         if key not in trainers:
             sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), default=ABSENT)
     return Section(sections, {}, {key: hint for key, hint in trainers.items() if key in named_classes(name)})
+
+
+def _guards() -> Section:
+    changes: dict[str, Any] = {
+        "skips_in_a_row": AT_LEAST_1,
+        **dict.fromkeys(("loss_spike", "stall_timeout"), ABOVE_0),
+        "stop_after": {"check": seconds_of},
+    }
+    return section_of(Guards, leave_out=("run_folder",), changes=changes, default={})
 
 
 def _trainer() -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,6 +50,7 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
     if isinstance(source, str):
         if not Path(source).exists():
             raise ValueError(f"model.language_model: '{source}' does not exist")
+        _check_plain(Path(source))
         hf_config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     else:
         keys = deepcopy(dict(source or {}))  # transformers 5 writes into nested settings
@@ -63,6 +66,27 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
         )
     check_attention_supported(hf_config)
     return hf_config
+
+
+def _check_plain(path: Path) -> None:
+    """Refuse a configuration that needs code of its own, or sends transformers to other weights than the folder's."""
+    folder, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model_type = content.get("model_type")
+    except (ValueError, AttributeError, RecursionError) as error:
+        fix = "take a folder that transformers wrote"
+        raise ValueError(f"'{file}': must be a model's configuration; found {type(error).__name__}; {fix}") from None
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        code = " with code of its own (auto_map), which is never run" if "auto_map" in content else ""
+        raise ValueError(
+            f"'{file}': model_type must be one that transformers knows, found {str(model_type)!r}{code}; take another "
+            "model"
+        )
+    if "transformers_weights" in content:
+        raise ValueError(f"'{file}': must not name other weights (transformers_weights); take that key out")
+    if path.is_dir() and (folder / "adapter_config.json").exists():
+        raise ValueError(f"'{folder}': must hold a whole model, found adapter_config.json; merge the adapter into it")
 
 
 def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:

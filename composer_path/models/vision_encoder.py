@@ -7,7 +7,7 @@ name in `check_vision_name` of config/rules.py.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import timm
@@ -27,9 +27,10 @@ from composer_path.models.open_clip_trunk import (
 Tokens = Literal["all", "patches", "cls_patches"]
 # The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
 COCA_VIT_L: dict[str, Any] = {"name": "vit_large_patch16_224", "image_size": 448, "kwargs": {"init_values": 1.0}}
-# Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files.
-RESERVED = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
-RESERVED |= {"num_classes", "img_size", "global_pool"}
+# Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files (so would open_clip's
+# that begin with one of FETCHING).
+RESERVED = {"num_classes", "img_size", "global_pool", "checkpoint_path", "cache_dir", "features_only"}
+FETCHING = ("pretrained", "timm_", "hf_")
 
 
 class VisionEncoder(nn.Module):
@@ -135,8 +136,10 @@ def untrained_vision_encoder(
         ValueError: Unknown names or keywords, or a size that the patch size doesn't divide.
     """
     kwargs = {key: _layer_name(value) for key, value in (kwargs or {}).items()}
-    if refused := sorted(RESERVED & set(kwargs)):
-        raise ValueError(f"vision_encoder.kwargs: {refused} can't be given here; sizes and weights have their own keys")
+    try:
+        check_vision_keywords(kwargs)
+    except ValueError as error:
+        raise ValueError(f"vision_encoder.kwargs: {error}") from None
     trunk: Any
     library, _, model_name = name.partition("/")
     if name == "coca_vit-l":
@@ -169,6 +172,15 @@ def untrained_vision_encoder(
         if len(known[key]) != 3:
             raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(known[key])}")
     return VisionEncoder(trunk, patch_size=patch_size, **known, config={"name": name, **known, "kwargs": kwargs})
+
+
+def check_vision_keywords(kwargs: Mapping[str, Any]) -> None:
+    """Refuse keywords that have a key of their own, or would fetch or unpickle a file; ValueError."""
+    refused = sorted(key for key in map(str, kwargs) if key in RESERVED or key.startswith(FETCHING))
+    if refused:
+        raise ValueError(
+            f"{refused} can't be given here; sizes and weights have their own keys, and nothing is fetched"
+        )
 
 
 def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 else:
     Tokenizer = Any  # transformers takes seconds to import, and the shape checker resolves annotations at run time
 
+# Keywords of transformers that would fetch a tokenizer, or run code that lies in its folder.
+RESERVED = {"trust_remote_code", "code_revision", "revision", "token", "use_auth_token", "local_files_only"}
+RESERVED |= {"force_download", "cache_dir", "proxies", "auto_map", "subfolder"}
+
 _Encode = Callable[[str], list[int]]
 
 # No leading space: tokenizers differ there by design, and every reading of the same vocabulary must agree here.
@@ -31,6 +35,8 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
             (the last two are read as a LLaMA tokenizer whose BOS, EOS and unknown token are the file's own).
         **kwargs: Passed to transformers (`use_fast`, `legacy`, `padding_side`, …).
     """
+    if refused := sorted(RESERVED & set(kwargs)):
+        raise ValueError(f"tokenizer.{refused[0]}: is not set here; no code is run and nothing fetched; leave it out")
     path = Path(path).expanduser()
     if path.is_file():
         return _load_sentencepiece_file(path, **kwargs)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +15,7 @@ from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_proces
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
 from composer_path.checkpoints.gate import read_pickle
-from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
+from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
@@ -32,6 +30,7 @@ from composer_path.weights.folder import write_json
 from composer_path.weights.model_folder import PathMLLM, is_model_folder
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 from composer_path.weights.projector_origin import ProjectorOrigin, origin_of
+from composer_path.weights.tensor_file import check_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,7 +66,7 @@ def write_model(
     An earlier model in the folder stays until the new one is complete, and takes its evaluation with it.
 
     Raises:
-        ValueError: An unknown `dtype`, or another program's model lies in the folder.
+        ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
@@ -121,11 +120,14 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
             for name in names
             if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
         }
-        with warnings.catch_warnings():  # that this is one process, which is what no_dist says
-            warnings.simplefilter("ignore", UserWarning)
-            load({"state": {"model": tensors}}, storage_reader=reader, planner=GuardedPlanner(), no_dist=True)
+        load_sharded({"state": {"model": tensors}}, reader, alone=True)
     else:
-        tensors = read_pickle(checkpoint)["state"]["model"]
+        content = read_pickle(checkpoint)
+        state = content.get("state") if isinstance(content, dict) else None
+        found = state.get("model") if isinstance(state, dict) else None
+        if not isinstance(found, dict):
+            raise ValueError(f"'{checkpoint}' is no checkpoint of a run: it has no state of a model")
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if missing := sorted(name for name in names if prefix + name not in tensors):
         raise ValueError(f"checkpoint '{checkpoint}' lacks {len(missing)} trained tensors, such as {missing[:3]}")
     return {name: tensors[prefix + name] for name in names}
@@ -146,7 +148,10 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     names = set(model.state_dict()) - frozen_names(model)
     if model.language_model.config.tie_word_embeddings:
         names.discard("language_model.lm_head.weight")
-    weights = dict(model.state_dict()) | read_checkpoint(checkpoint, names)
+    weights = dict(model.state_dict())
+    trained = read_checkpoint(checkpoint, names)
+    check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)
+    weights |= trained
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)

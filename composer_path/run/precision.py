@@ -1,4 +1,4 @@
-"""Precision: the dtype of matrix products and of frozen weights, and what a CPU can do of what the YAML asks for."""
+"""Device and precision: the dtype of matrix products and of frozen weights, and what a CPU can do of the YAML's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ def compute_dtype(precision: str, section: Mapping[str, Any] | None) -> torch.dt
     mixed = section["fsdp"]["mixed_precision"] if section and section["fsdp"] else None
     named = mixed.get("param_dtype") if isinstance(mixed, Mapping) else "fp32" if mixed == "FULL" else None
     return torch.bfloat16 if (named or precision) in ("bf16", "amp_bf16") else torch.float32
+
+
+def require_device(name: str | None) -> None:
+    """Refuse a GPU that isn't there; ValueError."""
+    found, rank = torch.cuda.device_count() if torch.cuda.is_available() else 0, dist.get_local_rank()
+    if (name == "gpu" and not found) or (name != "cpu" and 0 < found <= rank):
+        rule = f"trainer.device: rank {dist.get_global_rank()} needs a GPU of its own; found {found} on this machine"
+        raise ValueError(f"{rule}; start as many ranks as there are GPUs, or take trainer.device=cpu")
 
 
 def settle_precision(trainer: dict[str, Any], device_type: str) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from composer.callbacks import EarlyStopper, ThresholdStopper
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 from omegaconf import DictConfig, OmegaConf
 
 from composer_path.asking.run_table import CONFIG, SUMMARY
+from composer_path.guards.guards import Guards
+from composer_path.run.names import snake_name
 from composer_path.storage.atomic import write_whole
 from composer_path.weights.folder import write_json
 
@@ -20,7 +23,7 @@ class RunReport(Callback):
     """Writes `config.yaml` and `summary.json` into the run's folder."""
 
     def __init__(self, run_folder: Path, parameters: dict[str, int]) -> None:
-        self.run_folder = run_folder
+        self.run_folder, self.ended = run_folder, False
         self.summary: dict[str, Any] = {"parameters": parameters, "heldout_token_loss": {}}
 
     def save_config(self, config: DictConfig, history: Sequence[Mapping[str, Any]]) -> None:
@@ -39,6 +42,8 @@ class RunReport(Callback):
         moment = "before" if state.timestamp.batch == 0 else "after"
         loss = state.eval_metrics["heldout"]["token_loss"].compute().item()
         self.summary["heldout_token_loss"][moment] = loss
+        if self.ended:  # Composer's last evaluation comes after the end of `fit`
+            self._write()
 
     eval_standalone_end = eval_end  # of an evaluation outside of training
 
@@ -48,8 +53,9 @@ class RunReport(Callback):
         self.summary |= {"run": state.run_name, "steps": now.batch.value, "seconds": seconds}
         for name, count in (("samples", now.sample.value), ("tokens", now.token.value)):
             self.summary |= {name: count, f"{name}_per_second": count / max(seconds, 1e-9)}
-        if dist.get_global_rank() == 0:
-            write_json(self.run_folder / SUMMARY, self.summary)
+        self.summary["skipped_steps"] = sum(one.skipped for one in state.callbacks if isinstance(one, Guards))
+        self.ended = True
+        self._write()
 
     def state_dict(self) -> dict[str, Any]:
         """The first held-out loss survives a resume. Its key is always there, as sharded checkpoints need."""
@@ -59,3 +65,18 @@ class RunReport(Callback):
         """Take it up again."""
         if state["heldout_token_loss_before"] is not None:
             self.summary["heldout_token_loss"]["before"] = state["heldout_token_loss_before"]
+
+    def _write(self) -> None:
+        if dist.get_global_rank() == 0:
+            write_json(self.run_folder / SUMMARY, self.summary)
+
+
+def require_steps(state: State) -> None:
+    """Refuse a callback that ended the run by the evaluation before training; ValueError."""
+    if state.max_duration is not None and state.timestamp >= state.max_duration:
+        stoppers = [one for one in state.callbacks if isinstance(one, EarlyStopper | ThresholdStopper)]
+        names = " and ".join(f"callbacks.{snake_name(type(one).__name__)}" for one in stoppers) or "a callback"
+        raise ValueError(
+            f"{names}: must let the run have steps; found that the evaluation before training met it, so nothing would "
+            "be trained; choose another threshold"
+        )

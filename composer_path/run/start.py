@@ -10,13 +10,15 @@ from typing import Any
 from composer.core import Callback
 from composer.utils import dist
 
-from composer_path.checkpoints.folder import CheckpointFolder, on_first_rank
+from composer_path.checkpoints.folder import on_first_rank
 from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.newest import Found, named, newest_whole
 from composer_path.checkpoints.resume import Resume
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.checkpoints.trained_only import TrainedOnly
 from composer_path.run.fingerprint import differences, fingerprint, hash_of_files, weights_files
+from composer_path.run.place import SendFiles, checkpoints_of, folder_of
+from composer_path.storage.places import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +32,11 @@ class Start:
     callbacks: Sequence[Callback]
 
 
-def choose_start(
-    settings: Mapping[str, Any], folder: CheckpointFolder, trained_only: TrainedOnly, tokenizer: str, data: str
-) -> Start:
+def choose_start(settings: Mapping[str, Any], trained_only: TrainedOnly, tokenizer: str, data: str) -> Start:
     """Find the checkpoint to go on from, and compare the run that wrote it with this one. All ranks call it.
 
     Args:
         settings: Of the YAML, plain.
-        folder: Of the run's checkpoints.
         trained_only: What keeps frozen weights out of them.
         tokenizer: A hash of it.
         data: A hash of it.
@@ -45,7 +44,8 @@ def choose_start(
     Raises:
         CheckpointError: None is whole, or a setting differs that can't change within a run.
     """
-    section = settings["trainer"]
+    section, root = settings["trainer"], settings["save_root"]
+    folder = checkpoints_of(root, section["run_name"])
     files = on_first_rank(lambda: {name: hash_of_files(held) for name, held in weights_files(settings).items()})
     ours = fingerprint(settings, files | {"tokenizer": tokenizer}) | {"data": data}
     saver = None
@@ -66,8 +66,12 @@ def choose_start(
                 saver.go_on_from(found.manifest)
     if saver is not None:
         saver.history = history
-    resume = Resume(found, weights_only, trained_only)
-    return Start(None if weights_only else found, history, [resume, *([saver] if saver else [])])
+    resume = Resume(found, weights_only, trained_only, folder)
+    callbacks = [resume, *([saver] if saver else [])]
+    if is_remote(root):
+        run_folder = folder_of(root, section["run_name"])
+        callbacks.append(SendFiles(f"{root.rstrip('/')}/{section['run_name']}", run_folder))
+    return Start(None if weights_only else found, history, callbacks)
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], found: Found) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Three things differ, none of them in a number: callbacks that do nothing at an event aren't called; a step's losses are
 read when they have come from the device, not before; and what only the host knows (how many samples, tokens, weights)
-isn't sent to the device and back to be added up over one rank. Several ranks still agree as Composer lets them.
+isn't sent to the device and back to be added up over one rank. Several ranks still agree as Composer lets them. And a
+second `fit` goes on amid the epoch where the first one ended.
 """
 
 from __future__ import annotations
@@ -32,6 +33,20 @@ class StepTrainer(Trainer):
         super().__init__(**keywords)
         # The engine is Composer's own object, made and used in its __init__; ours differs in methods only.
         self.engine.__class__ = DirectEngine
+        self._has_fitted = False
+
+    def fit(self, *arguments: Any, **keywords: Any) -> None:
+        """Train on; what was trained in an earlier call isn't read again to find the place, as Composer does it.
+
+        By iterating anew over the set, Composer would go on with the order of a later epoch.
+        """
+        state = self.state
+        dataset: Any = state._dataset_of(state.train_dataloader)
+        if self._has_fitted and hasattr(dataset, "load_state_dict"):
+            dataset.load_state_dict(dataset.state_dict(state.timestamp.sample_in_epoch.value, True))
+            state.dataset_resumption["train"] = True
+        self._has_fitted = True
+        super().fit(*arguments, **keywords)
 
     def _train_batch(self, use_grad_scaling: bool) -> Any:
         """A step. Its losses are logged here, so that Composer's loop, given none, doesn't wait for them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -52,6 +53,16 @@ class GoogleStore(Store):
         wanted = {"uploadType": "media", "name": self.key(name)}
         headers = {"Content-Type": "application/octet-stream"}
         with self._asked("POST", "/upload/storage/v1", params=wanted, data=data, headers=headers):
+            return
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Write an object from a file, which is sent piece by piece."""
+        wanted = {"uploadType": "media", "name": self.key(name)}
+        headers = {"Content-Type": "application/octet-stream"}
+        with (
+            path.open("rb") as data,
+            self._asked("POST", "/upload/storage/v1", params=wanted, data=data, headers=headers),
+        ):
             return
 
     def delete(self, name: str) -> None:

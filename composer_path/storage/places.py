@@ -26,6 +26,7 @@ from composer_path.storage.s3 import S3Store
 from composer_path.storage.transfer import Answer, Limits, fetch
 
 _CHUNK_BYTES = 4 * 2**20
+_PART_BYTES = 64 * 2**20  # of 10,000 at most that S3 takes of an object
 # Seconds between the attempts of one request: a store that rests for a minute costs no conversion.
 _PAUSES = (1, 2, 4, 8, 16, 30)
 _OF_OBJECTS = ("read", "delete from")  # there what is missing is an object, and the place is as it should be
@@ -134,6 +135,28 @@ class Bucket:
     def write(self, name: str, parts: Sequence[bytes], durable: bool = False) -> None:
         """Write an object from its parts, whole or not at all."""
         self._ask("write", self._store.write, name, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def write_file(self, name: str, path: Path) -> None:
+        """Write an object from a local file of any size, whole or not at all.
+
+        Raises:
+            StorageError: Also where this kind of store is only read.
+        """
+        if not isinstance(self._store, S3Store):
+            if not isinstance(self._store, GoogleStore):
+                raise StorageError(f"{self}: files are written to s3:// and gs:// only; take one of these, or a folder")
+            self._ask("write", self._store.write_file, name, path)
+        elif path.stat().st_size <= _PART_BYTES:
+            self._ask("write", self._store.write, name, path.read_bytes())
+        else:
+            upload = self._ask("write", self._store.begin, name)
+            with path.open("rb") as file:
+                pieces = iter(lambda: file.read(_PART_BYTES), b"")
+                parts = [
+                    self._ask("write", self._store.write_part, name, upload, number, data)
+                    for number, data in enumerate(pieces, start=1)
+                ]
+            self._ask("write", self._store.finish, name, upload, parts)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects."""

@@ -9,7 +9,7 @@ install one of 2020 in silence.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,24 @@ class S3Store(Store):
         """Write an object whole; it appears when all of it has arrived."""
         with self._asked() as client:
             client.put_object(**self._request, Key=self.key(name), Body=data)
+
+    def begin(self, name: str) -> str:
+        """Begin an object that is written in parts; returns the word for it. It appears with `finish`."""
+        with self._asked() as client:
+            return client.create_multipart_upload(**self._request, Key=self.key(name))["UploadId"]
+
+    def write_part(self, name: str, upload: str, number: int, data: bytes) -> str:
+        """Write a part, counted from 1, of 5 MB at least but for the last; returns the word for it."""
+        with self._asked() as client:
+            part = {"Key": self.key(name), "UploadId": upload, "PartNumber": number}
+            return client.upload_part(**self._request, **part, Body=data)["ETag"]
+
+    def finish(self, name: str, upload: str, parts: Sequence[str]) -> None:
+        """Let the object appear."""
+        tags = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(parts, start=1)]
+        with self._asked() as client:
+            whole = {"Key": self.key(name), "UploadId": upload, "MultipartUpload": {"Parts": tags}}
+            client.complete_multipart_upload(**self._request, **whole)
 
     def delete(self, name: str) -> None:
         """Delete an object."""

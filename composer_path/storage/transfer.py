@@ -54,7 +54,7 @@ def fetch(ask: Callable[[int], AbstractContextManager[Answer]], to: Path, limits
                     if (first := answer.first(arrived)) != arrived:
                         file.truncate(file.seek(0))  # open for appending, it would go on counting from where it was
                     for data in answer.pieces:
-                        _check(limits, file.tell())
+                        _check(limits, file.tell(), came=file.tell() > first)
                         try:
                             file.write(data)
                         except OSError as error:  # told apart from the network's
@@ -69,9 +69,11 @@ def fetch(ask: Callable[[int], AbstractContextManager[Answer]], to: Path, limits
         raise cache_fault(error) from None
 
 
-def _check(limits: Limits, arrived: int) -> None:
+def _check(limits: Limits, arrived: int, came: bool) -> None:
     if limits.stopped():
         raise Stopped
     if time.monotonic() > limits.deadline:
+        if not came:  # a client that tries and tries, such as Azure's, OCI's or Hugging Face's
+            raise passing("unreachable", "nothing came until the deadline")
         fix = "raise fault_timeout, or convert with a smaller --size-limit"
         raise Fault("too-slow", f"{arrived:,} bytes had arrived", fix, transient=True)

@@ -7,7 +7,7 @@ As Streaming 0.13 is, a missing or damaged shard ends an epoch early with succes
 3. a file that doesn't arrive is asked for again, with growing pauses, until `fault_timeout`;
 4. the first failure is noted in shared memory, where the other processes of this machine find it;
 5. an epoch that ends before its last sample is an error;
-6. a resumed run takes its place in the same data (resume.py).
+6. an epoch has each sample once (order.py), and a resumed run takes its place in the same data (resume.py).
 
 Some methods replace ones of Streaming and follow them closely; tests/stream/test_streaming_originals.py notices when
 those change.
@@ -34,13 +34,14 @@ from composer_path.stream.cache import clear_left_overs, refresh_index, take_cac
 from composer_path.stream.error import FailureNote, StreamError, agree_on_failure
 from composer_path.stream.guarded_stream import PATIENCE, GuardedStream
 from composer_path.stream.open_shards import SampleReader
-from composer_path.stream.resume import ResumableStreamingDataset
+from composer_path.stream.order import CHECKED, NOTHING, STAND_IN, check_setting, check_shares
+from composer_path.stream.resume import OrderedStreamingDataset
 from composer_path.stream.shared_prefix import prefix_picked_once
 
 _A_MOMENT = 0.1  # s
 
 
-class GuardedStreamingDataset(ResumableStreamingDataset):
+class GuardedStreamingDataset(OrderedStreamingDataset):
     """A `StreamingDataset` that never loses a sample in silence.
 
     Args:
@@ -48,10 +49,13 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
         remote: Folder or address that they come from; None if they lie in `local`.
         streams: Several sets instead of one.
         fault_timeout: Seconds in which a file must have arrived, all attempts together.
+        drop_last: Leave out what doesn't fill an epoch's last global batch.
         **streaming: Keywords of `streaming.StreamingDataset`. `download_timeout` are seconds without a byte that end an
-            attempt; without `validate_hash` the cheapest checksum that is in the index is taken.
+            attempt; without `validate_hash` the cheapest checksum that is in the index is taken. `num_canonical_nodes`
+            left out are the nodes at the run's start, at most as many as an epoch has samples; kept on resume.
 
     Raises:
+        ValueError: A setting would repeat samples or leave some out, or leaves an epoch without a step.
         StreamError: The data can't be read; on all ranks, whichever met it.
     """
 
@@ -65,11 +69,20 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
         remote: str | None = None,
         streams: Sequence[GuardedStream] | None = None,
         fault_timeout: float = PATIENCE,
+        drop_last: bool = False,
         **streaming: Any,
     ) -> None:
+        for name in CHECKED:
+            try:
+                check_setting(name, streaming.get(name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
         if (local is None) == (not streams):
             raise ValueError("give either local (and remote), or streams")
         streams = streams or [GuardedStream(local=str(local), remote=remote)]
+        check_shares([stream.share for stream in streams], streaming.get("epoch_size"))
+        self.drop_last, self.asked_epoch_size = drop_last, streaming.get("epoch_size")
+        self._needs_stand_in = False
         self._cache_locks: list[IO[str]] = []
         defaults = {"split": None, "download_timeout": 60.0, "validate_hash": None, "keep_zip": False, **streaming}
         defaults["download_retry"] = 0  # we count, and wait, ourselves
@@ -90,6 +103,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
     def _start(self, streams: Sequence[GuardedStream], streaming: dict[str, Any], leads: bool) -> None:
         with prefix_picked_once():
             super().__init__(streams=streams, **streaming)
+        self.settle_order()
         self.remember_data()
         self._samples = SampleReader()
         self._asked: dict[int, float] = {}
@@ -114,7 +128,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             # Not by a name: that would be a cycle through its traceback.
             raise self.failure() or StreamError("stopped")
 
-    def _note(self, error: BaseException, shard: str = "") -> StreamError:
+    def note(self, error: BaseException, shard: str = "") -> StreamError:
         """Tell all processes; anything but a `StreamError` is one of ours gone wrong."""
         if isinstance(error, Stopped):
             return self.failure() or StreamError("stopped")
@@ -144,7 +158,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             stream.stopped = self._failure.is_set  # not a method of ours: a cycle would keep the cache's lock
             delta, state = stream.prepare_shard(shard), _ShardState.LOCAL
         except BaseException as error:
-            raise self._note(error, name) from (None if isinstance(error, StreamError | Stopped) else error)
+            raise self.note(error, name) from (None if isinstance(error, StreamError | Stopped) else error)
         finally:
             with FileLock(self._cache_filelock_path):
                 self.cache_usage += delta - self._reserved(shard_id)
@@ -216,7 +230,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             stream, _, name = self._shard(shard_id)
             found = f"another process has been preparing it for {seconds:.0f} s"
             fix = "look for a process that was killed, and start again"
-            raise self._note(StreamError.of(name, "stalled", stream.where, found, fix))
+            raise self.note(StreamError.of(name, "stalled", stream.where, found, fix))
 
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Any:
         """A sample by its index; its shard is brought here and checked first."""
@@ -234,7 +248,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             raise
         except Exception as error:
             self.raise_failure()
-            raise self._note(self._damage(shard_id, error)) from error
+            raise self.note(self._damage(shard_id, error)) from error
 
     def _find(self, sample_id: int) -> tuple[int, int]:
         """A sample's shard, and its number in it; Streaming's spanner compares every shard of a span of samples."""
@@ -259,7 +273,7 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
     def on_exception(self, future: Future) -> None:
         """A thread's failure stops the others; `__iter__` raises it."""
         if (error := future.exception()) is not None:
-            self._note(error)
+            self.note(error)
             self._event.set()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
@@ -283,6 +297,17 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             waiting_since = time.monotonic()
         it.on_exit()
 
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
+        """This worker's share of an epoch, without the slot of a stand-in, which has no shard to prepare."""
+        ids = super()._get_work(epoch, sample_in_epoch)
+        self._needs_stand_in = STAND_IN in ids
+        ids[ids == STAND_IN] = NOTHING
+        return ids
+
+    def stand_in(self) -> Any:
+        """What a rank without a sample for the last slot that others have puts there; None: nothing."""
+        return None
+
     def __iter__(self) -> Iterator[Any]:
         """All samples of this worker's share, or a `StreamError`."""
         self.raise_failure()
@@ -297,9 +322,11 @@ class GuardedStreamingDataset(ResumableStreamingDataset):
             if isinstance(error, StreamError):
                 raise
             self.raise_failure()
-            raise self._note(error) from error
+            raise self.note(error) from error
         self.raise_failure()
         it = getattr(self, "_iterator", None)
         if it is not before and it is not None and it.yield_index < it.total:
             found = f"{it.yield_index:,} of this worker's {it.total:,} samples were read"
-            raise self._note(StreamError.of("", "samples-missing", self.where(), found, "please report this"))
+            raise self.note(StreamError.of("", "samples-missing", self.where(), found, "please report this"))
+        if self._needs_stand_in and (sample := self.stand_in()) is not None:
+            yield sample

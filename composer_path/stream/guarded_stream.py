@@ -66,6 +66,9 @@ class GuardedStream(Stream):
         if remote is not None:
             check_readable(remote)
         super().__init__(local=local, **stream)
+        self.share = {
+            key: stream.get(key) for key in ("proportion", "repeat", "choose")
+        }  # Streaming writes over its own
         # Set afterwards, as Streaming refuses what its own clients can't reach; none of them is used.
         self.remote = None if remote is None else remote.rstrip("/")
         self.safe_keep_zip = bool(self._keep_zip) or remote is None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from composer_path.models.attention import AttentionBackend, resolve_attention
 from composer_path.models.language_model import load_language_model_config, untrained_language_model
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
-from composer_path.weights.tensor_file import WeightsError, check_tensor_folder, not_finite, some
+from composer_path.weights.tensor_file import WeightsError, check_pickled_weights, check_tensor_folder, not_finite, some
 
 
 def build_language_model(
@@ -35,7 +35,8 @@ def build_language_model(
         empty: Likewise; of a folder only the configuration is read.
 
     Raises:
-        ValueError: Neither or both of `path` and `config`, a path that isn't there, or an unsupported architecture.
+        ValueError: Neither or both of `path` and `config`, a path that isn't there, pickled weights that hold other
+            than tensors, or an unsupported architecture.
     """
     if (path is None) == (config is None):
         raise ValueError(
@@ -47,8 +48,9 @@ def build_language_model(
         )
     if path is None or empty:
         return untrained_language_model(path or config or {}, attention=attention, dtype=dtype, empty=empty)
-    check_tensor_folder(path)
     hf_config = load_language_model_config(path)
+    check_pickled_weights(path)
+    check_tensor_folder(path)
     if getattr(hf_config, "quantization_config", None):
         fix = "take its weights in bf16 or fp32"
         raise WeightsError(f"model.language_model.path: the weights in '{path}' must not be quantized; {fix}")

@@ -87,7 +87,10 @@ class PickleReader:
 
     def number(self, form: str) -> Any:
         """The next number in a form of `struct`."""
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        number = FORMS[form]
+        value = number.unpack_from(self.data, self.at)[0]
+        self.at += number.size
+        return value
 
     def marked(self) -> list[Any]:
         """What lies on the stack since the last mark, taken off."""
@@ -209,6 +212,7 @@ def _put(form: str) -> Callable[[PickleReader], None]:
 
 
 STOP = ord(".")
+FORMS = {form: struct.Struct(form) for form in ("B", "<H", "<i", "<I", "<Q", ">d")}
 DAMAGE = (ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
 # What each operation does; those that aren't here have no place in a file of values.
 OPERATIONS: dict[int, Callable[[PickleReader], Any]] = {

@@ -1,19 +1,18 @@
-"""A file of tensors: safetensors, or a torch pickle read without running what is in it."""
+"""A file of tensors: safetensors, or a torch pickle read without unpickling it."""
 
 from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from composer_path.storage.atomic import write_whole
+from composer_path.weights.torch_file import TorchFileError, read_torch_file
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 # Under which training programs put the weights in their checkpoints.
@@ -21,6 +20,8 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")
 INDEX = "model.safetensors.index.json"
 # What a folder's weights begin with; the first that is there is taken, so safetensors come before pickles.
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+SAFE_FIX = "pickles that hold objects could run code and are refused: save the tensors alone, as safetensors"
 
 
 class WeightsError(ValueError):
@@ -30,8 +31,8 @@ class WeightsError(ValueError):
 def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a `.safetensors` file or a torch pickle (`.bin`, `.pth`, `.pt`, `.ckpt`).
 
-    Pickles are read with `weights_only=True`: one that holds anything but tensors and plain containers is refused. A
-    pickle that holds its weights under `state_dict` or `model` is unwrapped.
+    A pickle that holds anything but tensors and plain containers is refused, and so is a tensor that is larger than
+    what is stored of it. One that holds its weights under `state_dict` or `model` is unwrapped.
 
     Raises:
         WeightsError: No such file, another kind of file, or a pickle with other things than tensors in it.
@@ -44,14 +45,14 @@ def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError) as error:
+        content = read_torch_file(path)
+    except SafetensorError as error:
         raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from error
-    except pickle.UnpicklingError as error:
+    except TorchFileError as error:
         raise WeightsError(
-            f"weights: '{path}' isn't a plain pickle of tensors; pickles that hold objects could run code and "
-            "are refused. Save the tensors alone, as safetensors"
-        ) from error
+            f"weights: '{path}': must be tensors in plain dicts and lists, whole, as torch.save writes them; found "
+            f"{error}; {error.fix or SAFE_FIX}"
+        ) from None
     for wrapper in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -134,6 +135,18 @@ def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
             raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {some(twice)}")
         tensors |= shard
     return tensors
+
+
+def check_pickled_weights(folder: str | Path) -> None:
+    """Refuse a folder that another library is about to read, where its weights are pickles that we wouldn't read.
+
+    Raises:
+        WeightsError: See `read_tensor_file`.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            read_tensor_file(path)
 
 
 def _shards_of(index: Path) -> list[str]:

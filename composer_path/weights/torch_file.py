@@ -24,7 +24,14 @@ from composer_path.weights.torch_zip import TorchZip, ZipError
 
 
 class TorchFileError(ValueError):
-    """A file that isn't one of `torch.save`, is damaged, or holds other things; the message says what was found."""
+    """A file that isn't one of `torch.save`, is damaged, or holds other things.
+
+    The message says what was found, `fix` what to do, if known.
+    """
+
+    def __init__(self, found: str, fix: str | None = None) -> None:
+        super().__init__(found)
+        self.fix = fix
 
 
 class Storage:
@@ -68,7 +75,7 @@ def read_torch_buffer(buffer: Any, *, values: bool = False) -> Any:
         value = PickleReader(bytes(zip_file.read("data.pkl")), names, STATES, stored).read()
         check_nesting(value)
     except (PickleError, ZipError) as error:
-        raise TorchFileError(str(error)) from None
+        raise TorchFileError(str(error), getattr(error, "fix", None)) from None
     return value
 
 
@@ -96,7 +103,10 @@ class _Storages:
         return Storage(memory, kind.dtype, num_elements)
 
     def _memory(self, name: str) -> torch.UntypedStorage:
-        length = self.zip.read(name).nbytes
+        try:
+            length = self.zip.read(name).nbytes
+        except ZipError as error:
+            raise PickleError(str(error)) from None
         if not length:
             return torch.UntypedStorage(0)
         start = self.zip.records[name].start

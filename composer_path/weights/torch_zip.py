@@ -14,7 +14,11 @@ OLD_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class ZipError(ValueError):
-    """A file that isn't laid out as torch writes it; the message says what was found."""
+    """A file that isn't laid out as torch writes it; the message says what was found, `fix` what to do, if known."""
+
+    def __init__(self, found: str, fix: str | None = None) -> None:
+        super().__init__(found)
+        self.fix = fix
 
 
 class Record(NamedTuple):
@@ -39,8 +43,8 @@ class TorchZip:
         self.buffer, self.bytes = buffer, memoryview(buffer).cast("B")
         if bytes(self.bytes[: len(OLD_MAGIC)]) == OLD_MAGIC:
             raise ZipError(
-                "a file of torch older than 1.6; convert it with tensors = torch.load(FILE, weights_only=True), then "
-                "safetensors.torch.save_file(tensors, NEW)"
+                "a file in the format of before torch 1.6",
+                "convert it: tensors = torch.load(FILE, weights_only=True); safetensors.torch.save_file(tensors, NEW)",
             )
         if bytes(self.bytes[:4]) != LOCAL:
             raise ZipError("another kind of file")
@@ -105,8 +109,8 @@ class TorchZip:
             if (count, size, start) != narrow:
                 raise ZipError("a zip file with two tables of its records")
             count, size, start, end = wide_count, wide_size, wide_start, wide
-        if start + size > end:
-            raise ZipError("a zip file that is cut")
+        if start + size != end:
+            raise ZipError("a zip file with more than its records and their table")
         return start, size, count
 
     def _entry(self, at: int) -> tuple[str, Record, int]:

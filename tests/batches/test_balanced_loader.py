@@ -28,6 +28,7 @@ from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.columns import COLUMNS, pack_images
 from composer_path.shards.lengths import LengthsError
 from composer_path.stream.error import StreamError
+from composer_path.stream.order import METHOD
 
 WORDS = "gland stroma nucleus mitosis duct vessel fat muscle"
 NUM_SAMPLES, GLOBAL_BATCH = 67, 8
@@ -101,16 +102,15 @@ def unbalanced(root: Path, tokenizer: Any) -> Epochs:
     return read(build(root, tokenizer, None), 2)
 
 
-def test_streamings_order_keeps_its_global_batches_for_any_nodes_ranks_and_workers(
+def test_the_order_keeps_its_global_batches_for_any_nodes_ranks_and_workers(
     root: Path, tokenizer: Any, tokens: np.ndarray, unbalanced: Epochs
 ) -> None:
     whole = len(unbalanced[0]) - 1
     for nodes, ranks, workers in product([1, 2], [1, 2], [1, 2]):
         dataset = build(root, tokenizer, None, ranks=nodes * ranks).dataset
         world = World(nodes, ranks, workers, 0)
-        dataset._resume(world, 0)  # settles what depends on the world
         for epoch, done in product([0, 1], [0, 3]):
-            work = generate_work("random", dataset, world, epoch, done * GLOBAL_BATCH)
+            work = generate_work(METHOD, dataset, world, epoch, done * GLOBAL_BATCH)
             assert work.shape[:3] == (nodes, ranks, workers)
             assert work.shape[4] == GLOBAL_BATCH // (nodes * ranks)
             balanced = balance_work(work, tokens, "node")
@@ -293,26 +293,8 @@ def test_a_balanced_run_whose_lengths_are_gone_is_refused_by_name(root: Path, to
         dataset.load_state_dict(state)
 
 
-def test_auto_leaves_batches_of_one_stream_a_rank_alone(
-    root: Path, tokenizer: Any, tokens: np.ndarray, caplog: pytest.LogCaptureFixture
-) -> None:
-    dataset = build(root, tokenizer, None).dataset
-    dataset.batching_method = "device_per_stream"
-    with caplog.at_level("INFO", "composer_path.batches.balance"):
-        dataset.balance_if_measured(lambda: tokens)
-    assert "batches as drawn; it would mix the streams" in caplog.messages[-1]
-    assert dataset.state_dict(0, True)["balance"] is None
-
-
 def test_auto_exchanges_within_nodes_where_shards_are_fetched(root: Path, tokenizer: Any, tokens: np.ndarray) -> None:
     dataset = build(root, tokenizer, None).dataset
     dataset.streams[0].remote = "s3://bucket/a"
     dataset.balance_if_measured(lambda: tokens)
     assert dataset.state_dict(0, True)["balance"] == "node"
-
-
-def test_batches_of_one_stream_a_rank_are_not_mixed(root: Path, tokenizer: Any, tokens: np.ndarray) -> None:
-    dataset = build(root, tokenizer, None).dataset
-    dataset.batching_method = "device_per_stream"
-    with pytest.raises(ValueError, match="device_per_stream keeps apart on each rank; leave out one of the two"):
-        dataset.balance(tokens, "node")

@@ -271,11 +271,10 @@ def test_a_resumed_run_can_be_resumed(undisturbed: Epochs, shards: Path, tokeniz
     assert found == [*undisturbed[0], []]
 
 
-def test_canonical_nodes_that_do_not_divide_the_samples_repeat_some(shards: Path, tokenizer: Any) -> None:
+def test_canonical_nodes_that_do_not_divide_the_samples_repeat_none(shards: Path, tokenizer: Any) -> None:
     spec = build_loader(shards, tokenizer, {"num_canonical_nodes": 8})
     found = [sample_id for batch in spec.dataloader for sample_id in batch.sample_ids.tolist()]
-    assert len(found) == 24  # 8 nodes of 3
-    assert set(found) == set(range(NUM_RECORDS))
+    assert sorted(found) == list(range(NUM_RECORDS))
 
 
 def test_drop_last_leaves_the_smaller_batch_out(shards: Path, tokenizer: Any, undisturbed: Epochs) -> None:

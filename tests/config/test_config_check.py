@@ -38,12 +38,17 @@ MISTAKES = [
     ("algorithms.swa.update_interval=0ba", "algorithms.swa.update_interval: found 0ba; it must be above 0"),
     ("scheduler.t_warmup=30sec", "scheduler.t_warmup: found 30sec; its unit must be one of ep, ba, sp, tok, dur"),
     ("train_loader.dataset.shuffle_algo=py1", "train_loader.dataset.shuffle_algo: found the text 'py1'; did you mean"),
-    ("train_loader.dataset.batching_method=per_streem", "found the text 'per_streem'; did you mean per_stream?"),
+    ("train_loader.dataset.batching_method=stratified", "batching_method: found stratified, which leaves out what"),
+    ("train_loader.dataset.batching_method=per_stream", "batching_method: found per_stream, which leaves out what"),
+    ("train_loader.dataset.batching_method=device_per_stream", "found device_per_stream, which leaves out what"),
+    ("train_loader.dataset.partition_algo=orig", "partition_algo: found orig, which belongs to Streaming's partition"),
+    ("eval_loader.dataset.replication=2", "eval_loader.dataset.replication: found 2, which gives several ranks the"),
+    ("train_loader.dataset.drop_last=true", "train_loader.dataset.drop_last: "),
     ("train_loader.dataset.sampling_method=even", "it must be 'balanced' or 'fixed'"),
     ("train_loader.dataset.sampling_granularity=0", "sampling_granularity: found 0; it must be at least 1"),
     ("train_loader.dataset.predownload=0", "train_loader.dataset.predownload: found 0; it must be at least 1"),
-    ("train_loader.dataset.replication=0", "train_loader.dataset.replication: found 0; it must be at least 1"),
-    ("train_loader.dataset.shuffle_block_size=0", "shuffle_block_size: found 0; it must be at least 1"),
+    ("train_loader.dataset.replication=0", "train_loader.dataset.replication: found 0, which gives several ranks"),
+    ("train_loader.dataset.shuffle_block_size=1", "shuffle_block_size: found 1, which mixes nothing; give at least 2"),
     ("train_loader.dataset.cache_limit=10gigs", "train_loader.dataset.cache_limit: found 10gigs, which is no size"),
     (
         "train_loader.dataset.cache_limit=64",
@@ -333,5 +338,3 @@ def test_ranks_must_divide_the_batch(demo: Path, monkeypatch: pytest.MonkeyPatch
     load_config(demo)
     [problem] = problems_of(demo, "train_loader.global_batch_size=7")
     assert problem.startswith("train_loader.global_batch_size: found 7, which 4 ranks don't divide; take 4, or another")
-    [problem] = problems_of(demo, "eval_loader.dataset.replication=3")
-    assert problem.startswith("eval_loader.dataset.replication: found 3, which doesn't divide the 4 ranks")

@@ -157,6 +157,7 @@ def test_a_chat_template_must_be_the_tokenizers(settings: dict[str, Any], tmp_pa
         (10, False, 1, True, 0),
         (32, True, 2, False, 24),
         (24, True, 8, True, 0),
+        (14, True, 2, True, 10),
     ],
 )
 def test_an_epoch_without_a_step_is_refused_and_what_is_left_out_is_counted(
@@ -178,29 +179,27 @@ def test_an_epoch_without_a_step_is_refused_and_what_is_left_out_is_counted(
     assert not left_out or f"train_loader: {left_out} of an epoch's 24 samples are left out" in told[0]
 
 
-@pytest.mark.parametrize(
-    ("method", "batch", "shares", "left_out"),
-    [
-        ("per_stream", 8, {}, 4),  # 2 + 1 batches
-        ("per_stream", 16, {}, None),  # the small stream has none
-        ("device_per_stream", 8, {}, 4),
-        ("stratified", 8, {"proportion": 1.0}, 4),  # 4 of each: 12 samples of the small stream in 3 steps
-        ("stratified", 64, {}, None),
-        ("random", 8, {"repeat": 2.0}, 0),
-    ],
-)
-def test_streams_that_fill_batches_by_themselves_are_counted(
-    settings: dict[str, Any], tmp_path: Path, method: str, batch: int, shares: dict[str, float], left_out: int | None
+def test_more_canonical_nodes_than_samples_are_refused(settings: dict[str, Any]) -> None:
+    settings["train_loader"]["dataset"]["num_canonical_nodes"] = 24
+    assert check_files(settings) == []
+    settings["train_loader"]["dataset"]["num_canonical_nodes"] = 25
+    [problem] = check_files(settings)
+    assert problem == (
+        "train_loader.dataset.num_canonical_nodes: found 25, and an epoch has 24 samples; give at most 24, or leave it "
+        "out"
+    )
+
+
+@pytest.mark.parametrize(("shares", "left_out"), [({}, 4), ({"repeat": 2.0}, 0), ({"choose": 5}, 2)])
+def test_samples_of_a_mixture_are_counted_by_its_shares(
+    settings: dict[str, Any], tmp_path: Path, shares: dict[str, float], left_out: int
 ) -> None:
     large, small = write_index(tmp_path / "large", 16), write_index(tmp_path / "small", 12)
-    settings["train_loader"]["dataset"] |= {
-        "streams": streams(large={"local": large, **shares}, small={"local": small, **shares}),
-        "batching_method": method,
-    }
-    settings["train_loader"]["global_batch_size"] = batch
-    assert bool(check_files(settings)) is (left_out is None)
-    if left_out is not None:
-        assert [line.split()[1] for line in samples_left_out(settings)] == [str(left_out)] * bool(left_out)
+    mixture = streams(large={"local": large, **shares}, small={"local": small, **shares})
+    settings["train_loader"]["dataset"]["streams"] = mixture
+    settings["train_loader"] |= {"global_batch_size": 8, "drop_last": True}
+    assert check_files(settings) == []
+    assert [line.split()[1] for line in samples_left_out(settings)] == [str(left_out)] * bool(left_out)
 
 
 def test_stored_features_must_be_of_the_images_that_the_run_prepares(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -207,3 +207,10 @@ def test_a_microbatch_below_the_default_length_is_refused_too(demo: Path, tmp_pa
     assert problem.startswith(
         "train_loader.max_tokens_per_microbatch: found 2048, less than train_loader.dataset.max_seq"
     )
+
+
+def test_the_seed_is_that_of_order_and_jitter_too(demo: Path) -> None:
+    values = plain(load_config(demo, ["seed=5", "algorithms.stain_jitter={strength: 0.1}"]))
+    assert values["train_loader"]["dataset"]["shuffle_seed"] == values["algorithms"]["stain_jitter"]["seed"] == 5
+    own = plain(load_config(demo, ["seed=5", "train_loader.dataset.shuffle_seed=6"]))
+    assert own["train_loader"]["dataset"]["shuffle_seed"] == 6

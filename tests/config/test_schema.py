@@ -18,7 +18,7 @@ def test_no_key_goes_unchecked_and_every_default_is_accepted() -> None:
     for path, node in all_keys(config_schema(), ""):
         counted += 1
         assert node.annotation is not Any, path
-        if not isinstance(node.default, NoDefault):
+        if not isinstance(node.default, NoDefault) and not str(node.default).startswith("${"):  # another key's value
             assert list(check_keys(node.default, node, path)) == []
     assert counted > 400
 

@@ -39,20 +39,13 @@ def changed(settings: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 # What a run must have as it began, by the beginnings of the names; the rest can change at a resume.
 FIXED = (
     *("seed", "tokenizer.", "model.", "optimizer.name", "optimizer.fused", "optimizer.amsgrad"),
-    *("train_loader.global_batch_size", "train_loader.drop_last", "train_loader.dataset."),
+    *(f"train_loader.dataset.{key}" for key in ("template", "max_seq_len", "image_position", "fit", "max_pixels")),
+    *("train_loader.dataset.decoder", "train_loader.dataset.streams"),
 )
 FREE = (
-    *(
-        "model.attention",
-        "tokenizer.path",
-        "model.vision_encoder.weights",
-        "model.projector.weights",
-        "model.projector.pooler_weights",
-    ),
-    *("model.language_model.path", "train_loader.dataset.local", "train_loader.dataset.remote"),
-    *("train_loader.dataset.cache_limit", "train_loader.dataset.predownload", "train_loader.dataset.fault_timeout"),
-    *("train_loader.dataset.download_timeout", "train_loader.dataset.validate_hash", "train_loader.dataset.keep_zip"),
-    "train_loader.dataset.allow_unsafe_types",
+    *("model.attention", "tokenizer.path", "model.vision_encoder.weights", "model.projector.weights"),
+    "model.projector.pooler_weights",
+    "model.language_model.path",
 )
 
 

@@ -42,6 +42,9 @@ SMALL = ["trainer.max_duration=1ba", "train_loader.max_tokens_per_microbatch=320
 # One sample a rank and step, in the order of the shards, where every second one has no image.
 ALTERNATING = ["train_loader.dataset.shuffle=false", "train_loader.global_batch_size=2"]
 
+# The second step has one sample for two ranks.
+ONE_LEFT = ["train_loader.dataset.epoch_size=9", "train_loader.global_batch_size=8"]
+
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,6 +98,7 @@ def two_ranks(
             "stage": "finetune",
             "overrides": [projector, *TWO_STEPS, *ALTERNATING, alternating, *DDP],
         },
+        {"name": "stand_in", "stage": "finetune", "overrides": [projector, *TWO_STEPS, *ONE_LEFT]},
         {"name": "killed", "stage": "finetune", "overrides": [projector, *TWO_STEPS], "dies": True},
     ]
     for leg in legs:
@@ -355,3 +359,17 @@ def test_fsdp_1_is_not_built_where_torch_is_newer_than_2_7(monkeypatch: pytest.M
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))
     with pytest.raises(ValueError, match=r"version: 1 \(FSDP1\) is for torch 2.7, found torch 2.8.0; use version: 2"):
         build_parallelism_config({"fsdp": {"version": 1}})
+
+
+@pytest.mark.world_size(2)
+def test_a_rank_without_a_sample_goes_along_and_changes_nothing(
+    two_ranks: dict[str, Any], one_rank: Path, shards: Path, tmp_path: Path
+) -> None:
+    expected = two_steps(one_rank, *ONE_LEFT)
+    steps = [[found["samples"][step] for found in two_ranks["stand_in"]] for step in range(2)]
+    assert sorted(map(len, steps[1])) == [1, 1] and [-1] in steps[1]
+    for step in range(2):
+        samples = sorted(number for part in steps[step] for number in part if number >= 0)
+        assert samples == expected["samples"][step] and len(samples) == (8, 1)[step]
+    for found in two_ranks["stand_in"]:
+        assert largest_error(found["weights"], expected["weights"]) < 1e-6  # 3e-7 measured

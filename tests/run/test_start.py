@@ -80,7 +80,6 @@ def test_what_changed_is_applied_said_and_written_beside_the_results(
             "model.trainable: this run began with ['projector', 'language_model']",
         ),
         (["train_loader.dataset.fit=crop"], "train_loader.dataset.fit: this run began with 'pad', found 'crop'"),
-        (["train_loader.global_batch_size=4"], "train_loader.global_batch_size: this run began with 8, found 4"),
         (["train_loader.dataset.template=plain"], "train_loader.dataset.template: this run began with"),
     ],
 )

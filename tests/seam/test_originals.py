@@ -16,13 +16,16 @@ import open_clip.model
 import PIL.Image
 import pytest
 import torch
-from composer.callbacks import CheckpointSaver, SpeedMonitor
-from composer.core import State
+from composer.callbacks import SpeedMonitor
+from composer.cli import launcher
+from composer.core import State, engine
+from composer.utils import checkpoint as composers
 from open_clip.transformer import VisionTransformer
 from streaming import Stream, StreamingDataset
 from streaming.base.dataset import _Iterator
 from streaming.base.shared import prefix
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 from torch.multiprocessing import reductions
 from torch.utils.data._utils import collate
@@ -30,9 +33,14 @@ from torch.utils.data._utils import collate
 # As of mosaicml 0.32.1, mosaicml-streaming 0.13.0, open_clip 3.3.0 and Pillow 11.3 and 13.0.
 ORIGINALS: list[tuple[Any, str, str, str]] = [
     (State, "_apply_required_algorithms", "d36696ae3338309a", "checkpoints/gate.py"),
+    (composers, "safe_torch_load", "3d4f6dadddf1b48d", "checkpoints/gate.py"),
+    (composers.FileSystemReaderWithValidation, "read_data", "9e3e2260a6d6a7b3", "checkpoints/gate.py"),
+    (composers.FileSystemReaderWithValidation, "read_metadata", "8b55e1977dc3a705", "checkpoints/gate.py"),
     (State, "_dataset_state_dict", "5d62abc5a4e2f36a", "batches/dataset.py"),
     (State, "_load_dataset_state", "24a0d3f2293485c8", "stream/resume.py"),
-    (CheckpointSaver, "_rotate_checkpoints", "fc52677b6d4f1e41", "checkpoints/trained_only.py"),
+    (engine, "sigterm_handler", "1ca25b650c287d1b", "guards/requests.py"),
+    (launcher, "_cleanup_processes", "7ff47e7ee870fd0a", "launch.py"),
+    (launcher, "_monitor_processes", "1f341ba191b851d5", "launch.py"),
     (SpeedMonitor, "init", "ac943d0c1e352d3a", "callbacks/speed_report.py"),
     (SpeedMonitor, "batch_end", "b3654794acea0e6d", "callbacks/speed_report.py"),
     (StreamingDataset, "__init__", "34032a553e3c5801", "stream/guarded.py"),
@@ -62,6 +70,18 @@ OF_TORCH: list[tuple[Any, str, dict[str, str], str]] = [
         "_get_gradient_divide_factors",
         {"2.7": "f4d09ec265dcf5d9", "2.14": "387c88a407094fa7"},
         "run/sharding.py",
+    ),
+    (
+        FileSystemReader,
+        "read_data",
+        {"2.7": "47234959cff8ed2e", "2.14": "86ad890ac621f4f5"},
+        "checkpoints/guarded.py",
+    ),
+    (
+        DefaultLoadPlanner,
+        "load_bytes",
+        {"2.7": "666701f9808c4bc2", "2.14": "666701f9808c4bc2"},
+        "checkpoints/guarded.py",
     ),
     (
         nn.Module,

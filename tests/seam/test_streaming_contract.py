@@ -205,6 +205,38 @@ def test_a_stream_takes_the_datasets_words_for_what_it_was_not_given(tmp_path: P
     assert stream.validate_hash == "xxh64" and stream.keep_zip and stream.safe_keep_zip and stream._keep_zip is None
 
 
+def test_a_method_in_the_table_deals_out_an_epoch(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def deal(dataset: Any, world: World, epoch: int, sample_in_epoch: int) -> np.ndarray:
+        asked.append((world.num_ranks, epoch, sample_in_epoch))
+        return np.array([5, 3, -1, 4]).reshape(1, 1, 1, 1, BATCH)
+
+    monkeypatch.setitem(batching_methods, "ours", deal)
+    ours = Bare(local=str(shards))
+    ours.batching_method = "ours"
+    assert ids(ours) == [5, 3, 4] and asked == [(1, 0, 0)]
+    assert ids(ours) == [5, 3, 4] and asked[1:] == [(1, 1, 0)]
+
+
+@pytest.mark.parametrize("algorithm", sorted(shuffle_algos))
+def test_every_shuffle_has_each_sample_once(algorithm: str) -> None:
+    sizes = np.array([4, 1, 7, 3, 5])
+    for nodes in range(1, 21):
+        for block in (2, 9, 1 << 18):
+            order = shuffle_algos[algorithm](sizes, nodes, 3, nodes, block)
+            assert sorted(order.tolist()) == list(range(20)), (nodes, block)
+
+
+@pytest.mark.parametrize(("share", "granularity"), [(5, 1), (22, 1), (30, 1), (30, 3), (55, 50)])
+def test_a_streams_share_is_what_it_was_told_to_choose(shards: Path, share: int, granularity: int) -> None:
+    dataset = Bare(local=str(shards), sampling_granularity=granularity)
+    dataset.streams[0].choose = share
+    units, samples = dataset.resample_streams(4)
+    counts = np.bincount(samples, minlength=NUM_SAMPLES)
+    assert len(samples) == sum(units) == share and counts.max() - counts.min() <= 1
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 

@@ -62,3 +62,16 @@ def test_an_attempt_ends_when_its_time_is_over_or_nobody_wants_it(tmp_path: Path
     for bound, error in ((limits(seconds=0.05), Fault), (limits(stopped=True), Stopped)):
         with pytest.raises(error):
             fetch(lambda start: nullcontext(Answer(None, None, silent())), tmp_path / "part", bound, goes_on=False)
+
+
+def test_a_place_from_which_nothing_comes_is_unreachable_and_one_that_sends_a_little_too_slow(tmp_path: Path) -> None:
+    def trickle(first: bytes) -> Iterator[bytes]:
+        yield first
+        while True:
+            yield b""
+
+    for first, rule in ((b"", "unreachable"), (b"0", "too-slow")):
+        with pytest.raises(Fault) as caught:
+            answer = Answer(None, None, trickle(first))
+            fetch(lambda start, answer=answer: nullcontext(answer), tmp_path / "part", limits(0.05), goes_on=False)
+        assert caught.value.rule == rule and caught.value.transient

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from attacks import PICKLES, write_zip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -56,7 +57,45 @@ def test_code_of_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(content))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"found 'unheard_of' with code of its own \(auto_map\), which is never run"):
+        build_language_model(path=str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must be a model's configuration; found AttributeError"),
+        ("{", "must be a model's configuration; found JSONDecodeError"),
+        ("{}", "model_type must be one that transformers knows, found 'None'"),
+        ('{"model_type": ["llama"]}', "model_type must be one that transformers knows"),
+        ('{"model_type": "llama", "transformers_weights": "other.bin"}', "must not name other weights"),
+    ],
+)
+def test_a_configuration_that_is_none_or_leads_elsewhere_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_language_model(path=str(tmp_path))
+
+
+def test_an_adapter_is_no_model(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ValueError, match=r"found adapter_config\.json; merge the adapter"):
+        build_language_model(path=str(tmp_path))
+
+
+def test_pickled_weights_are_checked_before_transformers_reads_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    weights = build_language_model(path=str(folder)).state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    read = build_language_model(path=str(tmp_path)).state_dict()
+    assert all(torch.equal(read[name], value) for name, value in weights.items())
+    torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"before torch 1\.6; convert it"):
+        build_language_model(path=str(tmp_path))
+    write_zip(tmp_path / "pytorch_model.bin", PICKLES["GLOBAL"](tmp_path / "ran"))
+    with pytest.raises(ValueError, match=r"found the name 'posix\.mkdir'"):
         build_language_model(path=str(tmp_path))
     assert not (tmp_path / "ran").exists()
 

@@ -1,0 +1,1 @@
+"""What ends a run that goes wrong, and what ends one well that is asked to stop."""

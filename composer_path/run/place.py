@@ -1,0 +1,97 @@
+"""Where a run's files lie: a folder, or a bucket, to which they are sent from a folder on each node's disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from composer_path.checkpoints.bucket import BucketFolder
+from composer_path.checkpoints.folder import CheckpointFolder
+from composer_path.run.lock import LOCK
+from composer_path.storage.atomic import TEMPORARY_SUFFIX
+from composer_path.storage.places import Bucket, is_remote
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+def folder_of(save_root: str, run_name: str) -> Path:
+    """A run's folder on this disk; of one whose `save_root` is a bucket, below the folder of temporary files."""
+    if not is_remote(save_root):
+        return Path(save_root, run_name)
+    place = hashlib.sha256(save_root.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir(), f"composer_path-{os.getuid()}", place, run_name)
+
+
+def checkpoints_of(save_root: str, run_name: str) -> CheckpointFolder:
+    """The checkpoints of a run."""
+    path = folder_of(save_root, run_name) / CHECKPOINTS
+    if is_remote(save_root):
+        return BucketFolder(f"{save_root.rstrip('/')}/{run_name}/{CHECKPOINTS}", path)
+    return CheckpointFolder(path)
+
+
+class SendFiles(Callback):
+    """Sends what a run writes besides its checkpoints to a bucket: after each checkpoint, at its end, and what is left.
+
+    Args:
+        url: Of the run in the bucket.
+        folder: Of the run on this disk.
+    """
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.place, self.folder = Bucket(url), folder
+        self.sent: dict[Path, tuple[int, int]] = {}
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Send what is new."""
+        self.send()
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Likewise."""
+        self.send()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Likewise."""
+        self.send()
+
+    def post_close(self) -> None:
+        """Loggers write until they are closed."""
+        try:
+            self._send_new()
+        except OSError as error:
+            log.warning("%s: what was written last wasn't sent, it lies in %s (%s)", self.place, self.folder, error)
+
+    def send(self) -> None:
+        """Send what is new, from one rank of each node; all ranks raise what one of them met."""
+        failure: OSError | None = None
+        try:
+            self._send_new()
+        except OSError as error:
+            failure = OSError(f"{error} (it lies in {self.folder})")
+        if failure := next(filter(None, dist.all_gather_object(failure)), None):
+            raise failure
+
+    def _send_new(self) -> None:
+        for path in self._files() if dist.get_local_rank() == 0 else ():
+            status = path.stat()
+            now = status.st_size, status.st_mtime_ns
+            if self.sent.get(path) != now:
+                self.place.write_file(path.relative_to(self.folder).as_posix(), path)
+                self.sent[path] = now
+
+    def _files(self) -> Iterator[Path]:
+        """All files but checkpoints and unfinished ones; a model's configuration comes after its weights."""
+        found = []
+        for root, folders, names in os.walk(self.folder):
+            folders[:] = [name for name in folders if not (name.endswith(TEMPORARY_SUFFIX) or name == CHECKPOINTS)]
+            found += [Path(root, name) for name in names if not name.endswith(TEMPORARY_SUFFIX) and name != LOCK]
+        yield from sorted(found, key=lambda path: (path.name == "config.json", path))

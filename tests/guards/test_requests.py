@@ -1,0 +1,72 @@
+"""Requests to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from composer_path.guards.ending import INTERRUPTED, STOPPED, RunStopped
+from composer_path.guards.requests import CTRL_C, TIME_IS_UP, StopRequests, code_of, seconds_of, words_of
+
+
+@pytest.fixture
+def requests() -> Iterator[StopRequests]:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    found = StopRequests(["SIGTERM"], None)
+    found.install()
+    yield found
+    found.restore()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("11.5h", 41400), ("90m", 5400), ("3600s", 3600), ("2d", 172800), (30, 30), ("45", 45)]
+)
+def test_durations_are_read(text: str | int | float, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "0h", "-3s", "1ep", "11:30", "1e3", "nan", -1, 0.0, "1h30m"])
+def test_what_is_no_duration_is_refused(text: str | int | float) -> None:
+    with pytest.raises(ValueError, match="which is no duration; write a number above 0 and a unit"):
+        seconds_of(text)
+
+
+def test_a_signal_within_steps_is_noted_and_the_same_one_again_at_once_is_one_request(
+    requests: StopRequests, capfd: pytest.CaptureFixture[str]
+) -> None:
+    requests.before_steps = False
+    assert requests.reason() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.reason() == signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGINT)  # of Ctrl-C the launcher makes a SIGTERM, which may come first
+    assert requests.reason() == requests.reason() == CTRL_C
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_a_signal_before_the_first_step_ends_the_start(requests: StopRequests) -> None:
+    with pytest.raises(RunStopped, match="SIGTERM before the first step") as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert stop.value.code == STOPPED
+
+
+def test_what_comes_while_the_run_ends_is_nothing(requests: StopRequests) -> None:
+    requests.settled = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert requests.reason() == 0
+
+
+def test_the_clock_counts_from_the_start_of_the_process() -> None:
+    assert StopRequests([], 0.001).reason() == TIME_IS_UP
+    assert StopRequests([], 3600.0).reason() == 0
+
+
+def test_codes_and_words() -> None:
+    assert code_of(CTRL_C) == INTERRUPTED and code_of(signal.SIGTERM) == code_of(TIME_IS_UP) == STOPPED
+    assert [words_of(reason) for reason in (signal.SIGUSR1, CTRL_C)] == ["SIGUSR1", "SIGINT"]
+    assert words_of(TIME_IS_UP) == "guards.stop_after"
