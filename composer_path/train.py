@@ -110,7 +110,7 @@ def guarded_train(
     from composer_path.guards.ending import RunStopped
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
-    from composer_path.records.vocabulary import load_tokenizer
+    from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
     from composer_path.run.precision import require_device, settle_precision
@@ -134,6 +134,7 @@ def guarded_train(
 
     tokenizer = load_tokenizer(**settings["tokenizer"])
     model = choose_execution(build_model(settings), **settings["execution"])
+    check_vocabulary(tokenizer, model.num_embeddings())
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
     trained_only = TrainedOnly(model)
@@ -201,10 +202,13 @@ def build_loader(
     """A loader that prepares samples for this model and suits the algorithms."""
     from composer_path.batches.loader import build_dataloader
     from composer_path.models.attention import check_attention_supported
+    from composer_path.models.rope_keys import check_rope_supported
     from composer_path.planning.encoded_features import check_features
 
     encoder = model.vision_encoder
-    check_attention_supported(model.language_model.config, section["dataset"]["max_seq_len"])
+    longest = section["dataset"]["max_seq_len"]
+    check_attention_supported(model.language_model.config, longest)
+    check_rope_supported(model.language_model.config, model.longest_in_row(longest))
     loader: Any = build_dataloader(
         **section,
         tokenizer=tokenizer,

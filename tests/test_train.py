@@ -291,7 +291,7 @@ def product(shards: Path, repo_root: Path, tmp_path_factory: pytest.TempPathFact
         overrides = [f"{key}={value}" for key, value in (paths | sizes | local | more).items()]
         return [str(repo_root / "yamls" / f"{stage}.yaml"), *overrides]
 
-    first = arguments("pretrain", "captions", "heldout_captions", **{"model.projector.weights": "null"})
+    first = arguments("pretrain", "captions", "heldout_captions", **{"model.projector.pooler_weights": "null"})
     process = popen(
         [str(Path(sys.executable).parent / "composer"), "-n", "1", str(repo_root / "train.py"), *first],
         stdout=subprocess.PIPE,

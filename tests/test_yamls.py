@@ -19,7 +19,7 @@ TEST_DATA = [
     "model.vision_encoder.image_size=112",
     "model.vision_encoder.weights=null",
     "model.vision_encoder.kwargs={embed_dim: 64, depth: 2, num_heads: 4}",
-    "model.projector.weights=null",
+    "model.projector={weights: null, pooler_weights: null}",
     "model.projector.pooler={dim: 64, num_queries: 16, num_heads: 4}",
     "model.language_model.path=null",
     "model.language_model.config=test_data/llama/config.json",
@@ -100,6 +100,7 @@ def test_the_product_starts_on_test_data_by_overriding_paths_and_sizes(repo_root
         (
             ".",
             {
+                "model.projector.pooler_weights",
                 "optimizer.lr",
                 "execution.activation_checkpointing",
                 "execution.frozen_weights",

@@ -108,7 +108,7 @@ def overrides(stage: str, tiny: bool, places: Mapping[str, str], steps: int) -> 
         f"save_root={places['save_root']}",
         f"tokenizer.path={places['tokenizer']}",
         "model.vision_encoder.weights=null",
-        "model.projector.weights=null",
+        "model.projector={weights: null, pooler_weights: null}",
         f"model.language_model.path={places['language_model']}",
         f"train_loader.dataset={{local: {places['shards']}, shuffle: false, num_canonical_nodes: 1}}",
         f"train_loader.dataset.max_seq_len={LONGEST}",

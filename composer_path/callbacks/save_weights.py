@@ -7,14 +7,19 @@ from pathlib import Path
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.checkpoints.folder import on_first_rank
+from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.guards.guards import settle
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.run.export import write_model, write_projector
 from composer_path.weights.model_folder import PathMLLM
+from composer_path.weights.projector_origin import origin_of
+from composer_path.weights.tensor_file import WeightsError
 
 
 class SaveWeights(Callback):
@@ -48,6 +53,9 @@ class SaveWeights(Callback):
         self.model, self.trained_only = model, trained_only
         self.prepared = tokenizer, text, images
         self.last_saved: int | None = None
+        self.only_projector = trained_only.modules == {"projector"}
+        if self.only_projector and dist.get_global_rank() == 0:  # later on, the encoder's weights may be sharded
+            self.origin = origin_of(model.projector, model.vision_encoder, text.template.to_json())
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         """Save when an interval ends; the same step is never saved twice."""
@@ -56,15 +64,23 @@ class SaveWeights(Callback):
         if self.due(state, event) and self.last_saved != state.timestamp.batch.value:
             settle(state)
             self.last_saved = state.timestamp.batch.value
+            self.trained_only.check(state.optimizers)
             self.save()
 
     def save(self) -> None:
-        """Gather the weights on rank 0 and write them; every rank must call it."""
-        trained = {name.partition(".")[0] for name, p in self.model.named_parameters() if p.requires_grad}
-        only_projector = trained == {"projector"}
-        weights = gather_weights(self.model, self.trained_only, everything=not only_projector)
-        if dist.get_global_rank() == 0 and only_projector:
-            write_projector(self.run_folder, self.model, weights)
-        elif dist.get_global_rank() == 0:
-            write_model(self.run_folder / "model", self.model, weights, *self.prepared, self.dtype)
-        dist.barrier()
+        """Gather the weights on rank 0 and write them; every rank must call it.
+
+        Raises:
+            CheckpointError: They can't be written, on all ranks; the earlier ones are as they were.
+        """
+        weights = gather_weights(self.model, self.trained_only, everything=not self.only_projector)
+        on_first_rank(lambda: self._write(weights))
+
+    def _write(self, weights: dict[str, Tensor]) -> None:
+        try:
+            if self.only_projector:
+                write_projector(self.run_folder, self.model, weights, self.origin)
+            else:
+                write_model(self.run_folder / "model", self.model, weights, *self.prepared, self.dtype)
+        except WeightsError as error:
+            raise CheckpointError(str(error)) from None

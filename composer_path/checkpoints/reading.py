@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def load_into(path: Path, state: State, logger: Logger, weights_only: bool = Fal
 def _read_folder(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     reader = GuardedReader(path)
     present = reader.read_metadata().state_dict_metadata
+    never_moved = _set_aside(template, present)
     _fit(template, present)
     with torch.no_grad():
         dcp.load(template, storage_reader=reader, planner=GuardedPlanner())
-    return template
+    return _put_back(template, never_moved)
 
 
 def _read_file(path: Path, template: dict[str, Any]) -> dict[str, Any]:
@@ -74,9 +76,39 @@ def _read_file(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     content = read_pickle(path)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         raise ValueError("it is no checkpoint of a run: it has no 'state'")
-    _fit(template, dict(_leaves(content)))
+    present = dict(_leaves(content))
+    never_moved = _set_aside(template, present)
+    _fit(template, present)
     with torch.no_grad():
-        return _filled(template, content)
+        return _put_back(_filled(template, content), never_moved)
+
+
+def _set_aside(template: dict[str, Any], present: Iterable[str]) -> dict[tuple[str, str], Any]:
+    """Take out what the optimizer would hold of weights that were frozen before their first step: nothing was saved.
+
+    Their names are those of the optimizer and of the weight. A checkpoint without any moments is left to `_fit`.
+    """
+    names = sorted(present)
+    aside: dict[tuple[str, str], Any] = {}
+    for optimizer, content in template["state"].get("optimizers", {}).items():
+        path = f"state.optimizers.{optimizer}.state."
+        lacking = []
+        for weight in content["state"]:
+            at = bisect_left(names, f"{path}{weight}.")
+            if at == len(names) or not names[at].startswith(f"{path}{weight}."):
+                lacking.append(weight)
+        if len(lacking) < len(content["state"]):
+            aside |= {(optimizer, weight): content["state"].pop(weight) for weight in lacking}
+    return aside
+
+
+def _put_back(content: dict[str, Any], aside: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+    """The content with those again, as they are before a first step."""
+    for (optimizer, weight), moments in aside.items():
+        if "step" in moments:
+            moments["step"] = moments["step"] * 0
+        content["state"]["optimizers"][optimizer]["state"][weight] = moments
+    return content
 
 
 def _filled(template: Any, content: Any) -> Any:

@@ -32,6 +32,15 @@ class Resume(Callback):
     ) -> None:
         self.found, self.weights_only, self.trained_only, self.folder = found, weights_only, trained_only, folder
         self.random_states: list[dict[str, Any]] = []
+        self.frozen = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What somebody froze since the start, a name a line: who does so at one moment won't do it again."""
+        return {"frozen": "\n".join(sorted(self.trained_only.frozen_since()))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up, to freeze it when all else is loaded."""
+        self.frozen = state["frozen"]
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Load."""
@@ -42,6 +51,7 @@ class Resume(Callback):
         self.random_states = load_into(self.found.path, state, logger, self.weights_only)
         if not self.weights_only:
             settings.apply(state)
+            self.trained_only.freeze(self.frozen.splitlines())
         if self.folder is not None:
             dist.barrier()
             self.folder.forget(self.found.path.name)

@@ -202,6 +202,10 @@ class CheckpointSaver(Callback):
 
 def contents(state: State) -> dict[str, Any]:
     """What a checkpoint of this moment holds; also the template that one is read into."""
+    for optimizer in state.optimizers:  # Composer's layer_freezing takes weights out of one, and forgets their moments
+        held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        for weight in [weight for weight in optimizer.state if id(weight) not in held]:
+            del optimizer.state[weight]
     everything = state.state_dict()
     for unused in ("metadata", "integrations"):  # versions and the machine's name, which nothing reads
         everything.pop(unused, None)

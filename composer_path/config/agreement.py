@@ -13,6 +13,7 @@ from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1
+from composer_path.weights.projector_file import EITHER
 
 LOADERS = ("train_loader", "eval_loader")
 Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
@@ -40,6 +41,8 @@ def _of_the_model(get: Get) -> Iterator[str]:
     if isinstance(model, Mapping) and (model.get("path") is None) == (model.get("config") is None):
         found = "neither" if model.get("path") is None else "both"
         yield f"model.language_model: found {found} of path (weights) and config (random); give one of them"
+    if get("model.projector.weights") is not None and get("model.projector.pooler_weights") is not None:
+        yield f"model.projector: found weights and pooler_weights; {EITHER}"
     size, patch = get("model.vision_encoder.image_size"), _patch_size(get)
     if isinstance(size, int) and patch and size % patch:
         found, near = f"found {size}, which is no multiple of the patch size {patch}", max(1, size // patch) * patch

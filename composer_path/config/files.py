@@ -16,7 +16,7 @@ from composer_path.images.features import FeaturesError, common_features
 from composer_path.models.language_model import load_language_model_config
 from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
-from composer_path.records.vocabulary import load_tokenizer
+from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.shards.index import INDEX_NAME
 from composer_path.storage.places import is_remote
@@ -71,22 +71,44 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
     if not Path(path).expanduser().exists():
         yield f"tokenizer.path: found no '{path}'; give a folder or file of a tokenizer"
         return
+    try:
+        tokenizer = load_tokenizer(**settings["tokenizer"])
+    except Exception as error:  # the tokenizers library raises bare ones
+        why = str(error).partition("\n")[0].removeprefix("tokenizer.path: ")
+        yield f"tokenizer.path: '{path}' can't be read: {why or type(error).__name__}"
+        return
+    if (known := _vocab_size(settings["model"]["language_model"])) is not None:
+        try:
+            check_vocabulary(tokenizer, known)
+        except ValueError as error:
+            yield str(error)
     asking = [
         where
         for name, loader in loaders.items()
         for where, keywords, _ in _sets(name, loader)
         if template_of(keywords["template"] or loader["dataset"]["template"]).name == ChatTemplate.name
     ]
-    if asking and not getattr(load_tokenizer(**settings["tokenizer"]), "chat_template", None):
+    if asking and not getattr(tokenizer, "chat_template", None):
         hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
         yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"
+
+
+def _vocab_size(language_model: Settings) -> int | None:
+    """What a language model's configuration says; None where it can't be read, which is said elsewhere."""
+    try:
+        return getattr(
+            load_language_model_config(language_model["path"] or language_model["config"]), "vocab_size", None
+        )
+    except (ValueError, OSError):
+        return None
 
 
 def _missing_weights(model: Settings) -> Iterator[str]:
     # Stage 1 has nothing before it that could have made a projector.
     first = "give null to start from random weights" if model["trainable"] == ["projector"] else None
     fixes = {"projector": first or "run stage 1 first, or give its projector.safetensors"}
-    for name, key in (("vision_encoder", "weights"), ("projector", "weights"), ("language_model", "path")):
+    keys = [("vision_encoder", "weights"), ("projector", "weights"), ("projector", "pooler_weights")]
+    for name, key in (*keys, ("language_model", "path")):
         path = model[name][key]
         if path is not None and not Path(path).exists():
             yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"

@@ -72,7 +72,7 @@ def config_schema() -> Section:
 
 
 def _model() -> Section:
-    sizes = dict.fromkeys(("in_dim", "out_dim"), "leave it out; it is read from the built parts")
+    sizes = dict.fromkeys(("in_dim", "out_dim", "vision_encoder"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
     decided["attention"] = "use model.attention"
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))

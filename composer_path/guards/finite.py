@@ -10,6 +10,8 @@ from composer.utils import dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from composer_path.weights import tensor_file
+
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,17 +96,4 @@ def _all_finite(losses: Sequence[Tensor], device: torch.device) -> Tensor:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity, of their shards here."""
-    found = []
-    for name, tensor in tensors.items():
-        part = local(tensor.detach())
-        if part.dtype in _FLOATS and part.numel() and not all(map(torch.isfinite, torch.aminmax(part))):
-            found.append(name)
-    return found
-
-
-def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that hold NaN or infinity, by name; ValueError."""
-    if names := not_finite(tensors):
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        rule = "weights must be finite; found NaN or infinity in"
-        raise ValueError(f"{where}: {rule} {', '.join(names[:3])}{more}; nothing was written, take earlier weights")
+    return tensor_file.not_finite({name: local(tensor.detach()) for name, tensor in tensors.items()})

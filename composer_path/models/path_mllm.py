@@ -16,6 +16,7 @@ from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import decoder_blocks
 from composer_path.models.projector import Projector
+from composer_path.models.rope_keys import check_rope_supported
 from composer_path.models.vision_encoder import VisionEncoder
 
 ModuleName = Literal["vision_encoder", "projector", "language_model"]
@@ -79,6 +80,7 @@ class PathMLLM(nn.Module):
         """
         image_embeds = self.embed_images(pixel_values) if image_features is None else self.project(image_features)
         inputs_embeds = self.embed_tokens(input_ids, image_embeds, image_index)
+        check_rope_supported(self.language_model.config, self.longest_in_row(max_seq_len))
         if self.row_multiple is not None:
             inputs_embeds, position_ids, cu_seq_lens, max_seq_len = fill_row(
                 inputs_embeds, position_ids, cu_seq_lens, max_seq_len, self.row_multiple
@@ -159,6 +161,15 @@ class PathMLLM(nn.Module):
         if image_embeds.shape[0] == 0:  # keep the dummy image's zero gradient in the graph
             return text_embeds + image_embeds.sum().to(text_embeds.dtype)
         return text_embeds.index_copy(0, image_index, vectors)
+
+    def num_embeddings(self) -> int:
+        """How many vocabulary ids the language model knows."""
+        embedding: Any = self.language_model.get_input_embeddings()
+        return embedding.num_embeddings
+
+    def longest_in_row(self, max_seq_len: int) -> int:
+        """Tokens of a row's longest sample, where the row may be filled up by one more (see `fill_row`)."""
+        return max(max_seq_len, self.row_multiple or 0)
 
     def num_image_tokens(self) -> int:
         """How many tokens an image of the encoder's size takes in the text."""

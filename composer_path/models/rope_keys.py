@@ -1,4 +1,4 @@
-"""RoPE in a model's configuration: transformers 5 writes it in words that transformers 4 passes over in silence."""
+"""RoPE in a model's configuration: in the words of transformers 4 or 5, and whether it depends on how long a row is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import transformers
 from transformers import PretrainedConfig
 
 TRANSFORMERS_MAJOR = int(transformers.__version__.split(".")[0])
+ORIGINAL = "original_max_position_embeddings"
 
 
 def old_rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,3 +36,34 @@ def read_rope_parameters(config: PretrainedConfig) -> None:
         return
     config.update(old_rope_keys(parameters))
     del config.rope_parameters
+
+
+def check_rope_supported(config: PretrainedConfig, longest: int) -> None:
+    """Refuse, by name, a RoPE that turns a sample of a row otherwise because of a longer one beside it.
+
+    Transformers takes the frequencies of such kinds (`dynamic`, `longrope`) from the longest sample of a row. Up to the
+    length that the model was first trained with they are the same for all.
+
+    Args:
+        config: Of the language model.
+        longest: Tokens of the longest sample.
+
+    Raises:
+        ValueError: It does, at this length.
+    """
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = [value for value in parameters.values() if isinstance(value, Mapping)]
+    for rope in of_layers or [parameters]:
+        kind = str(rope.get("rope_type") or rope.get("type") or "default")
+        if "dynamic" not in kind and kind != "longrope":
+            continue
+        known = [getattr(config, "max_position_embeddings", None)]
+        if kind == "longrope":
+            known += [getattr(config, ORIGINAL, None), rope.get(ORIGINAL)]
+        limit = min((number for number in known if number is not None), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"language model '{config.model_type}': its RoPE ({kind}) depends on a row's longest sample beyond "
+                f"{limit} tokens, found {longest}: the samples of a padding-free row would change each other; set "
+                f"max_seq_len (and execution.row_multiple) to at most {limit}, or choose another model"
+            )

@@ -6,7 +6,6 @@ Worth it where every image is used at least twice, see docs/batches.md.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +36,7 @@ from composer_path.shards.columns import pack_images, unpack_images
 from composer_path.shards.index import INDEX_NAME, empty_place, new_set, publish_new
 from composer_path.shards.mds import ShardError
 from composer_path.shards.view import ShardView
-from composer_path.weights.vision_file import build_vision_encoder
+from composer_path.weights.vision_file import build_vision_encoder, weights_hash
 
 _SIZE_LIMIT = 2**28  # 160 images of the reference's encoder in a shard
 _KEPT = ("format", "format_version", "composer_path", "source", "columns")
@@ -115,17 +114,6 @@ def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None
     cast_parameters(encoder, compute_dtype(trainer["precision"], trainer["parallelism_config"]))
     encoder.requires_grad_(False).to(device)
     return FeatureEncoder(encoder, images_of(settings["train_loader"]["dataset"], encoder), trainer["precision"])
-
-
-def weights_hash(vision_encoder: VisionEncoder) -> str:
-    """A hash of an encoder's weights, as they are in bf16: in which dtype they are held doesn't matter."""
-    state, wrapper = hashlib.sha256(), "_checkpoint_wrapped_module."
-    parameters = {name.replace(wrapper, ""): parameter for name, parameter in vision_encoder.named_parameters()}
-    for name, parameter in sorted(parameters.items()):
-        values = parameter.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
-        state.update(f"{name} {list(values.shape)}".encode())
-        state.update(values.view(torch.int16).numpy().tobytes())
-    return state.hexdigest()[:16]
 
 
 def encode_set(

@@ -52,6 +52,26 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
     )
 
 
+def check_vocabulary(tokenizer: Tokenizer, num_embeddings: int) -> None:
+    """Refuse a tokenizer with ids that the language model has no embedding for; unused embeddings are usual.
+
+    A token that only fills batches up is never met: no batch is padded.
+
+    Raises:
+        ValueError: With the first such token, and how many there are.
+    """
+    met = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    ids = {id: token for token, id in tokenizer.get_vocab().items() if id >= num_embeddings}
+    if tokenizer.pad_token_id not in met:
+        ids.pop(tokenizer.pad_token_id, None)
+    if ids:
+        first, fix = min(ids), "take the tokenizer of this language model, or a model with as many embeddings"
+        found = f"found {len(ids)} tokens beyond, from id {first} ({ids[first]!r}) on"
+        raise ValueError(
+            f"tokenizer.path: its ids must be below the language model's {num_embeddings} embeddings, {found}; {fix}"
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Save a tokenizer as a Hugging Face folder.
 

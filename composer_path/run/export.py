@@ -19,7 +19,6 @@ from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
-from composer_path.guards.finite import require_finite
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
@@ -30,21 +29,27 @@ from composer_path.weights.assembly import assemble_model
 from composer_path.weights.folder import write_json
 from composer_path.weights.model_folder import PathMLLM, is_model_folder
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
+from composer_path.weights.projector_origin import ProjectorOrigin, origin_of
 from composer_path.weights.tensor_file import check_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]) -> None:
+def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor], origin: ProjectorOrigin) -> None:
     """Write the projector for the next stage, and in the reference's file format, beside the model's configuration.
 
-    Its weights are those of `projector.`; others may be there. ValueError if one isn't finite.
+    Its weights are those of `projector.`; others may be there. `origin` is what it was trained with.
     """
-    state = {key.removeprefix("projector."): value for key, value in weights.items() if key.startswith("projector.")}
-    require_finite(state, f"'{folder}'")
-    save_projector(folder / SAFETENSORS, model.projector, state)
+    state = part_of(weights, "projector")
+    (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier model
+    save_projector(folder / SAFETENSORS, model.projector, state, origin)
     save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
     write_json(folder / "config.json", model.config())
+
+
+def part_of(weights: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The weights of one of the model's modules, by its own names."""
+    return {key.removeprefix(f"{module}."): value for key, value in weights.items() if key.startswith(f"{module}.")}
 
 
 def write_model(
@@ -63,7 +68,6 @@ def write_model(
     Raises:
         ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
     """
-    require_finite(weights, f"'{folder}'")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
     if dtype is not None:
@@ -152,5 +156,7 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)
     if "projector" in settings["model"]["trainable"]:
-        write_projector(folder, model, weights)
+        vision = part_of(weights, "vision_encoder")
+        origin = origin_of(model.projector, model.vision_encoder, text.template.to_json(), weights=vision)
+        write_projector(folder, model, weights, origin)
     return model

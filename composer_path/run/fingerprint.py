@@ -19,7 +19,7 @@ from composer_path.shards.lengths import short_hash
 # Where files lie and who is told; what files hold is compared by its hash, so a folder may move. Their values may hold
 # passwords, so a fingerprint has their hashes only.
 _PLACES = re.compile(
-    r"save_root|variables\..*|loggers\..*|(.*\.)?(local|remote|path|weights|lengths|log_dir|load_path|streams\.[^.]+\.(local|remote))"
+    r"save_root|variables\..*|loggers\..*|(.*\.)?(local|remote|path|weights|pooler_weights|lengths|log_dir|load_path|streams\.[^.]+\.(local|remote))"
 )
 # What a resumed run must have as it began: random numbers, model, how its data are prepared. The order of samples
 # is compared by the stream, which takes another one where an epoch begins.
@@ -82,7 +82,8 @@ def weights_files(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
     frozen = {name for name in ("vision_encoder", "projector", "language_model") if name not in model["trainable"]}
     found = {}
     for name in sorted(frozen):
-        place = model[name].get("weights") or model[name].get("path")
+        keys = ("weights", "pooler_weights", "path")
+        place = next((model[name][key] for key in keys if model[name].get(key) is not None), None)
         if place is not None:
             path = Path(place)
             kinds = (".safetensors", ".bin", ".pt", ".pth")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -23,10 +24,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
     unfinished = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
         with open(unfinished, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            rights = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        # A library may have put a file of its own there: safetensors does, for its owner's eyes only.
+        if stat.S_IMODE(unfinished.stat().st_mode) != rights:
+            unfinished.chmod(rights)
+        if durable:
+            sync_path(unfinished)
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -48,14 +48,15 @@ def assemble_model(
     log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
     dtypes = {name: torch.float32 if name in trainable else frozen_dtype for name in MODULES}
     if empty:  # only the rank that holds weights reads their files
-        vision_encoder, projector = ({**part, "weights": None} for part in (vision_encoder, projector))
+        vision_encoder = {**vision_encoder, "weights": None}
+        projector = {**projector, "weights": None, "pooler_weights": None}
     hidden_size = load_language_model_config(language_model.get("path") or language_model.get("config")).hidden_size
     with torch.random.fork_rng(devices=[]):
         with empty_parameters(enabled=empty):
             torch.manual_seed(seed)
             vision = build_vision_encoder(**vision_encoder)
             torch.manual_seed(seed + 1)
-            adapter = build_projector(**projector, in_dim=vision.dim, out_dim=hidden_size)
+            adapter = build_projector(**projector, vision_encoder=vision, in_dim=vision.dim, out_dim=hidden_size)
         torch.manual_seed(seed + 2)
         llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
     cast_parameters(vision, dtypes["vision_encoder"])

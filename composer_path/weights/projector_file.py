@@ -1,4 +1,4 @@
-"""Projector files: our `projector.safetensors`, the reference's `mm_projector.bin`, and CoCa pooler weights."""
+"""Projector files: our `projector.safetensors`, the reference's `mm_projector.bin`; and files with CoCa's pooler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from composer_path.models.projector import Projector, untrained_projector
+from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.storage.atomic import write_whole
+from composer_path.weights.projector_origin import ProjectorOrigin
 from composer_path.weights.tensor_file import (
     WeightsError,
     check_tensors,
@@ -27,7 +29,10 @@ log = logging.getLogger(__name__)
 SAFETENSORS = "projector.safetensors"
 REFERENCE_BIN = "mm_projector.bin"
 CONFIG_KEY = "composer_path.projector"  # in the safetensors metadata: the config as JSON
+ORIGIN_KEY = "composer_path.projector_origin"  # likewise: what it was trained with
 MARKER = "mm_projector."
+POOLER_KEY = "model.projector.pooler_weights"
+EITHER = "give the one (a whole projector) or the other (CoCa's pooler alone)"
 # Beginnings of keys: ours, the reference's. Without a pooler the reference's projector is the MLP itself.
 WITH_POOLER = (("pooler.", "attn_pool."), ("ln.", "ln."), ("mlp.", "proj."))
 WITHOUT_POOLER = (("mlp.", ""),)
@@ -35,19 +40,31 @@ WITHOUT_POOLER = (("mlp.", ""),)
 COCA_NAMES = (("attn_pool.", "ln."), ("attn_pool_caption.", "ln_caption."), ("attn_pool.", "ln_post."))
 
 
-def build_projector(*, weights: str | None = None, **architecture: Any) -> Projector:
+def build_projector(
+    *,
+    weights: str | None = None,
+    pooler_weights: str | None = None,
+    vision_encoder: VisionEncoder | None = None,
+    **architecture: Any,
+) -> Projector:
     """A projector with random weights or those of a file.
 
     Args:
-        weights: `projector.safetensors`, the reference's `mm_projector.bin`, or CoCa start weights (pooler and `ln`).
+        weights: A whole projector: `projector.safetensors`, or the reference's `mm_projector.bin`.
+        pooler_weights: Instead: CoCa's pooler and its LayerNorm to start from; the MLP starts random.
+        vision_encoder: The one before it, which must be the one that the file's projector was trained with.
         **architecture: Keywords of `composer_path.models.projector.untrained_projector`.
 
     Raises:
         ValueError: Unknown names, keys that contradict each other, sizes or weights that don't fit.
     """
+    if weights is not None and pooler_weights is not None:
+        raise ValueError(f"model.projector: found weights and pooler_weights; {EITHER}")
     projector = untrained_projector(**architecture)
     if weights is not None:
-        load_projector_weights(weights, projector)
+        load_projector_weights(weights, projector, vision_encoder)
+    if pooler_weights is not None:
+        load_pooler_weights(pooler_weights, projector)
     return projector
 
 
@@ -81,13 +98,19 @@ def from_reference_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     return renamed
 
 
-def save_projector(path: str | Path, projector: Projector, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write `projector.safetensors`: the tensors under our names, the config in the metadata.
+def save_projector(
+    path: str | Path,
+    projector: Projector,
+    state_dict: Mapping[str, Tensor] | None = None,
+    origin: ProjectorOrigin | None = None,
+) -> None:
+    """Write `projector.safetensors`: the tensors under our names; the config and the origin in the metadata.
 
     `state_dict` holds the gathered tensors of a sharded projector, by the projector's own names.
     """
     tensors = projector.state_dict() if state_dict is None else state_dict
-    write_tensors(Path(path), tensors, {CONFIG_KEY: json.dumps(projector.config, sort_keys=True)})
+    metadata = {CONFIG_KEY: json.dumps(projector.config, sort_keys=True)}
+    write_tensors(Path(path), tensors, metadata | ({} if origin is None else {ORIGIN_KEY: origin.to_json()}))
 
 
 def save_mm_projector(path: str | Path, projector: Projector, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -99,41 +122,77 @@ def save_mm_projector(path: str | Path, projector: Projector, state_dict: Mappin
 
 def read_projector_config(path: str | Path) -> dict[str, Any] | None:
     """The config in a `projector.safetensors`, or None in a file that has none."""
-    path = find_projector_file(path)
-    metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
-    return json.loads(metadata[CONFIG_KEY]) if CONFIG_KEY in metadata else None
+    return _described(find_projector_file(path))[0]
 
 
-def load_projector_weights(path: str | Path, projector: Projector) -> list[str]:
-    """Load a projector's weights from any of the three kinds of file, or from a folder with one; cast to its dtype.
+def load_projector_weights(path: str | Path, projector: Projector, encoder: VisionEncoder | None = None) -> None:
+    """Load a whole projector from a file of either kind, or from a folder with one; cast to its dtype.
 
-    CoCa start weights hold the pooler and its LayerNorm only: the MLP then keeps its random weights, which is logged.
-
-    Returns:
-        Names of the tensors that the file doesn't have and that stay as they were.
+    Of the reference's files, and of those of earlier versions, nobody can tell which encoder they belong to: they are
+    loaded with a warning.
 
     Raises:
-        WeightsError: The file is of another projector (all differences listed), or can't be read.
+        WeightsError: The file is of another projector, or was trained with another encoder (all differences are listed,
+            with both values), lacks a part, or can't be read.
     """
     file = find_projector_file(path)
-    config = read_projector_config(file)
+    config, origin = _described(file)
     if config is not None and config != projector.config:
-        ours = projector.config
-        changed = [key for key in ours if config.get(key) != ours[key]]
-        differences = [f"{key}: the file has {config.get(key)}, the model {ours[key]}" for key in changed]
-        raise WeightsError(f"weights: '{file}' is of another projector. " + "; ".join(differences))
+        raise WeightsError(
+            f"weights: '{file}' is of another projector. " + "; ".join(_unlike(config, projector.config))
+        )
+    if encoder is not None and origin is not None and (differences := origin.differences(projector, encoder)):
+        fix = "take the encoder that it was trained with, or train a projector for this one"
+        raise WeightsError(f"weights: '{file}' was trained with another encoder. {'; '.join(differences)}; {fix}")
     tensors = read_tensor_file(file)
     if config is None:
         tensors = from_reference_projector(_without_prefix(str(file), tensors))
     expected = projector.state_dict()
-    mlp = [key for key in expected if key.startswith("mlp.")]
-    is_start = projector.pooler is not None and not any(key.startswith("mlp.") for key in tensors)
-    check_tensors(str(file), expected, tensors, may_be_missing=mlp if is_start else ())
+    parts, wanted = ({key.partition(".")[0] for key in state} for state in (tensors, expected))
+    if config is None and "pooler" in parts and "mlp" in wanted - parts:
+        raise WeightsError(f"weights: '{file}' holds a pooler without its MLP; give it as {POOLER_KEY}")
+    check_tensors(str(file), expected, tensors)
+    projector.load_state_dict(tensors)
+    if encoder is not None and origin is None:
+        log.warning("%s doesn't say which vision encoder it was trained with, so that can't be verified", file)
+
+
+def load_pooler_weights(path: str | Path, projector: Projector) -> None:
+    """Load the pooler and its LayerNorm from CoCa's file, also out of a whole model; the MLP keeps its random weights.
+
+    Raises:
+        WeightsError: The projector has no pooler, or the file is of another one, holds a whole projector, or can't be
+            read.
+    """
+    expected = {key: value for key, value in projector.state_dict().items() if not key.startswith("mlp.")}
+    if not expected:
+        raise WeightsError(f"{POOLER_KEY}: this projector has no pooler; leave it out, or give a type with attn_pool")
+    tensors = from_reference_projector(_without_prefix(str(path), read_tensor_file(path)))
+    if any(key.startswith("mlp.") for key in tensors):
+        raise WeightsError(f"{POOLER_KEY}: '{path}' holds an MLP too; give it as model.projector.weights")
+    check_tensors(str(path), expected, tensors)
     projector.load_state_dict(tensors, strict=False)
-    missing = [key for key in expected if key not in tensors]
-    if missing:
-        log.warning("%s holds the pooler only: the projector's MLP starts from random weights", file)
-    return missing
+    log.info("%s holds the pooler only: the projector's MLP starts from random weights", path)
+
+
+def _described(file: Path) -> tuple[dict[str, Any] | None, ProjectorOrigin | None]:
+    """A file's config and origin, None for what it doesn't say."""
+    metadata = read_metadata(file) if file.suffix == ".safetensors" else {}
+    config = origin = None
+    try:
+        if CONFIG_KEY in metadata:
+            config = dict(json.loads(metadata[CONFIG_KEY]))
+        if ORIGIN_KEY in metadata:
+            origin = ProjectorOrigin.from_json(metadata[ORIGIN_KEY])
+    except (ValueError, TypeError, RecursionError) as error:
+        fix = "take a projector.safetensors that this version or an earlier one wrote"
+        raise WeightsError(f"weights: what '{file}' says of its projector can't be read ({error}); {fix}") from None
+    return config, origin
+
+
+def _unlike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    changed = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+    return [f"{key}: the file has {theirs.get(key)}, the model {ours.get(key)}" for key in changed]
 
 
 def find_projector_file(path: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -58,12 +59,21 @@ def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict):
         raise WeightsError(f"weights: '{path}' must hold a dict of tensors by name, found a {type(content).__name__}")
     if others := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
-        raise WeightsError(f"weights: '{path}' must hold tensors only, found other things under {_some(others)}")
+        raise WeightsError(f"weights: '{path}' must hold tensors only, found other things under {some(others)}")
     return dict(content)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        WeightsError: Weights that aren't finite, which nothing could be started from.
+    """
+    if broken := not_finite(tensors):
+        raise WeightsError(
+            f"weights: '{path}' isn't written: {len(broken)} tensors hold NaN or infinity: {some(broken)}; go on from "
+            "an earlier checkpoint, with a lower learning rate"
+        )
     plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     write_whole(path, lambda file: save_file(plain, file.name, metadata={"format": "pt", **(metadata or {})}))
 
@@ -77,17 +87,52 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise WeightsError(f"weights: '{path}' can't be read: {error}") from error
 
 
-def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not."""
+def check_tensor_folder(folder: str | Path) -> None:
+    """Refuse a Hugging Face folder without weights, or whose index names others than its files hold.
+
+    For one that transformers will read: before version 5 it believes the index, and leaves random what isn't there.
+
+    Raises:
+        WeightsError: Lists what isn't where the index says.
+    """
     folder = Path(folder)
+    index = folder / _first_of(folder)
+    if index.suffix != ".json":
+        return
+    held = {name: _names_in(folder / name) for name in _shards_of(index)}
+    said = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if wrong := sorted(f"{key} in {name}" for key, name in said.items() if key not in held[name]):
+        raise WeightsError(f"weights: '{index}' names what isn't there: {some(wrong)}; copy the whole folder again")
+
+
+def _names_in(path: Path) -> set[str]:
+    """Names of the tensors of a file."""
+    if path.suffix != ".safetensors":
+        return set(read_tensor_file(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from error
+
+
+def _first_of(folder: Path) -> str:
+    """The file that a folder's weights begin with."""
     found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise WeightsError(f"weights: '{folder}' holds none of {', '.join(WEIGHTS)}")
+    return found
+
+
+def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not."""
+    folder = Path(folder)
+    found = _first_of(folder)
     tensors: dict[str, Tensor] = {}
     for name in _shards_of(folder / found) if found.endswith(".json") else [found]:
         shard = read_tensor_file(folder / name)
         if twice := sorted(tensors.keys() & shard.keys()):
-            raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {_some(twice)}")
+            raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {some(twice)}")
         tensors |= shard
     return tensors
 
@@ -112,19 +157,20 @@ def _shards_of(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"weights: '{index}' is no index of shards ({type(error).__name__})") from None
     if outside:
-        raise WeightsError(f"weights: '{index}' names files outside of the folder: {_some(outside)}")
+        raise WeightsError(f"weights: '{index}' names files outside of the folder: {some(outside)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise WeightsError(f"weights: '{index}' names files that aren't there: {_some(missing)}; copy the whole folder")
+        raise WeightsError(f"weights: '{index}' names files that aren't there: {some(missing)}; copy the whole folder")
     return names
 
 
 def check_tensors(
     source: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], may_be_missing: Iterable[str] = ()
 ) -> None:
-    """Names and shapes of what was found in `source` must be the module's, both under the module's names.
+    """Names and shapes of what was found in `source` must be the module's, both under the module's names, and finite.
 
     Raises:
-        WeightsError: Lists what is missing, what is left over, and each shape that differs, with both shapes.
+        WeightsError: Lists what is missing, what is left over, each shape that differs, with both shapes, and what
+            holds NaN or infinity.
     """
     differences = {
         "missing": sorted(set(expected) - set(found) - set(may_be_missing)),
@@ -134,10 +180,25 @@ def check_tensors(
             for key in sorted(set(expected) & set(found))
             if found[key].shape != expected[key].shape
         ],
+        "with NaN or infinity": not_finite(found),
     }
-    if problems := [f"{title} ({len(keys)}): {_some(keys)}" for title, keys in differences.items() if keys]:
+    if problems := [f"{title} ({len(keys)}): {some(keys)}" for title, keys in differences.items() if keys]:
         raise WeightsError(f"weights: '{source}' doesn't fit the model. " + ". ".join(problems))
 
 
-def _some(names: list[str], limit: int = 40) -> str:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or infinity. One pass that keeps nothing, as both reach the extremes."""
+    found = []
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.numel() or not tensor.dtype.is_floating_point:
+            continue
+        values = tensor.detach()
+        values = values.float() if values.itemsize == 1 else values  # 8-bit floats have no extremes
+        if not all(math.isfinite(end.item()) for end in values.aminmax()):
+            found.append(name)
+    return sorted(found)
+
+
+def some(names: list[str], limit: int = 40) -> str:
+    """The first of a list of names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

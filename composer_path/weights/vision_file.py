@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -74,6 +77,20 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
         tensors[keys.positions] = _resample(str(path), found, shape, num_prefix, grid)
     check_tensors(str(path), expected, tensors)
     module.load_state_dict(tensors)
+
+
+def weights_hash(encoder: VisionEncoder, weights: Mapping[str, Tensor] | None = None) -> str:
+    """A hash of an encoder's weights, as they are in bf16: in which dtype they are held doesn't matter.
+
+    `weights`, by the encoder's names, are hashed in place of those that it holds.
+    """
+    state = hashlib.sha256()
+    for name, parameter in sorted(encoder.named_parameters()):
+        tensor = parameter if weights is None else weights[name]
+        values = tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+        state.update(f"{name} {list(values.shape)}".encode())
+        state.update(values.reshape(-1).view(torch.int16).numpy().data)  # hashed where it lies, not copied
+    return state.hexdigest()[:16]
 
 
 def _behind_prefix(source: str, tensors: dict[str, Tensor], keys: VisionKeys) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from bare_trainer import Bare, Notes, rows, trainer_of
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.optim import ConstantScheduler, LinearScheduler
-from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run
+from safetensors.torch import load_file
+from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run, weights_of
 
 from composer_path.checkpoints.folder import CheckpointFolder
 from composer_path.checkpoints.manifest import CheckpointError
@@ -19,6 +20,7 @@ from composer_path.checkpoints.newest import Found, newest_whole
 from composer_path.checkpoints.resume import Resume
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.checkpoints.trained_only import TrainedOnly
+from composer_path.train import train
 
 
 class Stop(Callback):
@@ -119,6 +121,39 @@ def test_random_numbers_go_on_amid_an_epoch_at_its_last_batch_and_at_its_end(
             drawn |= part.drawn
         _, last = run(config(interval, interval), Draws())
         assert drawn | last.drawn == whole.drawn
+
+
+class FreezesParts(Callback):
+    """The pooler before the first step, so that its optimizer never begins; the MLP at the second, and never again."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        part = {0: "pooler", 1: "mlp"}.get(state.timestamp.batch.value)
+        if part is not None:
+            getattr(state.model.model.projector, part).requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "whole"])
+def test_a_run_whose_callback_freezes_parts_goes_on_to_the_same_weights_and_writes_all_of_them(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    shards = convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
+    more = ["eval_loader=null", "trainer.max_duration=3ba", "trainer.save_interval=1ba"]
+    more += ["trainer.parallelism_config=null"] if kind == "whole" else []
+
+    def leg(name: str, stop: int | None) -> dict[str, torch.Tensor]:
+        config = load_tiny_config("pretrain", shards, tmp_path / name, more)
+        return weights_of(train(config, callbacks=[FreezesParts()], loggers=[Witness(stop)]))
+
+    undisturbed = leg("undisturbed", None)
+    with pytest.raises(Interrupted):
+        leg("resumed", 2)
+    resumed = leg("resumed", None)
+    assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+    for name in ("undisturbed", "resumed"):
+        written = load_file(tmp_path / name / "pretrain" / "projector.safetensors")
+        trained = {key.removeprefix("projector."): value for key, value in undisturbed.items() if "projector." in key}
+        assert written.keys() == trained.keys()
+        assert all(torch.equal(written[key], value) for key, value in trained.items())
 
 
 def test_weights_alone_leave_the_rest_new(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from composer_path import PathMLLM
+from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import (
     TrainedOnly,
     frozen_names,
@@ -72,6 +73,37 @@ def test_frozen_names_are_those_of_the_state_dict_also_where_blocks_are_checkpoi
     assert names == {name for name in model.state_dict() if not name.startswith("projector.")}
     choose_execution(model, activation_checkpointing="full")
     assert frozen_names(model) == names == {name for name in model.state_dict() if not name.startswith("projector.")}
+
+
+@pytest.mark.parametrize("how", ["a part", "all", "by the list of modules"])
+def test_what_is_frozen_later_stays_in_a_checkpoint_and_is_missed_on_loading(how: str) -> None:
+    model = model_with(["projector", "language_model"])
+    trained_only = TrainedOnly(model)
+    trained_only.active = True
+    held = set(model.state_dict())
+    if how == "a part":
+        model.projector.mlp.requires_grad_(False)
+    elif how == "all":
+        model.requires_grad_(False)
+    else:
+        model.trainable(["language_model"])
+    assert set(model.state_dict()) == held == set(gather_weights(model, trained_only, everything=False))
+    assert trained_only.modules == {"projector", "language_model"}
+    state = model.state_dict()
+    del state["projector.mlp.0.weight"]
+    with pytest.raises(RuntimeError, match=r"projector\.mlp\.0\.weight"):
+        model.load_state_dict(state)
+
+
+def test_a_module_that_somebody_trains_beyond_the_yaml_is_named_not_left_out() -> None:
+    model = model_with(["projector"])
+    trained_only = TrainedOnly(model)
+    optimizer = torch.optim.SGD(model.projector.parameters(), lr=0.1)
+    model.language_model.requires_grad_(True)
+    trained_only.check([optimizer])
+    optimizer.add_param_group({"params": [model.language_model.lm_head.weight]})
+    with pytest.raises(CheckpointError, match=r"model\.trainable: an optimizer got weights of language_model, which"):
+        trained_only.check([optimizer])
 
 
 def test_weights_are_gathered_whole_or_as_trained() -> None:

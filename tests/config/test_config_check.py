@@ -84,6 +84,14 @@ MISTAKES = [
         "model.vision_encoder.image_size=112.5",
         "model.vision_encoder.image_size: found 112.5; it must be a whole number",
     ),
+    (
+        "model.projector={weights: a.bin, pooler_weights: b.bin}",
+        "model.projector: found weights and pooler_weights; give the one (a whole projector) or the other",
+    ),
+    (
+        "model.projector.vision_encoder=1",
+        "model.projector.vision_encoder: is not set here; leave it out; it is read from the built parts",
+    ),
     ("model.projector.type=attn_pool", "model.projector.type: found 'attn_pool'; it must be attn_pool+mlp2x_gelu"),
     ("model.projector.in_dim=64", "model.projector.in_dim: is not set here; leave it out"),
     (

@@ -114,6 +114,29 @@ def test_a_missing_projector_is_null_in_stage_1_and_that_of_stage_1_in_stage_2(s
     assert problem == "model.projector.weights: found no 'nowhere'; give null to start from random weights"
 
 
+def test_a_pooler_to_start_from_is_looked_for(settings: dict[str, Any]) -> None:
+    settings["model"]["projector"] |= {"weights": None, "pooler_weights": "nowhere"}
+    [problem] = check_files(settings)
+    assert problem.startswith("model.projector.pooler_weights: found no 'nowhere'")
+
+
+def test_a_tokenizer_longer_than_the_embedding_is_one_line_and_a_shorter_one_is_fine(settings: dict[str, Any]) -> None:
+    settings["model"]["language_model"]["config"] = {"model_type": "llama", "vocab_size": 31990}
+    [problem] = check_files(settings)
+    assert problem.startswith("tokenizer.path: its ids must be below the language model's 31990 embeddings, found 10 ")
+    settings["model"]["language_model"]["config"]["vocab_size"] = 32064
+    assert check_files(settings) == []
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_tokenizer_is_one_line(settings: dict[str, Any], tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    settings["tokenizer"]["path"] = str(tmp_path / "tokenizer")
+    [problem] = check_files(settings)
+    assert problem.startswith(f"tokenizer.path: '{tmp_path / 'tokenizer'}' can't be read: ") and "\n" not in problem
+
+
 def test_a_chat_template_must_be_the_tokenizers(settings: dict[str, Any], tmp_path: Path, repo_root: Path) -> None:
     settings["train_loader"]["dataset"]["template"] = {"name": "chat_template", "system": "Be brief."}
     [problem] = check_files(settings)

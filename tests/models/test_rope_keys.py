@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from composer_path.models.language_model import load_language_model_config
-from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, old_rope_keys
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, check_rope_supported, old_rope_keys
+from composer_path.weights.assembly import assemble_model
 from composer_path.weights.language_folder import build_language_model
 
 LLAMA = {
@@ -90,3 +93,81 @@ def test_settings_of_single_layers_are_refused_where_they_would_be_lost() -> Non
     if TRANSFORMERS_MAJOR < 5:
         with pytest.raises(ValueError, match="install transformers 5"):
             load_language_model_config({**LLAMA, "rope_parameters": nested})
+
+
+# --- kinds that depend on a row's longest sample ---------------------------------------------------------------------
+
+KNOWN = 64  # positions that the model was first trained with
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+BY_LENGTH = {
+    "dynamic": {"max_position_embeddings": KNOWN, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "dynamic, old word": {"max_position_embeddings": KNOWN, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "longrope": {"original_max_position_embeddings": KNOWN, "rope_scaling": LONG},
+}
+FIXED = {
+    "default": {"max_position_embeddings": KNOWN},
+    "linear": {"max_position_embeddings": KNOWN, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3_SCALING},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": KNOWN}},
+}
+
+
+def model_with_rope(words: dict[str, Any]) -> PathMLLM:
+    config = {**LLAMA, "initializer_range": 0.3, **words}
+    return assemble_model(
+        vision_encoder={
+            "name": "timm/vit_tiny_patch16_224",
+            "image_size": 32,
+            "kwargs": {"embed_dim": 24, "depth": 1, "num_heads": 2},
+        },
+        projector={"type": "linear"},
+        language_model={"config": config},
+        trainable=["projector"],
+    )
+
+
+def logits_of_row(model: PathMLLM, lengths: list[int]) -> list[torch.Tensor]:
+    """Logits of samples of text in one row; each sample's ids depend on its length alone."""
+    ids = [torch.arange(length) * 7 % 96 for length in lengths]
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.cat(ids),
+            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            cu_seq_lens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            max_seq_len=max(lengths),
+            pixel_values=torch.zeros((0, 3, 32, 32), dtype=torch.uint8),
+            image_index=torch.zeros(0, dtype=torch.int64),
+        )
+    return list(logits.split(lengths))
+
+
+@pytest.mark.parametrize("kind", [*BY_LENGTH, *FIXED])
+def test_a_sample_beside_a_longer_one_is_as_alone_or_the_row_is_refused_by_name(kind: str) -> None:
+    model = model_with_rope((BY_LENGTH | FIXED)[kind])
+    (alone,) = logits_of_row(model, [20])
+    beside, _ = logits_of_row(model, [20, KNOWN])
+    assert torch.allclose(alone, beside, atol=1e-5)
+    if kind in BY_LENGTH:
+        with pytest.raises(
+            ValueError, match=rf"its RoPE \({kind.partition(',')[0]}\) depends .* beyond 64 tokens, found 100"
+        ):
+            logits_of_row(model, [20, 100])
+    else:
+        beside, _ = logits_of_row(model, [20, 100])
+        assert torch.allclose(alone, beside, atol=1e-5)
+
+
+def test_a_row_that_is_filled_up_beyond_the_known_positions_is_refused_too() -> None:
+    model = model_with_rope(BY_LENGTH["dynamic"])
+    model.row_multiple = 128
+    with pytest.raises(ValueError, match=r"found 128: .*execution\.row_multiple"):
+        logits_of_row(model, [20])
+
+
+@pytest.mark.skipif(TRANSFORMERS_MAJOR < 5, reason="transformers 4 has one RoPE for all layers")
+def test_layers_with_a_rope_of_their_own_are_looked_at_one_by_one() -> None:
+    config = AutoConfig.for_model("llama", max_position_embeddings=KNOWN)
+    config.rope_parameters = {"full": {"rope_type": "default"}, "other": {"rope_type": "dynamic", "factor": 2.0}}
+    check_rope_supported(config, KNOWN)
+    with pytest.raises(ValueError, match=r"RoPE \(dynamic\)"):
+        check_rope_supported(config, KNOWN + 1)

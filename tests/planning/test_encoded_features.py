@@ -26,7 +26,6 @@ from composer_path.planning.encoded_features import (
     build_feature_encoder,
     check_features,
     encode_set,
-    weights_hash,
 )
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.shards.columns import pack_images
@@ -34,6 +33,7 @@ from composer_path.shards.index import new_set, publish_new
 from composer_path.shards.view import ShardView
 from composer_path.storage.places import Folder
 from composer_path.train import build_model
+from composer_path.weights.vision_file import weights_hash
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ import pytest
 import transformers
 from fresh_imports import slow_libraries
 
-from composer_path.records.vocabulary import load_tokenizer, save_tokenizer, text_encoder
+from composer_path.records.vocabulary import check_vocabulary, load_tokenizer, save_tokenizer, text_encoder
 
 SPECIAL_TEXTS = [
     "<s>",
@@ -119,6 +119,28 @@ def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path)
+
+
+def test_an_id_without_an_embedding_is_refused_by_name_and_unused_embeddings_are_fine(mistral_tokenizer_path):
+    tokenizer = copy.deepcopy(load_tokenizer(mistral_tokenizer_path))
+    for enough in (32000, 32064):
+        check_vocabulary(tokenizer, enough)
+    with pytest.raises(
+        ValueError, match=r"below the language model's 31998 embeddings, found 2 tokens beyond, from id 31998"
+    ):
+        check_vocabulary(tokenizer, 31998)
+    tokenizer.add_tokens(["<tumour>"])
+    with pytest.raises(ValueError, match=r"found 1 tokens beyond, from id 32000 \('<tumour>'\)"):
+        check_vocabulary(tokenizer, 32000)
+
+
+def test_a_token_that_only_pads_needs_no_embedding_and_one_that_ends_turns_does(mistral_tokenizer_path):
+    tokenizer = copy.deepcopy(load_tokenizer(mistral_tokenizer_path))
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    check_vocabulary(tokenizer, 32000)
+    tokenizer.add_special_tokens({"eos_token": "<pad>"})
+    with pytest.raises(ValueError, match=r"\('<pad>'\)"):
+        check_vocabulary(tokenizer, 32000)
 
 
 def test_code_in_a_tokenizer_folder_never_runs(mistral_tokenizer_path, tmp_path):

@@ -44,6 +44,7 @@ FIXED = (
 )
 FREE = (
     *("model.attention", "tokenizer.path", "model.vision_encoder.weights", "model.projector.weights"),
+    "model.projector.pooler_weights",
     "model.language_model.path",
 )
 

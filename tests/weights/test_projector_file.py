@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from composer_path.models.projector import Projector
+from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.projector_file import (
+    CONFIG_KEY,
+    ORIGIN_KEY,
     build_projector,
     from_reference_projector,
     load_projector_weights,
@@ -19,7 +24,8 @@ from composer_path.weights.projector_file import (
     save_projector,
     to_reference_projector,
 )
-from composer_path.weights.tensor_file import WeightsError
+from composer_path.weights.projector_origin import origin_of
+from composer_path.weights.tensor_file import WeightsError, read_metadata
 
 REFERENCE_KEYS = {
     "attn_pool.query",
@@ -77,7 +83,7 @@ def test_mm_projector_bin_has_the_references_names(tmp_path: Path) -> None:
     tensors = torch.load(tmp_path / "mm_projector.bin", weights_only=True)
     assert tensors.keys() == {f"model.mm_projector.{key}" for key in REFERENCE_KEYS}
     again = make()
-    assert load_projector_weights(tmp_path / "mm_projector.bin", again) == []
+    load_projector_weights(tmp_path / "mm_projector.bin", again)
     assert_same(again, source)
 
 
@@ -103,7 +109,7 @@ def test_an_identity_has_a_file_too(tmp_path: Path) -> None:
     save_projector(tmp_path / "projector.safetensors", identity)
     save_mm_projector(tmp_path / "mm_projector.bin", identity)
     for name in ("projector.safetensors", "mm_projector.bin"):
-        assert load_projector_weights(tmp_path / name, identity) == []
+        load_projector_weights(tmp_path / name, identity)
 
 
 @pytest.mark.parametrize("prefix", ["", "mm_projector.", "model.mm_projector.", "module.model.mm_projector."])
@@ -131,22 +137,31 @@ def test_a_linear_layer_is_read_under_either_name(tmp_path: Path) -> None:
     assert_same(make(mlp={"depth": 1}, weights=str(tmp_path / "p.bin")), source)
 
 
+def assert_pooler_only(ours: Projector, theirs: Projector) -> None:
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value) != key.startswith("mlp."), key
+
+
 @pytest.mark.parametrize("prefix", ["", "mm_projector."])
-def test_coca_start_weights_leave_the_mlp_random_and_say_so(
-    tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_coca_start_weights_have_a_key_of_their_own_and_leave_the_mlp_random(tmp_path: Path, prefix: str) -> None:
     source = make()
     tensors = to_reference_projector(source.state_dict(), prefix)
-    torch.save(
-        {key: value for key, value in tensors.items() if "proj." not in key.removeprefix(prefix)}, tmp_path / "c.pth"
-    )
-    again = make()
-    with caplog.at_level(logging.WARNING):
-        missing = load_projector_weights(tmp_path / "c.pth", again)
-    assert missing == ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
-    assert "MLP starts from random weights" in caplog.text
-    for key, value in source.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value) != key.startswith("mlp."), key
+    start = {key: value for key, value in tensors.items() if "proj." not in key.removeprefix(prefix)}
+    torch.save(start, tmp_path / "c.pth")
+    assert_pooler_only(make(pooler_weights=str(tmp_path / "c.pth")), source)
+    with pytest.raises(WeightsError, match=r"without its MLP; give it as model\.projector\.pooler_weights"):
+        make(weights=str(tmp_path / "c.pth"))
+
+
+def test_a_whole_projector_is_no_pooler_and_both_keys_at_once_are_refused(tmp_path: Path) -> None:
+    save_mm_projector(tmp_path / "mm_projector.bin", make())
+    whole = str(tmp_path / "mm_projector.bin")
+    with pytest.raises(WeightsError, match=r"holds an MLP too; give it as model\.projector\.weights"):
+        make(pooler_weights=whole)
+    with pytest.raises(ValueError, match="found weights and pooler_weights"):
+        make(pooler_weights=whole, weights=whole)
+    with pytest.raises(WeightsError, match="this projector has no pooler"):
+        make(pooler=None, pooler_weights=whole)
 
 
 @pytest.mark.parametrize("pooler, ln", [("attn_pool_caption.", "ln_caption."), ("attn_pool.", "ln_post.")])
@@ -159,10 +174,7 @@ def test_the_pooler_of_a_whole_conch_or_open_clip_checkpoint_is_taken(tmp_path: 
         if part is not None:
             whole[names[part] + key.removeprefix(part)] = value
     torch.save(whole, tmp_path / "pytorch_model.bin")
-    again = make("open_clip")
-    assert len(load_projector_weights(tmp_path / "pytorch_model.bin", again)) == 4
-    for key, value in source.state_dict().items():
-        assert torch.equal(again.state_dict()[key], value) != key.startswith("mlp."), key
+    assert_pooler_only(make("open_clip", pooler_weights=str(tmp_path / "pytorch_model.bin")), source)
 
 
 def test_the_word_embeddings_of_mm_use_im_start_end_are_left_out_with_a_warning(
@@ -201,12 +213,13 @@ def test_keys_and_shapes_that_differ_are_listed(tmp_path: Path, change: dict, me
 
 def test_start_weights_lack_the_mlp_only(tmp_path: Path) -> None:
     tensors = to_reference_projector(make().state_dict(), "")
-    torch.save({k: v for k, v in tensors.items() if k.startswith("attn_pool.")}, tmp_path / "c.bin")
+    start = {k: v for k, v in tensors.items() if not k.startswith("proj.")}
+    torch.save({k: v for k, v in start.items() if k.startswith("attn_pool.")}, tmp_path / "c.bin")
     with pytest.raises(WeightsError, match=r"missing \(2\): ln.bias, ln.weight"):
-        make(weights=str(tmp_path / "c.bin"))
-    torch.save(tensors | {"visual.norm.weight": torch.zeros(1)}, tmp_path / "c.bin")
+        make(pooler_weights=str(tmp_path / "c.bin"))
+    torch.save(start | {"visual.norm.weight": torch.zeros(1)}, tmp_path / "c.bin")
     with pytest.raises(WeightsError, match=r"Left over beside the pooler.*visual.norm.weight"):
-        make(weights=str(tmp_path / "c.bin"))
+        make(pooler_weights=str(tmp_path / "c.bin"))
 
 
 def test_a_file_with_another_config_is_refused_even_where_shapes_agree(tmp_path: Path) -> None:
@@ -245,3 +258,103 @@ def test_the_golden_projector_is_read_from_a_whole_models_tensors(golden: Path, 
     back = to_reference_projector(projector.state_dict())
     assert {key.removeprefix(prefix) for key in back} == REFERENCE_KEYS
     assert all(torch.equal(value, whole[key]) for key, value in back.items())
+
+
+# --- which encoder a file belongs to ---------------------------------------------------------------------------------
+
+ENCODER = {"name": "timm/vit_tiny_patch16_224", "image_size": 32}
+KWARGS = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+def encoder(seed: int = 3, **changes: Any) -> VisionEncoder:
+    torch.manual_seed(seed)
+    return untrained_vision_encoder(**(ENCODER | {"kwargs": KWARGS} | changes))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A file of a projector that was trained with `encoder()`."""
+    source, file = make(), tmp_path / "projector.safetensors"
+    save_projector(file, source, origin=origin_of(source, encoder(), {"name": "plain"}))
+    return file
+
+
+def test_a_file_says_with_which_encoder_and_template_it_was_trained(trained: Path) -> None:
+    origin = json.loads(read_metadata(trained)[ORIGIN_KEY])
+    assert origin["encoder"] == json.loads(json.dumps(encoder().config))
+    assert (origin["num_tokens"], origin["num_image_tokens"], origin["template"]) == (5, 5, {"name": "plain"})
+    assert len(origin["weights"]) == 16
+
+
+def test_a_file_is_taken_by_the_encoder_it_was_trained_with_in_any_dtype(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        first = make(weights=str(trained), vision_encoder=encoder())
+        again = make(weights=str(trained), vision_encoder=encoder().to(torch.bfloat16))
+    assert_same(first, again)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"image_size": 48},
+            r"vision_encoder\.image_size: the file has 32, the model 48; num_tokens: the file has 5, .*10",
+        ),
+        ({"tokens": "patches"}, r"vision_encoder\.tokens: the file has all, the model patches"),
+        ({"name": "timm/vit_small_patch16_224"}, r"name: the file has timm/vit_tiny.*, the model timm/vit_small"),
+        ({"kwargs": KWARGS | {"depth": 2}}, r"kwargs: the file has .*'depth': 1.* the model .*'depth': 2"),
+        ({"mean": [0.4, 0.5, 0.6]}, r"vision_encoder\.mean: the file has \[0\.5, .* the model \[0\.4"),
+        ({"seed": 4}, r"the file has weights of hash [0-9a-f]{16}, the model [0-9a-f]{16}; take the encoder"),
+    ],
+)
+def test_another_encoder_is_refused_with_both_values(trained: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        make(weights=str(trained), vision_encoder=encoder(**changes))
+
+
+@pytest.mark.parametrize("kind", ["reference", "earlier version"])
+def test_a_file_that_does_not_say_its_encoder_is_taken_with_one_line(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = make()
+    if kind == "reference":
+        save_mm_projector(tmp_path / "mm_projector.bin", source)
+    else:
+        save_projector(tmp_path / "projector.safetensors", source)
+    with caplog.at_level(logging.WARNING):
+        assert_same(make(weights=str(tmp_path), vision_encoder=encoder()), source)
+    (record,) = caplog.records
+    assert "doesn't say which vision encoder it was trained with" in record.getMessage()
+
+
+@pytest.mark.parametrize("part", ["pooler.", "ln.", "mlp."])
+def test_a_file_that_lacks_one_of_its_parts_is_refused_though_all_else_agrees(trained: Path, part: str) -> None:
+    tensors = {key: value for key, value in load_file(trained).items() if not key.startswith(part)}
+    save_file(tensors, trained, metadata=read_metadata(trained))
+    with pytest.raises(WeightsError, match=rf"missing \(\d\): {part}"):
+        make(weights=str(trained), vision_encoder=encoder())
+
+
+@pytest.mark.parametrize("value", ["{", "[]", "{}", "null", "3", '{"encoder": 1}'])
+@pytest.mark.parametrize("key", [CONFIG_KEY, ORIGIN_KEY])
+def test_what_a_damaged_file_says_of_itself_is_one_error(trained: Path, key: str, value: str) -> None:
+    save_file(load_file(trained), trained, metadata=read_metadata(trained) | {key: value})
+    with pytest.raises(WeightsError, match=r"can't be read|is of another projector") as caught:
+        make(weights=str(trained), vision_encoder=encoder())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_file_with_one_value_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: float) -> None:
+    source = make()
+    with torch.no_grad():
+        source.mlp[2].weight[3, 1] = value
+    save_mm_projector(tmp_path / "mm_projector.bin", source)
+    with pytest.raises(WeightsError, match=r"with NaN or infinity \(1\): mlp\.2\.weight$"):
+        make(weights=str(tmp_path))
+    with pytest.raises(WeightsError, match=r"isn't written: 1 tensors hold NaN or infinity: mlp\.2\.weight"):
+        save_projector(tmp_path / "projector.safetensors", source)
+    assert not (tmp_path / "projector.safetensors").exists()
