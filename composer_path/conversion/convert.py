@@ -18,12 +18,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from composer_path.conversion.destination import Manifest, check_places, prepare, read_manifest
+from composer_path.conversion.destination import Manifest, check_places, prepare, read_manifest, require_unused
 from composer_path.conversion.engines import Task, run_locally, run_with_spark
 from composer_path.conversion.identifiers import KEY_NAME, MAPPING_SUFFIX, MappingFile, read_or_make_key
 from composer_path.conversion.input_scan import InputScan
@@ -31,11 +32,13 @@ from composer_path.conversion.options import ConvertOptions
 from composer_path.conversion.partition import ConvertJob, Counts, PartitionDone, read_marker, verify_partition
 from composer_path.conversion.record_file import RawRecord
 from composer_path.conversion.rejected_file import ConvertError, Rejections
+from composer_path.conversion.replacement import take_place
 from composer_path.conversion.sample_lengths import CountedLengths, WantedLengths, counted, read_parts
 from composer_path.conversion.summary import ConvertSummary, card_before, count_repeated_images, rejected_by_rule
 from composer_path.parallel import in_threads
 from composer_path.shards.columns import FORMAT_VERSION
-from composer_path.shards.index import INDEX_NAME, MANIFEST_NAME, is_ours, part_name, publish
+from composer_path.shards.index import INDEX_NAME, MANIFEST_NAME, held, is_ours, part_name, publish, require_own
+from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, Folder, is_remote, open_place
 
 REJECTED_NAME = "rejected.jsonl"
@@ -74,10 +77,31 @@ def convert(
     chosen = ConvertOptions(**options)
     data, images, out = os.fspath(data), os.fspath(images), os.fspath(out)
     report = progress or (lambda stage, records, total, num_bytes: None)
+    place = check_places(data, images, out)
+    with held(place, chosen.part_number if chosen.num_parts > 1 else None):
+        return _convert(data, images, out, place, chosen, report, lengths)
+
+
+def _convert(
+    data: str,
+    images: str,
+    out: str,
+    place: Folder | Bucket,
+    chosen: ConvertOptions,
+    report: Progress,
+    lengths: Sequence[WantedLengths],
+) -> ConvertSummary:
+    """Convert into a place that is held."""
     parts = chosen.num_parts
-    place = check_places(data, images, out, used_is_fine=chosen.resume or chosen.overwrite or parts > 1)
+    if not (chosen.resume or chosen.overwrite or parts > 1):
+        require_unused(place)
     name = PurePosixPath(data).name
+    key_file, mapping = _key_files(data, chosen) if chosen.ids == "hash" else (None, None)
     rejections = Rejections(name, _rejected_file(data, chosen))
+    protected = [path for path in (data, key_file, mapping and mapping.path) if path is not None]
+    rejections.check_file(protected, out if isinstance(place, Folder) else None)
+    if chosen.key is not None and isinstance(place, Folder) and _lies_in(chosen.key, out):
+        raise ConvertError(f"--key {chosen.key}: must not lie in --out, where the hashes go; choose another place")
     scan = InputScan(data, chosen.partition_size, lambda count: report("reading", count, None, 0))
     if scan.problem is not None:
         rejections.add(RawRecord(None, None, None), None, scan.problem)
@@ -85,7 +109,6 @@ def convert(
         raise ConvertError(f"nothing was written. {rejections}", rejections)
     if not scan.num_records:
         raise ConvertError(f"{name}: there must be a record to write, found none", rejections)
-    key_file, mapping = _key_files(data, chosen) if chosen.ids == "hash" else (None, None)
     key = read_or_make_key(key_file) if key_file is not None else None
 
     shaping = chosen.shaping(scan.partition_size)
@@ -95,11 +118,14 @@ def convert(
     mine = [partition for partition in scan.partitions() if partition.index % parts == chosen.part_number - 1]
     names = {partition.name for partition in mine}
     manifest = Manifest(fingerprint=fingerprint, parts=parts, num_partitions=scan.num_partitions, card=card)
-    prepare(place, manifest, resume=chosen.resume, overwrite=chosen.overwrite, own=names)
+    target = prepare(place, manifest, resume=chosen.resume, overwrite=chosen.overwrite, own=names)
     workers = max(1, min(chosen.workers, len(mine)))
     threads = max(1, min(8, os.cpu_count() or 1) // workers)
     measures = tuple(one.measure for one in lengths)
-    job = ConvertJob(data, images, out, chosen, fingerprint, key, threads, measures)
+    beside = target is not place
+    to = _url(target)
+    published = out if beside and chosen.resume else None
+    job = ConvertJob(data, images, to, chosen, fingerprint, key, threads, measures, published=published)
 
     def tasks() -> Iterator[Task]:
         for partition in mine:
@@ -118,6 +144,7 @@ def convert(
     results = run_with_spark(tasks(), chosen.master, count) if spark else run_locally(tasks(), workers, count)
     summary = ConvertSummary(part=chosen.part if parts > 1 else None)
     dones: list[PartitionDone] = []
+    written: list[PartitionDone] = []
     counts: list[list[Counts]] = []
     for result in results:
         for problem in result.problems:
@@ -129,11 +156,13 @@ def convert(
             summary.add(result.done)
             dones.append(replace(result.done, problems=[]))  # there may be millions
             counts.append(result.lengths)
+            if not result.published:
+                written.append(dones[-1])
     rejections.save()
     summary.rejected, summary.rejected_by_rule = len(rejections), rejections.by_rule()
     summary.rejected_file = rejections.file if rejections else None
     if rejections and (chosen.on_error == "fail" or (parts == 1 and not summary.records)):
-        _take_back(place, names, parts)
+        _take_back(target, names, fingerprint, parts)
         if chosen.on_error == "fail":
             raise ConvertError(f"nothing was written. {rejections}", rejections)
         raise ConvertError(f"{name}: there must be a record to write, none is good. {rejections}", rejections)
@@ -142,6 +171,9 @@ def convert(
         summary.mapping_file = mapping.path
     found = counted(lengths, dones, counts)
     if parts == 1:
+        _require_whole(target, written, fingerprint)
+        if beside:
+            take_place(place, written, whole=chosen.overwrite)
         _publish(place, dones, manifest, summary, found)
     else:
         for one in found:
@@ -156,6 +188,11 @@ def merge(out: str | Path, *, workers: int = 1, progress: Progress | None = None
     what its part has written.
     """
     place = open_place(os.fspath(out))
+    with held(place):
+        return _merge(place, workers, progress)
+
+
+def _merge(place: Folder | Bucket, workers: int, progress: Progress | None) -> ConvertSummary:
     if INDEX_NAME in place.files():
         raise ConvertError(f"{place}: must hold parts to merge, found a complete data set")
     manifest = read_manifest(place)
@@ -204,8 +241,34 @@ def _publish(
     publish(place, dones, card, beside=write_lengths)
 
 
-def _take_back(place: Folder | Bucket, names: set[str], parts: int) -> None:
-    """Delete what this conversion has written; other parts' partitions stay."""
+def _require_whole(place: Folder | Bucket, written: list[PartitionDone], fingerprint: str) -> None:
+    """Raise `StorageError` unless all that was written is still this conversion's: a bucket can't be locked."""
+    require_own(place, fingerprint)
+    read = partial(read_marker, place, fingerprint=fingerprint)
+    for done, found in zip(written, in_threads(read, [done.name for done in written], 16), strict=True):
+        if found is None or (found.files, found.shards) != (done.files, done.shards):
+            raise StorageError(
+                f"{place}: {done.name} must be as this conversion wrote it, found another one's; "
+                "nothing was published; let one at a time write there, and convert again"
+            )
+
+
+def _lies_in(path: str | Path, folder: str) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _url(place: Folder | Bucket) -> str:
+    return os.fspath(place.path) if isinstance(place, Folder) else place.url
+
+
+def _take_back(place: Folder | Bucket, names: set[str], fingerprint: str, parts: int) -> None:
+    """Delete what this conversion has written; other parts' partitions stay, and what another one has begun since."""
+    with suppress(StorageError):
+        require_own(place, fingerprint)
+        _delete(place, names, parts)
+
+
+def _delete(place: Folder | Bucket, names: set[str], parts: int) -> None:
     files = [name for name in place.files() if is_ours(name) and name.partition("/")[0] in names]
     place.delete([*files, *([MANIFEST_NAME] if parts == 1 else [])])
 

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from composer_path.conversion.rejected_file import ConvertError
+from composer_path.conversion.replacement import replacement_of
 from composer_path.shards.columns import FORMAT_VERSION
-from composer_path.shards.index import CARD_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths, is_ours, write_json
+from composer_path.shards.index import (
+    CARD_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    REPLACEMENT,
+    is_lengths,
+    is_ours,
+    write_json,
+)
 from composer_path.storage.errors import StorageError, shown
 from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place
 
@@ -35,7 +44,7 @@ def read_manifest(place: Folder | Bucket) -> Manifest | None:
         return None
 
 
-def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder | Bucket:
+def check_places(data: str, images: str, out: str) -> Folder | Bucket:
     """Check that there is something to read and a place to write, and return the place."""
     if is_remote(data):
         folder, _, name = data.rpartition("/")
@@ -57,29 +66,48 @@ def check_places(data: str, images: str, out: str, used_is_fine: bool) -> Folder
         place = open_place(out)
         if isinstance(place, Folder) and place.path.exists() and not place.path.is_dir():
             raise ConvertError(f"--out {out}: must be empty, found a file; choose another place")
-        used = bool(place.files())
     except StorageError as error:
         raise ConvertError(f"--out {shown(out)}: must be a writable place, found {error}") from None
-    if used and not used_is_fine:
-        raise _used(place)
     return place
 
 
-def prepare(place: Folder | Bucket, manifest: Manifest, *, resume: bool, overwrite: bool, own: Collection[str]) -> None:
-    """Make sure that nothing foreign lies at the destination, and note which conversion this is.
+def require_unused(place: Folder | Bucket) -> None:
+    """Raise `ConvertError` if something lies at the destination."""
+    try:
+        used = bool(place.files())
+    except StorageError as error:
+        raise ConvertError(f"--out {place}: must be a writable place, found {error}") from None
+    if used:
+        raise _used(place)
 
-    To resume takes over what the same conversion has left, to overwrite deletes what any has left. `own` are the names
+
+def prepare(
+    place: Folder | Bucket, manifest: Manifest, *, resume: bool, overwrite: bool, own: Collection[str]
+) -> Folder | Bucket:
+    """Make sure that nothing foreign lies at the destination, note which conversion this is, and say where it writes.
+
+    To resume takes over what the same conversion has left, to overwrite takes the place of what any has left. A set
+    that is published stays until a new one is complete, which is written beside it (`replacement`). `own` are the names
     of the partitions that this process will write: of all, if there is one part.
     """
     files = place.files()
+    replacing = {name for name in files if name.startswith(f"{REPLACEMENT}/")}
     several = manifest.parts > 1
     foreign = sorted(name for name in files if not (is_ours(name) or is_lengths(name)))
     if foreign and (resume or overwrite or several):
         found = f"{len(foreign)} others, such as {foreign[0]!r}"
         raise ConvertError(f"--out {place}: must hold nothing but what a conversion wrote, found {found}; move them")
+    target = place
     if overwrite:
-        # Without the index nothing can train on a part; the manifest goes last, for who is killed in between.
-        place.delete(sorted(files, key=lambda name: (name != INDEX_NAME, name == MANIFEST_NAME)))
+        place.delete(sorted(replacing))
+        if INDEX_NAME in files:
+            target = replacement_of(place)
+        else:
+            place.delete(sorted(set(files) - replacing, key=lambda name: name == MANIFEST_NAME))
+    elif resume and (replacing or (INDEX_NAME in files and not several)):
+        target = replacement_of(place)
+        begun_anew = f"{REPLACEMENT}/{MANIFEST_NAME}" in files
+        _check_same(target if begun_anew else place, manifest, {name.removeprefix(f"{REPLACEMENT}/") for name in files})
     elif files:
         begun = MANIFEST_NAME in files or INDEX_NAME in files
         if not resume and not (several and begun):
@@ -87,9 +115,8 @@ def prepare(place: Folder | Bucket, manifest: Manifest, *, resume: bool, overwri
         _check_same(place, manifest, files)
         if not resume and any(name.partition("/")[0] in own for name in files):
             raise ConvertError(f"--out {place}: this part was begun before; go on with --resume")
-    write_json(place, MANIFEST_NAME, vars(manifest))
-    if resume:  # a partition may be made anew: no index until all is verified again
-        place.delete([name for name in files if name == INDEX_NAME])
+    write_json(target, MANIFEST_NAME, vars(manifest))
+    return target
 
 
 def _used(place: Folder | Bucket) -> ConvertError:

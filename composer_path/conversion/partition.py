@@ -10,7 +10,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from composer_path.records.conversation import Conversation, id_of
 from composer_path.records.rules import RECORD_KEYS, RecordError, problems_of
 from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.columns import COLUMNS, packed_parts
-from composer_path.shards.index import DONE_NAME, IMAGE_HASHES_NAME, Part
+from composer_path.shards.index import DONE_NAME, IMAGE_HASHES_NAME, Part, require_own
 from composer_path.shards.writer import ShardWriter, verify
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, Folder, is_remote, open_place
@@ -61,6 +62,7 @@ class ConvertJob:
     threads: int = 1  # for images, in each process
     measures: tuple[Callable[[Conversation], tuple[int, int, int]], ...] = ()  # what counts each sample's lengths
     check_only: bool = False  # write nothing, only list problems
+    published: str | None = None  # where partitions may be taken over from, too, and then stay
 
     def writes_on(self, problems: list[Problem]) -> bool:
         """Whether there is still something to write of a partition in which these problems were found."""
@@ -89,6 +91,7 @@ class PartitionResult:
     values: dict[tuple[str, str], str]  # (kind, value) -> hash, of all identifiers that were hashed
     lengths: list[Counts]  # by each of the job's measures
     resumed: bool = False  # an earlier run had converted it
+    published: bool = False  # it lies in the job's `published`, not in its `out`
 
 
 def convert_partition(job: ConvertJob, partition: Partition, report: Report) -> PartitionResult:
@@ -98,15 +101,16 @@ def convert_partition(job: ConvertJob, partition: Partition, report: Report) -> 
     they had then. After a `StorageError` nothing says that the partition is done.
     """
     place = open_place(job.out)
-    if job.options.resume:
-        done = read_marker(place, partition.name, job.fingerprint)
-        if done is not None and done.stamp == _stamp(job, partition):
-            try:
-                verify_partition(place, done)
-            except StorageError:
-                pass  # damaged since: it is made again
-            else:
-                return _take_over(job, partition, done, report)
+    for url in (job.out, job.published) if job.options.resume else ():
+        earlier = None if url is None else open_place(url)
+        done = None if earlier is None else read_marker(earlier, partition.name, job.fingerprint)
+        if earlier is None or done is None or done.stamp != _stamp(job, partition):
+            continue
+        try:
+            verify_partition(earlier, done)
+        except StorageError:
+            continue  # damaged since: it is made again
+        return replace(_take_over(job, partition, done, report), published=url == job.published)
     return _Conversion(job, partition, place, report).run()
 
 
@@ -142,7 +146,8 @@ class _Conversion:
         self._job, self._partition, self._report = job, partition, report
         self._images, self._stamps = ImageSource(job.images, job.options), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
-        self._writer = writer = ShardWriter(place, partition.name, COLUMNS, job.options.size_bytes, job.options.hashes)
+        shape = COLUMNS, job.options.size_bytes, job.options.hashes
+        self._writer = writer = ShardWriter(place, partition.name, *shape, partial(require_own, place, job.fingerprint))
         self._done = PartitionDone(
             fingerprint=job.fingerprint, partition=partition.index, files=writer.files, shards=writer.shards
         )

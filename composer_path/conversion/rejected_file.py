@@ -6,8 +6,10 @@ Why a record is refused stands in `records/rules.py`: each rule with what it ask
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -91,9 +93,37 @@ class Rejections:
             write_whole(self.file, lambda file: file.writelines(line.encode() for line in listing), mode=0o600)
             listing.close()
 
+    def check_file(self, protected: Collection[str | Path], out: str | None) -> None:
+        """Raise `ConvertError` if the list would overwrite something else, or lie in the set's folder `out`."""
+        if self.file is None:
+            return
+        where = f"--rejected {self.file}: must name a new file, or an earlier list"
+        real, fix = Path(os.path.realpath(self.file)), "; give another name with --rejected"
+        if out is not None and real.is_relative_to(os.path.realpath(out)):
+            raise ConvertError(f"{where}, outside of --out; found a place in {out}{fix}")
+        if "://" in os.fspath(self.file) or ":/" in os.fspath(self.file):
+            raise ConvertError(f"{where}, found an address{fix}")
+        if real.is_dir():
+            raise ConvertError(f"{where}, found a folder{fix}")
+        if any(os.path.realpath(path) == str(real) for path in protected):
+            raise ConvertError(f"{where}, found a file that this conversion reads{fix}")
+        if real.is_file() and not _is_list(real):
+            raise ConvertError(f"{where}, found another file, which would be lost{fix}")
+
     def _list(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
         row = {"data": self.name, "record": record.position, "line": record.line, "id": record_id}
         row |= {"where": error.where, "rule": error.rule, "found": error.found, "fix": error.fix}
         if self._listing is None:  # of no name, so that nothing stays behind a killed process
             self._listing = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         self._listing.write(json.dumps(row) + "\n")
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file is a list of rejected records, or empty."""
+    with open(path, "rb") as file:
+        line = file.readline(1 << 16)
+    try:
+        row = json.loads(line or b"{}")
+    except ValueError:
+        return False
+    return not line or (isinstance(row, dict) and {"data", "record", "rule", "fix"} <= row.keys())

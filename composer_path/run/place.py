@@ -15,8 +15,8 @@ from composer.utils import dist
 
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.folder import CheckpointFolder
-from composer_path.run.lock import LOCK
 from composer_path.storage.atomic import TEMPORARY_SUFFIX
+from composer_path.storage.lock import LOCK
 from composer_path.storage.places import Bucket, is_remote
 
 log = logging.getLogger(__name__)

@@ -5,28 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from secrets import token_hex
 from typing import Any
 
 from composer_path.shards.columns import COLUMNS
 from composer_path.shards.mds import Entry, ShardError
 from composer_path.shards.writer import ShardWriter
 from composer_path.storage.errors import StorageError
+from composer_path.storage.lock import locked
 from composer_path.storage.places import Bucket, Folder, open_place
 
 INDEX_NAME = "index.json"
 CARD_NAME = "dataset.json"
 MANIFEST_NAME = "conversion.json"  # says, while a set is written, that it isn't finished, and which conversion it is
 DONE_NAME = "done.json"  # a partition's marker
+REPLACEMENT = ".replacement"  # folder of a set that is being written to take this one's place
 IMAGE_HASHES_NAME = "image_hashes.bin"  # uint64 xxh64 of each stored image, by which repeated ones are counted
 
 # What is written for a set, now or in an earlier version; anything else is never deleted.
 _OURS = re.compile(
-    rf"({INDEX_NAME}|{CARD_NAME}|{MANIFEST_NAME}|shard\.\d+\.mds"
+    rf"({re.escape(REPLACEMENT)}/)?"
+    rf"(({INDEX_NAME}|{CARD_NAME}|{MANIFEST_NAME}|shard\.\d+\.mds"
     rf"|part-\d+/(shard\.\d+\.mds|{DONE_NAME}|{IMAGE_HASHES_NAME}))"
     r"|lengths-[0-9a-f]{16}\.part-\d+\.npz"
-    r"|(part-\d+/)?\.[\w.]+\.unfinished"
+    r"|(part-\d+/)?\.[\w.]+\.unfinished)"
 )
 # Measured lengths, which lie beside an index; without use for another set, but never in its way.
 _LENGTHS = re.compile(r"lengths-[0-9a-f]{16}\.npz")
@@ -71,6 +76,32 @@ def is_part_lengths(name: str) -> bool:
     return is_ours(name) and name.startswith("lengths-")
 
 
+@contextmanager
+def held(place: Folder | Bucket, part: int | None = None) -> Iterator[None]:
+    """Hold a place for one writer, or a part of it, from 1; a bucket has no locks, see `require_own`.
+
+    A `StorageError` says that another process writes there, or that a link leads out of the folder.
+    """
+    if isinstance(place, Bucket):
+        yield
+        return
+    with locked(place.path, "conversion", "wait for it, or choose another place", part):
+        if links := place.links():
+            found = f"{len(links)}, such as {links[0]!r}" if len(links) > 1 else repr(links[0])
+            fix = "remove it, or choose another place"
+            raise StorageError(f"{place}: must hold no symbolic link, found {found}; {fix}")
+        yield
+
+
+def require_own(place: Folder | Bucket, fingerprint: str) -> None:
+    """Raise `StorageError` unless the unfinished set in a place is still that of the conversion of this fingerprint."""
+    with suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        if json.loads(place.read(MANIFEST_NAME))["fingerprint"] == fingerprint:
+            return
+    fix = "nothing was published; let one at a time write there, and convert again"
+    raise StorageError(f"{place}: must be written by one conversion, found that another one has begun there; {fix}")
+
+
 def publish(
     place: Folder | Bucket,
     parts: Iterable[Part],
@@ -112,22 +143,33 @@ def write_json(place: Folder | Bucket, name: str, value: Mapping[str, Any], dura
 def empty_place(url: str) -> Folder | Bucket:
     """Return the place of a new set, where nothing may lie."""
     place = open_place(url)
+    require_empty(place)
+    return place
+
+
+def require_empty(place: Folder | Bucket) -> None:
+    """Raise `ShardError` if something lies there."""
     if place.files():
         raise ShardError(f"{place}: must be empty, found files; choose another place")
-    return place
 
 
 @contextmanager
 def new_set(place: Folder | Bucket, size_limit: int, hashes: Sequence[str]) -> Iterator[ShardWriter]:
     """Write a set into an `empty_place`, up to `publish_new`; nothing is left there after a failure."""
-    writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes)
-    try:
-        with closing(writer):  # a shard on its way arrives before all are deleted
-            place.write(MANIFEST_NAME, [b"{}\n"])
-            yield writer
-    except BaseException:
-        place.delete([name for name in place.files() if is_ours(name)])
-        raise
+    fingerprint = token_hex(16)
+    with held(place):
+        require_empty(place)
+        place.write(MANIFEST_NAME, [json.dumps({"fingerprint": fingerprint}).encode()])
+        own = partial(require_own, place, fingerprint)
+        writer = ShardWriter(place, part_name(0), COLUMNS, size_limit, hashes, own)
+        try:
+            with closing(writer):  # a shard on its way arrives before all are deleted
+                yield writer
+        except BaseException:
+            with suppress(StorageError):  # what lies there now is another one's
+                own()
+                place.delete([name for name in place.files() if is_ours(name)])
+            raise
 
 
 def publish_new(
@@ -138,6 +180,7 @@ def publish_new(
     The card comes without counts of files.
     """
     writer.finish()
+    writer.require_own()
     num_bytes = sum(shard["raw_data"]["bytes"] for shard in writer.shards)
     card = {**card, "shards": len(writer.shards), "bytes": num_bytes, "partitions": 1}
     publish(place, [Part(partition=0, files=writer.files, shards=writer.shards)], card, index_keys)

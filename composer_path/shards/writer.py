@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,13 +16,20 @@ from composer_path.storage.places import Bucket, Folder
 class ShardWriter:
     """Cuts samples into shards of a size and writes each one whole, into a folder within a set's place.
 
-    One sample that is larger than `size_limit`, in bytes, gets its own shard.
+    One sample that is larger than `size_limit`, in bytes, gets its own shard. Before each file `require_own` is asked,
+    which raises if the place is another writer's by now.
     """
 
     def __init__(
-        self, place: Folder | Bucket, prefix: str, columns: Mapping[str, str], size_limit: int, hashes: Sequence[str]
+        self,
+        place: Folder | Bucket,
+        prefix: str,
+        columns: Mapping[str, str],
+        size_limit: int,
+        hashes: Sequence[str],
+        require_own: Callable[[], None] = lambda: None,
     ) -> None:
-        self._place, self._prefix = place, prefix
+        self._place, self._prefix, self.require_own = place, prefix, require_own
         self._format = MdsFormat(columns, size_limit, hashes)
         self._samples: list[list[bytes]] = []
         self._num_bytes = 0  # of the samples
@@ -53,6 +60,7 @@ class ShardWriter:
 
     def write_marker(self, name: str, data: bytes) -> None:
         """Write the file that says that all others are there."""
+        self.require_own()
         self._place.write(f"{self._prefix}/{name}", [data])
 
     def close(self) -> None:
@@ -76,6 +84,7 @@ class ShardWriter:
 
     def _send(self, name: str, parts: list[bytes], xxh64: str, size: int) -> None:
         path = f"{self._prefix}/{name}"
+        self.require_own()
         self._place.write(path, parts)
         verify(self._place, path, size, xxh64)
         self.files.append({"name": name, "bytes": size, "xxh64": xxh64})

@@ -22,6 +22,7 @@ from composer_path.storage.atomic import sync_path, write_whole
 from composer_path.storage.elsewhere import FsspecStore, why_unreadable
 from composer_path.storage.errors import Fault, StorageError, explained, shown, source_fault
 from composer_path.storage.google import GoogleStore, google_store
+from composer_path.storage.lock import LOCK
 from composer_path.storage.s3 import S3Store
 from composer_path.storage.transfer import Answer, Limits, fetch
 
@@ -57,12 +58,22 @@ class Folder:
         return str(self.path)
 
     def files(self) -> dict[str, int]:
-        """Return the size in bytes of every file below, by name relative to the folder ('/' between parts)."""
+        """Return the size in bytes of every file below but its lock, by name relative to it ('/' between parts)."""
         return {
             Path(root, name).relative_to(self.path).as_posix(): os.lstat(os.path.join(root, name)).st_size
             for root, _, names in os.walk(self.path)
             for name in names
+            if name != LOCK or Path(root) != self.path
         }
+
+    def links(self) -> list[str]:
+        """Return the names of symbolic links below, which none of the others follows."""
+        return sorted(
+            Path(root, name).relative_to(self.path).as_posix()
+            for root, folders, names in os.walk(self.path)
+            for name in (*folders, *names)
+            if os.path.islink(os.path.join(root, name))
+        )
 
     def read(self, name: str) -> bytes:
         """Read a file; FileNotFoundError if there is none."""
@@ -82,6 +93,12 @@ class Folder:
         for folder in sorted(folders, key=lambda path: -len(path.parts)):
             with suppress(OSError):  # not empty, not there, or a mount point
                 folder.rmdir()
+
+    def take(self, other: Folder, name: str) -> None:
+        """Move a folder from another place here, at once; an earlier one of its name goes before."""
+        prefix = f"{name}/"
+        self.delete([file for file in self.files() if file.startswith(prefix)])
+        os.rename(other.path / name, self.path / name)
 
     def digest(self, name: str) -> tuple[int, str]:
         """Read a file back and return its size and xxh64."""
@@ -163,6 +180,14 @@ class Bucket:
         for name in names:
             with suppress(FileNotFoundError):  # an attempt whose answer was lost
                 self._ask("delete from", self._store.delete, name)
+
+    def take(self, other: Bucket, name: str) -> None:
+        """Copy a folder from another place here, object by object; an earlier one of its name goes before."""
+        prefix = f"{name}/"
+        self.delete([file for file in self.files() if file.startswith(prefix)])
+        for file in other.files():
+            if file.startswith(prefix):
+                self.write(file, [other.read(file)])
 
     def digest(self, name: str) -> tuple[int, str]:
         """Read an object back from the store and return its size and xxh64."""

@@ -335,8 +335,11 @@ def test_an_unreadable_file_is_a_problem_of_its_record(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> bytes:
+        if path.name != "a.png":
+            return read(path)
         raise PermissionError(13, "Permission denied", str(path))
 
+    read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(ConvertError, match=r"found Permission denied.*\[unreadable-image\]") as caught:
         run(source, [{"image": "a.png", "conversations": turns()}], tmp_path / "out")

@@ -93,12 +93,25 @@ def test_an_image_that_was_missing_and_came_is_taken_in(source: Path, tmp_path: 
     assert (summary.records, summary.rejected, summary.resumed) == (COUNT, 0, 2)
 
 
-def test_a_failed_resume_of_a_complete_set_leaves_no_index(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_a_conversion_that_fails_leaves_the_published_set_as_it_was(
+    source: Path, tmp_path: Path, option: str, gone: bool
+) -> None:
     run(source, tmp_path / "out")
-    (source / "imgs" / "8.jpg").write_bytes(b"no image")
-    with pytest.raises(ConvertError, match="unreadable-image 1"):
-        run(source, tmp_path / "out", resume=True)
-    assert not (tmp_path / "out" / "index.json").exists()
+    before = files_of(tmp_path / "out")
+    write_image(source / "imgs" / "0.jpg", seed=99)  # its partition is made anew, beside the set
+    if gone:
+        (source / "imgs" / "8.jpg").unlink()
+    else:
+        (source / "imgs" / "8.jpg").write_bytes(b"no image")
+    with pytest.raises(ConvertError, match="missing-file 1" if gone else "unreadable-image 1"):
+        run(source, tmp_path / "out", **{option: True})
+    assert files_of(tmp_path / "out") == before
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("options", [{}, {"resized": {"image_size": 28, "fit": "crop", "pad_color": None}}])

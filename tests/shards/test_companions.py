@@ -11,11 +11,13 @@ import torch
 from tiny_sets import REPO, all_samples, columns_of, edit_index, records, write_set
 
 from composer_path.conversion.destination import Manifest, prepare
+from composer_path.conversion.partition import PartitionDone
 from composer_path.conversion.rejected_file import ConvertError
+from composer_path.conversion.replacement import take_place
 from composer_path.images.features import FeatureSet, features_in_index, pack_features
 from composer_path.shards.check import check_shards
 from composer_path.shards.columns import pack_images
-from composer_path.shards.index import publish
+from composer_path.shards.index import Part, publish
 from composer_path.shards.select import select_samples
 from composer_path.shards.summary import summarize
 from composer_path.shards.view import ShardView
@@ -65,8 +67,11 @@ def test_overwriting_a_set_removes_its_lengths(tmp_path: Path) -> None:
     place = open_place(tmp_path)
     for name in (LENGTHS, "index.json", "dataset.json"):
         place.write(name, [b"{}"])
-    prepare(place, conversion(), resume=False, overwrite=True, own=["part-00000"])
-    assert sorted(place.files()) == ["conversion.json"]
+    beside = prepare(place, conversion(), resume=False, overwrite=True, own=["part-00000"])
+    beside.write("part-00000/done.json", [b"{}"])
+    take_place(place, [PartitionDone(fingerprint="fingerprint", partition=0, files=[], shards=[])], whole=True)
+    publish(place, [Part(partition=0, files=[], shards=[])], {"records": 0})
+    assert sorted(place.files()) == ["dataset.json", "index.json", "part-00000/done.json"]
 
 
 def test_resuming_keeps_lengths_and_refuses_what_only_looks_like_them(tmp_path: Path) -> None:
