@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,16 +78,13 @@ def train(
     """
     from composer_path.config.reading import plain
     from composer_path.guards.guards import Guards
-    from composer_path.run.place import folder_of
-    from composer_path.storage.lock import locked
+    from composer_path.run.place import alone_in, folder_of
 
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name; torch reads either when it first takes GPU memory
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in size: no holes
     settings = plain(config)
     run_folder = folder_of(settings["save_root"], settings["trainer"]["run_name"])
-    first = int(os.environ.get("RANK", "0")) == 0  # of a run's processes, it holds the folder for all
-    alone = locked(run_folder, "run", "wait for it, or give another trainer.run_name") if first else nullcontext()
-    with alone, Guards(**settings["guards"], run_folder=run_folder) as guards:
+    with alone_in(run_folder), Guards(**settings["guards"], run_folder=run_folder) as guards:
         return guarded_train(config, settings, run_folder, guards, callbacks, algorithms, loggers)
 
 

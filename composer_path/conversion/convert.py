@@ -98,7 +98,9 @@ def _convert(
     name = PurePosixPath(data).name
     key_file, mapping = _key_files(data, chosen) if chosen.ids == "hash" else (None, None)
     rejections = Rejections(name, _rejected_file(data, chosen))
-    protected = [path for path in (data, key_file, mapping and mapping.path) if path is not None]
+    protected: list[str | Path] = [data]
+    if key_file is not None and mapping is not None:
+        protected += [key_file, mapping.path]
     rejections.check_file(protected, out if isinstance(place, Folder) else None)
     if chosen.key is not None and isinstance(place, Folder) and _lies_in(chosen.key, out):
         raise ConvertError(f"--key {chosen.key}: must not lie in --out, where the hashes go; choose another place")

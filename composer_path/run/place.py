@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from composer.core import Callback, State
@@ -16,7 +17,7 @@ from composer.utils import dist
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.folder import CheckpointFolder
 from composer_path.storage.atomic import TEMPORARY_SUFFIX
-from composer_path.storage.lock import LOCK
+from composer_path.storage.lock import LOCK, locked
 from composer_path.storage.places import Bucket, is_remote
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,17 @@ def folder_of(save_root: str, run_name: str) -> Path:
         return Path(save_root, run_name)
     place = hashlib.sha256(save_root.encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"composer_path-{os.getuid()}", place, run_name)
+
+
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Hold a run's folder; of several processes of one run, the first holds it for all.
+
+    Raises:
+        ValueError: Another run is there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return nullcontext()
+    return locked(folder, "run", "wait for it, or give another trainer.run_name")
 
 
 def checkpoints_of(save_root: str, run_name: str) -> CheckpointFolder:

@@ -20,6 +20,20 @@ from streaming.base.shared.prefix import _check_and_find_retrying, _check_self, 
 from streaming.base.world import World
 
 from composer_path.stream.error import StreamError, of_all_ranks
+from composer_path.stream.shared_owner import MEMORY, SharedOwner, remove_left_overs
+
+
+class _OwnedMemory(SharedMemory):
+    """The memory that comes with a number, which is free when it goes: at exit it is the last of them."""
+
+    owner: SharedOwner | None = None
+
+    def cleanup(self) -> None:
+        """Remove it."""
+        super().cleanup()
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.give_back()
 
 
 @contextmanager
@@ -38,6 +52,7 @@ def register_prefix(
 ) -> tuple[int, SharedMemory]:
     """Take a number on each machine, and tell its ranks; in place of Streaming's `get_shm_prefix`.
 
+    What killed runs have left under theirs is removed before.
     As long as the memory that comes with it is there, which holds the folders, the number is taken. All ranks raise
     `StreamError` if another dataset of this machine caches in one of the folders, OSError if there can't be memory.
     """
@@ -46,6 +61,7 @@ def register_prefix(
     if world.is_local_leader:
         try:
             _check_self(list(streams_local))
+            remove_left_overs()
             number, memory = _take_number(list(streams_local), list(streams_remote), retry)
         except (ValueError, OSError) as error:
             failure = error
@@ -64,13 +80,19 @@ def register_prefix(
 def _take_number(streams_local: list[str], streams_remote: list[str | None], retry: int) -> tuple[int, SharedMemory]:
     first = _check_and_find_retrying(streams_local, streams_remote, LOCALS, retry)
     for number in itertools.count(first):
-        data = _pack_locals(streams_local, number)
+        data, owner = _pack_locals(streams_local, number), None
         # Another run may be faster: the kernel lets only one create it.
-        with suppress(FileExistsError, PermissionError):
+        with suppress(FileExistsError, PermissionError, BlockingIOError):
+            owner = SharedOwner(number) if MEMORY.is_dir() else None
             if not _has_remains(number):
-                memory = SharedMemory(_get_path(number, LOCALS), True, len(data))
+                memory = _OwnedMemory(_get_path(number, LOCALS), True, len(data))
                 memory.buf[: len(data)] = data
+                memory.owner = owner
+                if owner is not None:
+                    owner.note()
                 return number, memory
+        if owner is not None:
+            owner.give_back()
     raise AssertionError("unreachable")
 
 
