@@ -18,7 +18,16 @@ from composer_path.images.stored_square import ResizedMismatch, Square, is_squar
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
 from composer_path.records.rules import ImageError
-from composer_path.shards.index import CARD_NAME, DONE_NAME, IMAGE_HASHES_NAME, INDEX_NAME, MANIFEST_NAME, is_lengths
+from composer_path.shards.index import (
+    CARD_NAME,
+    DONE_NAME,
+    IMAGE_HASHES_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    REPLACEMENT,
+    is_lengths,
+    is_ours,
+)
 from composer_path.shards.mds import DamagedShard, MdsFile, ShardError, name_of, open_mds, stored_info
 from composer_path.shards.view import ShardView, over_shards, to_sample
 from composer_path.storage.places import Bucket
@@ -109,7 +118,9 @@ def _set_problems(view: ShardView) -> list[Problem]:
     elif records != len(view):
         problems.append(Problem(CARD_NAME, "count", f"{records} records, the index has {len(view)}"))
     shards = {stored_info(shard)["basename"] for shard in view.shards}
-    known, files = set(shards), set(view.place.files())
+    # What is to take this set's place one day isn't part of it, nor is what a killed process left of that.
+    files = {name for name in view.place.files() if not (name.startswith(f"{REPLACEMENT}/") and is_ours(name))}
+    known = set(shards)
     for name in sorted(name for name in files if Path(name).name == DONE_NAME):
         part = name.removesuffix(DONE_NAME)
         known |= {name, part + IMAGE_HASHES_NAME}

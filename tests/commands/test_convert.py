@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from composer_path.cli import main
+from composer_path.shards.index import held
+from composer_path.storage.places import Folder
 
 SECRET = "Miller-Jane-4711"
 
@@ -89,6 +91,17 @@ def test_a_place_that_cannot_be_written_ends_in_one_line(
     arguments[-1] = str(tmp_path / "data.json" / "out")
     assert convert(*arguments, "--on-error", "skip") == 1
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_second_command_into_one_place_ends_in_one_line(
+    arguments: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with held(Folder(tmp_path / "out")):
+        assert convert(*arguments, "--overwrite") == 1
+        assert main(["merge", str(tmp_path / "out")]) == 1
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == second
+    assert "one conversion at a time, found another one at work (in this process); wait for it, or choose" in first
 
 
 def test_wrong_arguments_end_with_status_2(arguments: list[str]) -> None:

@@ -19,8 +19,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from composer_path.conversion import partition
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejected_file import ConvertError
+from composer_path.shards import select
+from composer_path.shards.check import check_shards
+from composer_path.shards.view import ShardView
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket
 from composer_path.storage.s3 import S3Store
@@ -255,3 +259,69 @@ def test_overwrite_deletes_the_objects_that_are_no_longer_needed(bucket: Path, t
         "part-00000/shard.00000.mds",
     ]
     assert many > 10
+
+
+@pytest.mark.parametrize("moment", [1, 4, 7], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("published", [False, True], ids=["fresh", "over a set"])
+def test_of_two_conversions_to_one_place_the_first_gives_up_and_the_seconds_set_is_whole(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int, published: bool
+) -> None:
+    key, out = tmp_path / "identifiers.key", f"s3://sets/both-{moment}-{published}"
+    places: tuple[str, str, str] = ("s3://hospital/data.json", "s3://hospital/imgs", out)
+    if published:
+        convert(*places, key=key, partition_size=20)
+    original, begun = partition._Conversion.run, []
+
+    def run(self: Any) -> Any:
+        begun.append(1)
+        if len(begun) == moment:
+            monkeypatch.setattr(partition._Conversion, "run", original)
+            convert(*places, key=key, overwrite=True, partition_size=3, size_limit=900)
+        return original(self)
+
+    monkeypatch.setattr(partition._Conversion, "run", run)
+    with pytest.raises(StorageError, match="must be written by one conversion, found that another one has begun there"):
+        convert(*places, key=key, overwrite=published, **OPTIONS)
+    assert check_shards(ShardView(out)).problems == []
+    card = json.loads(Bucket(out).read("dataset.json"))
+    assert card["options"]["size_limit"] == 900 and card["records"] == 20
+
+
+def test_a_conversion_does_not_publish_what_another_one_has_written_over(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its manifest is there: the other one began earlier, and was about to write when this one began."""
+    key, out = tmp_path / "identifiers.key", "s3://sets/late"
+    original = partition._Conversion.run
+
+    def run(self: Any) -> Any:
+        result = original(self)
+        if self._partition.index == 2:
+            marker = json.loads(Bucket(out).read("part-00001/done.json"))
+            Bucket(out).write("part-00001/done.json", [json.dumps(marker | {"fingerprint": "another"}).encode()])
+        return result
+
+    monkeypatch.setattr(partition._Conversion, "run", run)
+    with pytest.raises(StorageError, match="part-00001 must be as this conversion wrote it, found another one's"):
+        convert("s3://hospital/data.json", "s3://hospital/imgs", out, key=key, **OPTIONS)
+    assert "index.json" not in Bucket(out).files()
+
+
+def test_of_two_choices_to_one_place_one_is_published_whole(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, out = tmp_path / "identifiers.key", "s3://sets/choice"
+    convert("s3://hospital/data.json", "s3://hospital/imgs", str(tmp_path / "whole"), key=key)
+    view, original = ShardView(tmp_path / "whole"), select._read
+
+    def read(view: ShardView, positions: Any) -> Any:
+        monkeypatch.setattr(select, "_read", original)
+        Bucket(out).delete(["conversion.json"])  # the second one has looked before this one began
+        select.select_samples(view, out, num_samples=7)
+        yield from original(view, positions)
+
+    monkeypatch.setattr(select, "_read", read)
+    with pytest.raises(StorageError, match="another one has begun there"):
+        select.select_samples(view, out, num_samples=5)
+    assert check_shards(ShardView(out)).problems == []
+    assert len(ShardView(out)) == 7

@@ -179,6 +179,7 @@ def test_a_full_disk_leaves_the_published_set(tmp_path: Path, monkeypatch: pytes
         run(other, out, overwrite=True)
     assert {name: data for name, data in files_of(out).items() if not name.startswith(".replacement")} == before
     assert answers(out)[0] == "first 0"
+    assert check_shards(ShardView(out)).problems == []
     monkeypatch.undo()
     with pytest.raises(ConvertError, match="found another conversion"):
         run(first, out, resume=True)  # what lies beside the set is the other's
