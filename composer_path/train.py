@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from composer_path.commands.verb import run_verb
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from composer import Algorithm, Callback, Trainer
     from composer.core import DataSpec
     from composer.loggers import LoggerDestination
@@ -30,31 +28,6 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `composer-path train`; returns the exit code."""
     return run_verb("train", arguments)
-
-
-def start(options: Namespace) -> int:
-    """Check a YAML and the files that it names, and train; with `check` do the former alone, and files only if told.
-
-    Raises:
-        ConfigError: Lists all mistakes.
-    """
-    from composer_path.config.files import check_files, samples_left_out
-    from composer_path.config.reading import ConfigError, load_config, plain
-
-    config = load_config(options.yaml, options.words)
-    if options.files or not options.check:
-        if problems := check_files(plain(config)):
-            raise ConfigError(options.yaml, problems)
-        for line in samples_left_out(plain(config)):
-            print(f"{options.yaml}: {line}", file=sys.stderr)
-    if options.check:
-        seen = ", nor in its files" if options.files else "; files were not looked for (--files does)"
-        print(f"{options.yaml}: no mistake found{seen}")
-        return 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("composer_path").setLevel(logging.INFO)
-    train(config)
-    return 0
 
 
 def train(
