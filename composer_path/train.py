@@ -86,6 +86,7 @@ def guarded_train(
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
+    from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
@@ -106,7 +107,7 @@ def guarded_train(
     require_safe_checkpoints()
 
     tokenizer = load_tokenizer(**settings["tokenizer"])
-    model = choose_execution(build_model(settings), **settings["execution"])
+    model = choose_execution(build_model(with_local_weights(settings)), **settings["execution"])
     check_vocabulary(tokenizer, model.num_embeddings())
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
