@@ -61,7 +61,7 @@ def test_what_is_new_is_sent_once_and_a_models_configuration_after_its_weights(s
 def test_what_cant_be_sent_is_an_error_that_says_where_it_lies(sender: Any, tmp_path: Path) -> None:
     sender.place.refused = "model"
     with pytest.raises(OSError, match=rf"s3://bucket/run: can't write it \(it lies in {tmp_path}\)"):
-        sender.fit_end(None, None)
+        sender.send()
 
 
 def test_what_cant_be_sent_after_the_end_is_a_warning(sender: Any, caplog: pytest.LogCaptureFixture) -> None:
