@@ -10,7 +10,7 @@ IHC_TILE := test_data/imgs/ihc_x0264_y0352_160.jpg
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-pinned test-pinned-parity bench bench-gpu check format release clean
+.PHONY: demo test test-slow test-pinned test-pinned-parity bench bench-gpu soak check format release clean
 
 # Two stacks, installed from full lists of names and versions without a resolver: docs/versions.md says why. A list that
 # changes is installed again.
@@ -76,6 +76,10 @@ bench: $(READY)
 # One GPU that holds a 7B's training (141 GB); GPU_FLAGS=--tiny runs every line on a CPU.
 bench-gpu: $(READY)
 	benchmarks/gpu.sh $(GPU_FLAGS)
+
+# Kills, damage, a full disk, other numbers of ranks: about an hour on two cores; results go to benchmarks/results/soak.json.
+soak: $(READY)
+	PYTHONPATH=tests python -m benchmarks.soak
 
 check: $(READY)
 	ruff check .

@@ -26,7 +26,7 @@ from tiny_shards import end_workers
 
 from benchmarks.measure import machine
 from benchmarks.tissue_images import write_tissue_images
-from composer_path.batches.loader import WholeEpochLoader
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.conversion.convert import convert
 from composer_path.parallel import end_with_parent
 from composer_path.stream.guarded import GuardedStreamingDataset

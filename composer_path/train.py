@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 from composer_path.commands.verb import run_verb
 
 if TYPE_CHECKING:
-    from argparse import Namespace
-
     from composer import Algorithm, Callback, Trainer
     from composer.core import DataSpec
     from composer.loggers import LoggerDestination
@@ -30,31 +28,6 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command `composer-path train`; returns the exit code."""
     return run_verb("train", arguments)
-
-
-def start(options: Namespace) -> int:
-    """Check a YAML and the files that it names, and train; with `check` do the former alone, and files only if told.
-
-    Raises:
-        ConfigError: Lists all mistakes.
-    """
-    from composer_path.config.files import check_files, samples_left_out
-    from composer_path.config.reading import ConfigError, load_config, plain
-
-    config = load_config(options.yaml, options.words)
-    if options.files or not options.check:
-        if problems := check_files(plain(config)):
-            raise ConfigError(options.yaml, problems)
-        for line in samples_left_out(plain(config)):
-            print(f"{options.yaml}: {line}", file=sys.stderr)
-    if options.check:
-        seen = ", nor in its files" if options.files else "; files were not looked for (--files does)"
-        print(f"{options.yaml}: no mistake found{seen}")
-        return 0
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("composer_path").setLevel(logging.INFO)
-    train(config)
-    return 0
 
 
 def train(
@@ -111,6 +84,7 @@ def guarded_train(
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
+    from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
@@ -131,7 +105,7 @@ def guarded_train(
     require_safe_checkpoints()
 
     tokenizer = load_tokenizer(**settings["tokenizer"])
-    model = choose_execution(build_model(settings), **settings["execution"])
+    model = choose_execution(build_model(with_local_weights(settings)), **settings["execution"])
     check_vocabulary(tokenizer, model.num_embeddings())
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)

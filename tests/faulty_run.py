@@ -30,7 +30,7 @@ from warm_process import popen
 from composer_path.commands.verb import exit_code
 from composer_path.records import vocabulary
 
-LAUNCHERS = {"composer": "composer.cli.launcher", "ours": "composer_path.launch"}
+LAUNCHERS = {"composer": "composer.cli.launcher", "ours": "composer_path.guards.launch"}
 BARE = ("model.projector.weights=null", "eval_loader=null", "callbacks=null", "trainer.max_duration=6ba")
 
 

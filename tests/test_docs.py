@@ -89,3 +89,13 @@ def test_every_test_that_the_seam_names_exists_and_every_contract_is_named() -> 
     }
     assert named <= there, named - there
     assert {pair for pair in there if pair[0].startswith("tests/seam/")} <= named
+
+
+def test_what_the_page_of_promises_names_is_there() -> None:
+    page = (REPO_ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (REPO_ROOT / "tests").rglob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", page)
+    assert len(names) > 15 and [name for name in names if f"def {name}(" not in tests] == []
+    files = re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", page)
+    assert len(files) > 8 and [file for file in files if not (REPO_ROOT / file).is_file()] == []
+    assert "SOAK_" not in page  # figures that were never filled in

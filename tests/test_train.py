@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     """What TensorBoard shows of the event files of a folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = sorted(folder.glob("events.*"))
+    files = sorted(folder.glob("events.*"), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     assert files
     values: dict[str, list[float]] = {}
     for file in files:
@@ -184,8 +185,8 @@ def test_frozen_modules_are_held_in_bf16_when_the_compute_is_and_ropes_frequenci
 @pytest.mark.parametrize(
     ("stops", "interval", "names"),
     [
-        ([2, 5], "1ba", {"ep1-ba5", "ep1-ba6"}),
-        ([3], "3ba", {"ep0-ba3", "ep1-ba6"}),
+        ([2, 5], "1ba", {"ep1-ba5", "ep2-ba6"}),
+        ([3], "3ba", {"ep1-ba3", "ep2-ba6"}),
         ([3], "1ep", {"ep1-ba3", "ep2-ba6"}),
     ],
     ids=["mid_epoch_and_second_epoch", "last_batch", "epoch_end"],

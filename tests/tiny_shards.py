@@ -8,7 +8,7 @@ from typing import Any
 
 from streaming import MDSWriter
 
-from composer_path.batches.loader import WholeEpochLoader
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.parallel import end_with_parent
 from composer_path.storage.places import open_place
 from composer_path.stream.guarded import GuardedStreamingDataset

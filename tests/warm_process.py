@@ -159,7 +159,7 @@ def run_words(words: list[str]) -> NoReturn:
 def execute(words: list[str]) -> None:
     """What Python does with the words behind its own name."""
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
-    launchers = ("composer.cli.launcher", "composer_path.launch")
+    launchers = ("composer.cli.launcher", "composer_path.guards.launch")
     if Path(words[0]).name == "composer" or (words[1] == "-m" and words[2] in launchers):
         from composer.cli import launcher
 

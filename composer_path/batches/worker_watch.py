@@ -7,7 +7,6 @@ the first of these alone. Killing it ends them all.
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import threading
@@ -21,7 +20,6 @@ from pathlib import Path
 _TICK = 0.5  # s
 # As /proc says it.
 _STATES = {"T": "is stopped", "t": "is held by a debugger", "D": "waits for a disk", "Z": "has ended"}
-_watches: weakref.WeakSet[WorkerWatch] = weakref.WeakSet()
 
 
 class WorkerWatch:
@@ -33,14 +31,24 @@ class WorkerWatch:
 
     def __init__(self, timeout: int | float) -> None:
         self.timeout = timeout
-        self.workers: Sequence[BaseProcess] = ()
+        self._workers: list[BaseProcess] = []
         self.found: str | None = None  # why they were killed
         self._process = os.getpid()
         self._waits = False
         self._waited = 0.0
-        _watches.add(self)
+        # When the loader is gone or the program ends; there before multiprocessing waits for them, as it is younger.
+        weakref.finalize(self, _end, self._workers, self._process, stopped_only=True)
         if timeout:
             threading.Thread(target=_watch, args=(weakref.ref(self),), name="worker watch", daemon=True).start()
+
+    @property
+    def workers(self) -> Sequence[BaseProcess]:
+        """The loader's."""
+        return self._workers
+
+    @workers.setter
+    def workers(self, workers: Sequence[BaseProcess]) -> None:
+        self._workers[:] = list(workers)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -66,21 +74,26 @@ class WorkerWatch:
         for worker in [one for one in self.workers if one.is_alive()][:1]:
             worker.kill()
 
-    def end(self, stopped_only: bool = False) -> None:
-        """End the workers, or those that would never end by themselves, without an error of torch's."""
-        if os.getpid() != self._process:  # a forked one, whose workers they aren't
-            return
-        ending = [one for one in self.workers if one.is_alive() and (not stopped_only or state_of(one) in ("T", "t"))]
-        if not ending:
-            return
-        in_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
-        for worker in ending:
-            worker.kill()
-        for worker in ending:
-            worker.join()
-        if in_main:
-            signal.signal(signal.SIGCHLD, before)
+    def end(self) -> None:
+        """End the workers, without an error of torch's."""
+        _end(self._workers, self._process)
+
+
+def _end(workers: Sequence[BaseProcess], process: int, stopped_only: bool = False) -> None:
+    """End workers of a process, or those that would never end by themselves."""
+    if os.getpid() != process:  # a forked one, whose workers they aren't
+        return
+    ending = [one for one in workers if one.is_alive() and (not stopped_only or state_of(one) in ("T", "t"))]
+    if not ending:
+        return
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    for worker in ending:
+        worker.kill()
+    for worker in ending:
+        worker.join()
+    if in_main:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def state_of(worker: BaseProcess) -> str:
@@ -97,9 +110,3 @@ def _watch(watched: weakref.ref[WorkerWatch]) -> None:
         watch.tick(seconds)
         del watch  # or it would live for ever
         time.sleep(seconds)
-
-
-@atexit.register  # after multiprocessing's own, which would wait for them, so called before it
-def _end_all_stopped() -> None:
-    for watch in list(_watches):
-        watch.end(stopped_only=True)

@@ -62,6 +62,7 @@ class CheckpointSaver(Callback):
         self.history: list[dict[str, Any]] = []
         self.saved_step: int | None = None  # of the checkpoint that is as the run is now
         self._measured: tuple[int, float] | None = None
+        self._due_at_epochs_end = False
 
     def go_on_from(self, manifest: Manifest) -> None:
         """Be the saver of the run that wrote this."""
@@ -81,15 +82,18 @@ class CheckpointSaver(Callback):
     eval_standalone_end = eval_end  # of an evaluation outside of training
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save when an interval ends, or a better model is there."""
-        self._save_if_due(Event.BATCH_CHECKPOINT, state, logger)
+        """Save when an interval ends, or a better model is there; after an epoch's last step, with the epoch's end."""
+        if not self.will_save(state, Event.BATCH_CHECKPOINT):
+            return
+        if state.timestamp.batch_in_epoch == state.dataloader_len:
+            self._due_at_epochs_end = True
+        else:
+            self.save(state, logger)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         """Likewise."""
-        self._save_if_due(Event.EPOCH_CHECKPOINT, state, logger)
-
-    def _save_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        if self.will_save(state, event):
+        if self.will_save(state, Event.EPOCH_CHECKPOINT) or self._due_at_epochs_end:
+            self._due_at_epochs_end = False
             self.save(state, logger)
 
     def will_save(self, state: State, event: Event) -> bool:

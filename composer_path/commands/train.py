@@ -6,6 +6,8 @@ Several GPUs: `composer -n 8 train.py YAML` in a clone, `composer -n 8 -m compos
 from __future__ import annotations
 
 import argparse
+import logging
+import sys
 
 from composer_path.commands.verb import add_yaml
 
@@ -18,7 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, and train."""
-    from composer_path.train import start
+    """Check a YAML and the files that it names, and train; with `check` do the former alone, and files only if told.
 
-    return start(options)
+    Raises:
+        ConfigError: Lists all mistakes.
+    """
+    from composer_path.config.files import check_files, samples_left_out
+    from composer_path.config.reading import ConfigError, load_config, plain
+
+    config = load_config(options.yaml, options.words)
+    if options.files or not options.check:
+        if problems := check_files(plain(config)):
+            raise ConfigError(options.yaml, problems)
+        for line in samples_left_out(plain(config)):
+            print(f"{options.yaml}: {line}", file=sys.stderr)
+    if options.check:
+        seen = ", nor in its files" if options.files else "; files were not looked for (--files does)"
+        print(f"{options.yaml}: no mistake found{seen}")
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("composer_path").setLevel(logging.INFO)
+    from composer_path.train import train
+
+    train(config)
+    return 0

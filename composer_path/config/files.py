@@ -18,8 +18,9 @@ from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
 from composer_path.run.names import named_classes
+from composer_path.run.place import checkpoints_of
 from composer_path.shards.index import INDEX_NAME
-from composer_path.storage.places import is_remote
+from composer_path.storage.places import Bucket, is_remote
 from composer_path.stream.order import stream_shares
 
 Settings = Mapping[str, Any]  # a configuration, or a section of it, complete and plain
@@ -110,7 +111,7 @@ def _missing_weights(model: Settings) -> Iterator[str]:
     keys = [("vision_encoder", "weights"), ("projector", "weights"), ("projector", "pooler_weights")]
     for name, key in (*keys, ("language_model", "path")):
         path = model[name][key]
-        if path is not None and not Path(path).exists():
+        if path is not None and not _is_there(path):
             yield f"model.{name}.{key}: found no '{path}'; {fixes.get(name, 'check the path')}"
     if (path := model["language_model"]["path"]) is not None and Path(path, "config.json").is_file():
         try:
@@ -119,11 +120,21 @@ def _missing_weights(model: Settings) -> Iterator[str]:
             yield f"model.language_model.path: {str(error).splitlines()[0]}"
 
 
+def _is_there(path: str) -> bool:
+    """Whether a file or folder is there; in a bucket, a file."""
+    if not is_remote(path):
+        return Path(path).exists()
+    folder, _, name = path.rpartition("/")
+    try:
+        return Bucket(folder).size(name) >= 0
+    except FileNotFoundError:
+        return False
+
+
 def _earlier_results(settings: Settings) -> Iterator[str]:
     trainer = settings["trainer"]
-    folder = Path(settings["save_root"], trainer["run_name"])
     meant = trainer["autoresume"] or trainer["save_overwrite"] or trainer["save_interval"] is None
-    if not meant and any((folder / "checkpoints").glob("*")):
+    if not meant and (folder := checkpoints_of(settings["save_root"], trainer["run_name"])).names():
         fix = "choose another run_name or save_root, or go on where it was with trainer.autoresume=true"
         yield f"trainer.run_name: found checkpoints of an earlier run in '{folder}'; {fix}"
 

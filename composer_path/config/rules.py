@@ -20,6 +20,7 @@ from composer_path.config.types import nearest
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.projector import REFERENCE_TYPE
+from composer_path.storage.places import is_remote
 
 
 def check_time(value: str | int | float, units: tuple[str, ...], zero: bool = False) -> None:
@@ -75,6 +76,10 @@ check_run_name = _rule(
         and name.isprintable()
         and not set(name) & set("{}")
     ),
+)
+check_save_root = _rule(
+    "found '{}'; it must be a folder, s3://... or gs://...",
+    lambda root: root and (not is_remote(root) or root.partition("://")[0] in ("s3", "gs", "gcs")),
 )
 check_number_to_keep = _rule(
     "found {}; it must be at least 1, or -1 for all", lambda number: number >= 1 or number == -1

@@ -55,7 +55,7 @@ def config_schema() -> Section:
         {
             "version": Key(Literal[1]),
             "seed": Key(int, at_least=0),
-            "save_root": Key(str),
+            "save_root": Key(str, check=rules.check_save_root),
             "variables": Section({}, {}, open=True),
             "tokenizer": section_of(load_tokenizer, refused=no_code, default=REQUIRED),
             "model": _model(),

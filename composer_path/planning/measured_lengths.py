@@ -88,7 +88,8 @@ def image_tokens_of(model: Mapping[str, Any]) -> int:
     config = load_language_model_config(language_model["path"] or language_model["config"])
     sections = {name: dict(model[name]) for name in ("vision_encoder", "projector")}
     for section in sections.values():
-        del section["weights"]
+        section.pop("weights")
+        section.pop("pooler_weights", None)
     with empty_parameters(enabled=True):
         vision = untrained_vision_encoder(**sections["vision_encoder"])
         projector = untrained_projector(**sections["projector"], in_dim=vision.dim, out_dim=config.hidden_size)

@@ -22,6 +22,7 @@ from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
+from composer_path.run.place import with_local_weights
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
 from composer_path.storage.atomic import replace_files
@@ -144,7 +145,7 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])
-    model = assemble_model(**settings["model"], **held_as(settings))
+    model = assemble_model(**with_local_weights(settings)["model"], **held_as(settings))
     names = set(model.state_dict()) - frozen_names(model)
     if model.language_model.config.tie_word_embeddings:
         names.discard("language_model.lm_head.weight")

@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from composer_path.run.place import on_this_disk
 from composer_path.shards.lengths import short_hash
 
 # Where files lie and who is told; what files hold is compared by its hash, so a folder may move. Their values may hold
@@ -85,7 +86,7 @@ def weights_files(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
         keys = ("weights", "pooler_weights", "path")
         place = next((model[name][key] for key in keys if model[name].get(key) is not None), None)
         if place is not None:
-            path = Path(place)
+            path = on_this_disk(place)
             kinds = (".safetensors", ".bin", ".pt", ".pth")
             held = [file for file in path.iterdir() if file.suffix in kinds] if path.is_dir() else [path]
             found[name] = sorted(held)

@@ -6,9 +6,10 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -17,11 +18,13 @@ from composer.utils import dist
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.folder import CheckpointFolder
 from composer_path.storage.atomic import TEMPORARY_SUFFIX
+from composer_path.storage.errors import shown
 from composer_path.storage.lock import LOCK, locked
-from composer_path.storage.places import Bucket, is_remote
+from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
+WEIGHTS_KEYS = {"weights", "pooler_weights"}  # of the vision encoder's and projector's sections
 
 
 def folder_of(save_root: str, run_name: str) -> Path:
@@ -49,6 +52,39 @@ def checkpoints_of(save_root: str, run_name: str) -> CheckpointFolder:
     if is_remote(save_root):
         return BucketFolder(f"{save_root.rstrip('/')}/{run_name}/{CHECKPOINTS}", path)
     return CheckpointFolder(path)
+
+
+def with_local_weights(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose weights files lie on this disk: those of a bucket are brought here, once for each node."""
+    model = {name: dict(part) if isinstance(part, Mapping) else part for name, part in settings["model"].items()}
+    for part in (model["vision_encoder"], model["projector"]):
+        for key in WEIGHTS_KEYS & part.keys():
+            if part[key] is not None and is_remote(part[key]):
+                part[key] = str(_bring(part[key]))
+    return {**settings, "model": model}
+
+
+def on_this_disk(path: str) -> Path:
+    """Where a file of weights lies on this disk, once `with_local_weights` has brought it."""
+    folder, _, name = path.rpartition("/")
+    return folder_of(folder, "weights") / name if is_remote(path) else Path(path)
+
+
+def _bring(url: str) -> Path:
+    folder, _, name = url.rpartition("/")
+    path, place, failure = on_this_disk(url), Bucket(folder), None
+    if dist.get_local_rank() == 0:
+        try:
+            if not path.is_file() or path.stat().st_size != place.size(name):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name(f"{name}{TEMPORARY_SUFFIX}")
+                copy_to_disk(place, name, unfinished)
+                unfinished.replace(path)
+        except OSError as error:
+            failure = OSError(f"weights: can't bring '{shown(url)}' here: {error}")
+    if failure := next(filter(None, dist.all_gather_object(failure)), None):
+        raise failure
+    return path
 
 
 class SendFiles(Callback):

@@ -21,7 +21,7 @@ from tiny_shards import end_workers
 from composer_path.batches.balance import balance_work
 from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.loader import WholeEpochLoader
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.parallel import end_with_parent
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.vocabulary import load_tokenizer

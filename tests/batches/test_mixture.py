@@ -19,8 +19,8 @@ from tiny_shards import end_workers
 from composer_path import Conversation
 from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset
-from composer_path.batches.loader import WholeEpochLoader
 from composer_path.batches.mixture import asking_template
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.parallel import end_with_parent
 from composer_path.records.conversation import Turn
 from composer_path.records.tokenize import tokenize_conversation

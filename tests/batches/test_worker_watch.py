@@ -19,7 +19,8 @@ from tiny_shards import write_set
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from composer_path.batches.loader import WholeEpochLoader, start_worker
+from composer_path.batches.loader import start_worker
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.batches.worker_watch import WorkerWatch
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded import GuardedStreamingDataset

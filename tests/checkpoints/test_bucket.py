@@ -16,6 +16,8 @@ from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.manifest import CheckpointError, Manifest
 from composer_path.checkpoints.newest import newest_whole
+from composer_path.config.files import check_files
+from composer_path.config.reading import plain
 from composer_path.run import place
 from composer_path.storage import places
 from composer_path.storage.places import Folder
@@ -191,8 +193,27 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine_and_leaves_everything_ther
     run_folder = there.parent / "runs" / "finetune"
     names = {path.name for path in run_folder.iterdir()}
     assert {"checkpoints", "config.yaml", "summary.json", "model", "runs"} <= names and ".lock" not in names
-    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {"ep1-ba3", "latest"} or {
-        path.name for path in (run_folder / "checkpoints").iterdir()
-    } == {"ep0-ba3", "latest"}
+    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {"ep1-ba3", "latest"}
     assert (run_folder / "model" / "model.safetensors").exists() and list((run_folder / "runs").rglob("events.*"))
     assert not list((tmp_path / "b").rglob("*.distcp"))  # what was brought and sent doesn't stay here
+
+
+def test_the_next_stage_takes_its_projector_from_the_bucket(
+    bucket: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _, _ = bucket
+    root = str(folder).removesuffix("/checkpoints")
+    shards = convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
+    monkeypatch.setattr(place.tempfile, "tempdir", str(tmp_path / "temporary"))
+    short = ["eval_loader=null", f"save_root={root}", "trainer.max_duration=1ba"]
+    run(load_tiny_config("pretrain", shards, tmp_path, short))
+    config = load_tiny_config(
+        "finetune", shards, tmp_path, [*short, "trainer.save_interval=null", "trainer.autoresume=false"]
+    )
+    assert plain(config)["model"]["projector"]["weights"] == f"{root}/pretrain/projector.safetensors"
+    assert check_files(plain(config)) == []
+    _, witness = run(config)
+    assert list(witness.losses) == [0]
+    lost = {**plain(config), "save_root": "s3://bucket/no"}
+    lost["model"]["projector"]["weights"] = "s3://bucket/no/projector.safetensors"
+    assert "found no 's3://bucket/no/projector.safetensors'" in "".join(check_files(lost))

@@ -16,7 +16,7 @@ from streaming.base.shuffle import algos
 from streaming.base.world import World
 from tiny_shards import end_workers, write_set
 
-from composer_path.batches.loader import WholeEpochLoader
+from composer_path.batches.whole_epoch import WholeEpochLoader
 from composer_path.stream.guarded import GuardedStreamingDataset
 from composer_path.stream.order import shuffled
 

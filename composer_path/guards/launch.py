@@ -1,4 +1,4 @@
-"""Composer's launcher, for clusters that ask a run to stop: `python -m composer_path.launch -n 8 train.py YAML ...`.
+"""Composer's launcher, for clusters that ask a run to stop: `python -m composer_path.guards.launch -n 8 train.py …`.
 
 `composer` ends its ranks 30 s after it was signalled, however long a step and its checkpoint take. This one hands the
 signal on and waits; what it does when a rank fails, and its words, are those of `composer`.

@@ -87,4 +87,4 @@ def test_an_earlier_versions_run_goes_on_by_the_same_command(
             _, witness = run(load_tiny_config("finetune", shards, root, [*MORE, "trainer.save_interval=3ba"]))
         assert witness.losses == {2: undisturbed["losses"][2]}
         assert f"{NAMES[source]} is of an earlier version and has no manifest" in caplog.text
-        assert {path.name for path in stopped[source].iterdir()} == {"ep0-ba3", "latest"}  # keeps one
+        assert {path.name for path in stopped[source].iterdir()} == {"ep1-ba3", "latest"}  # keeps one
