@@ -20,6 +20,7 @@ from composer.devices import DeviceCPU
 from composer.distributed.fsdp2 import prepare_fully_shard
 from composer.distributed.fsdp2_utils import generate_composer_model_policy
 from composer.utils.parallelism import ParallelismConfig
+from four_ranks import give_events_to_cpus
 from torch.distributed.fsdp import FSDPModule
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -78,5 +79,6 @@ def held_by(yaml: str, overrides: list[str], ranks: int, rank: int) -> dict[str,
 
 
 if __name__ == "__main__":
+    give_events_to_cpus()
     cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     Path(sys.argv[2]).write_text(json.dumps([held_by(*case) for case in cases]), encoding="utf-8")
