@@ -34,6 +34,8 @@ class HybridFSDP2Config(FSDP2Config):
 
     data_parallel_replicate_degree: int | None = None
     data_parallel_shard_degree: int = -1
+    # Composer takes a mapping of dtypes too, which its annotation doesn't say.
+    mixed_precision: str | Mapping[str, str] = FSDP2Config.mixed_precision  # type: ignore[assignment]
 
 
 def mesh_degrees(fsdp: Mapping[str, Any], ranks: int) -> tuple[int, int]:
