@@ -102,6 +102,7 @@ def guarded_train(
     dist.initialize_dist(device, trainer_section["dist_timeout"])
     guards.board.join()
     mend_gloo_averaging()
+    parallelism = build_parallelism_config(trainer_section["parallelism_config"])
     require_safe_checkpoints()
 
     tokenizer = load_tokenizer(**settings["tokenizer"])
@@ -137,7 +138,7 @@ def guarded_train(
             *start.callbacks,
         ],
         loggers=[*build_parts("loggers", settings["loggers"], of_the_run), *loggers],
-        parallelism_config=build_parallelism_config(trainer_section.pop("parallelism_config")),
+        parallelism_config=parallelism,
         accumulate_train_batch_on_tokens=True,  # the loss is then the same for any split
         device_train_microbatch_size=train_loader.dataloader.batch_size,  # an upper bound: split_batch cuts by tokens
         seed=settings["seed"],

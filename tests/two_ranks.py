@@ -15,6 +15,7 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 from tiny_run import Witness, load_tiny_config, run, weights_of
+from torch.distributed.tensor import DTensor
 
 from composer_path import train as road
 
@@ -52,6 +53,11 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
         if mend is not None:
             sharding.mend_gloo_averaging = mend
     notes = witness.notes() | {"weights": weights_of(trainer), "started_on": starts[0]}
+    notes["laid_out"] = {
+        (str(parameter.placements), str(parameter.device_mesh.mesh.tolist()))
+        for parameter in trainer.state.model.parameters()
+        if isinstance(parameter, DTensor)
+    }
     torch.save(notes, Path(plan["out"]) / f"{leg['name']}-rank{dist.get_global_rank()}.pt")
 
 

@@ -1,6 +1,6 @@
 """Say what memory, time and money a run takes, before it starts.
 
-Exit code: 0 it fits, 1 it doesn't fit, 2 a mistake.
+Exit code: 0 it fits, 1 it doesn't fit or so many GPUs can't share the batch, 2 a mistake.
 """
 
 from __future__ import annotations
@@ -42,4 +42,4 @@ def run(options: argparse.Namespace) -> int:
     machine = Machine(options.gpus, parse_memory(options.gpu_memory), PEAK_FLOPS[options.gpu])
     plan = make_plan(config, machine, SampleSize(options.tokens, options.answers, options.images))
     print(format_plan(plan, mfu=options.mfu, samples=options.samples, price=options.price))
-    return 0 if plan.fitting else 1
+    return 0 if plan.fitting and plan.problem is None else 1

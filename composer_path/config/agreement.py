@@ -12,7 +12,7 @@ from composer_path.config.types import hint
 from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
-from composer_path.run.sharding import check_fsdp1
+from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
 LOADERS = ("train_loader", "eval_loader")
@@ -97,6 +97,13 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
         if get(clipping) == "adaptive":
             yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
+    if (fsdp := get("trainer.parallelism_config.fsdp")) is not None and "WORLD_SIZE" in os.environ:
+        try:
+            mesh_degrees(fsdp, int(os.environ["WORLD_SIZE"]))
+        except (TypeError, KeyError):  # text for a number, or no such version, which is already reported
+            pass
+        except ValueError as error:
+            yield str(error)
     for key, needed in (("eval_loader", get("eval_loader")), ("trainer.save_interval", trainer.get("save_interval"))):
         if get("trainer.best") is not None and needed is None:
             yield f"trainer.best: needs {key}; give it or remove this"

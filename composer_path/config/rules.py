@@ -59,6 +59,9 @@ def _rule(words: str, holds: Callable[[Any], Any]) -> Callable[[Any], None]:
 
 
 check_above_zero = _rule("found {}; it must be above 0", lambda number: number > 0)
+check_shard_degree = _rule(
+    "found {}; it must be a number of ranks, or -1 for all that there are", lambda ranks: ranks == -1 or ranks >= 1
+)
 check_beta = _rule("found {}; it must be at least 0 and below 1", lambda number: 0 <= number < 1)
 check_bytes = _rule(
     "found {}, which is no size or too small; give a number and a unit, as in 10gb",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from composer import Trainer
 from composer.core import Precision
-from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from composer.utils.parallelism import FSDPConfig
 from streaming import StreamingDataset
 from streaming.base.hashing import get_hashes
 from streaming.base.shuffle import algos as shuffle_algos
@@ -32,7 +32,7 @@ from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
-from composer_path.run.sharding import FSDP1_DEFAULTS
+from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
 from composer_path.stream.order import REFUSED, check_setting
@@ -231,12 +231,15 @@ def _fsdp() -> Choice:
         ("state_dict_type", "load_monolith_rank0_only", "sharded_ckpt_prefix_dir"),
         "leave it out; each rank writes its part of a checkpoint, which any number of ranks can read",
     )
+    replicas, shards = "data_parallel_replicate_degree", "data_parallel_shard_degree"
+    words |= {replicas: int | None, shards: int}
+    numbers: dict[str, Any] = {replicas: AT_LEAST_1, shards: {"check": rules.check_shard_degree}}
     sections = {}
-    for version, cls, defaults in ((1, FSDPConfig, FSDP1_DEFAULTS), (2, FSDP2Config, {})):
+    for version, cls, defaults in ((1, FSDPConfig, FSDP1_DEFAULTS), (2, HybridFSDP2Config, {})):
         keys: dict[str, Node] = {
-            item.name: key_of(item.name, words.get(item.name, item.type), defaults.get(item.name, item.default))
-            for item in fields(cls)
-            if not item.name.startswith("_") and item.name not in (*objects, *ours)
+            name: key_of(name, words.get(name, kind), defaults.get(name, default), **numbers.get(name, {}))
+            for name, kind, default in ((item.name, item.type, item.default) for item in fields(cls))
+            if not name.startswith("_") and name not in (*objects, *ours)
         }
         sections[version] = Section(keys, refused=ours)
     return Choice("version", sections, selected=2)

@@ -18,6 +18,15 @@ from composer_path.config.reading import plain
 from composer_path.models.execution import Checkpointing, choose_execution
 from composer_path.models.flops import FlopCounter, PartFlops
 from composer_path.models.path_mllm import MODULES, PathMLLM
+from composer_path.planning.gpu_share import (
+    MOMENTS,
+    Standing,
+    Traffic,
+    replicas_and_shards,
+    size_of,
+    standing_bytes,
+    traffic_of_step,
+)
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step, to_meta
 from composer_path.weights.assembly import assemble_model
 
@@ -28,8 +37,7 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 # Of a GPU's memory, for its context, NCCL's buffers and what the allocator can't use: an assumption.
 RESERVED = 0.08
-GPUS_A_NODE = 8
-MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.1}  # bytes a trained weight: two in fp32; two in 8 bits with their scales
+FEW_SAMPLES = 8  # of a GPU in a step; with fewer, balancing has little to exchange and ranks wait for the longest
 
 
 @dataclass(frozen=True)
@@ -51,21 +59,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """Bytes of one GPU that stay for the whole step, and those that come and go beside activations."""
-
-    weights: float
-    gradients: float
-    moments: float
-    gathered: float  # blocks that are whole for the moment, and their gradients
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.weights + self.gradients + self.moments + self.gathered
-
-
-@dataclass(frozen=True)
 class Fit:
     """What one kind of activation checkpointing asks for."""
 
@@ -83,6 +76,8 @@ class Plan:
     machine: Machine
     sample: SampleSize
     sharding: str
+    replicas: int
+    traffic: Traffic
     parameters: dict[str, tuple[int, bool]]
     standing: Standing
     fits: list[Fit]
@@ -103,6 +98,28 @@ class Plan:
     def fitting(self) -> bool:
         """Whether the YAML's microbatches fit."""
         return self.chosen_fit.most_tokens >= self.wanted_tokens
+
+    @property
+    def problem(self) -> str | None:
+        """Why so many GPUs can't share the batch; the run would be refused at its start."""
+        batch, gpus = self.global_batch_size, self.machine.gpus
+        if batch % gpus == 0:
+            return None
+        found = f"global_batch_size {batch} " + (
+            f"is less than the {gpus} GPUs" if batch < gpus else f"isn't shared evenly by {gpus} GPUs"
+        )
+        fitting = [count for count in range(1, batch + 1) if batch % count == 0]
+        return f"{found}: take {max(count for count in fitting if count <= gpus)} of them, or another batch"
+
+    @property
+    def warning(self) -> str | None:
+        """What is against so many GPUs, though they can run."""
+        samples, gpus = self.global_batch_size // self.machine.gpus, self.machine.gpus
+        if self.problem is not None or samples >= FEW_SAMPLES or gpus == 1:
+            return None
+        found = f"{samples} sample{'s' if samples > 1 else ''} a GPU in a step"
+        why = "GPUs wait for the one with the longest samples, and rows are short"
+        return f"{found}: {why}; {max(1, self.global_batch_size // FEW_SAMPLES)} GPUs or fewer hold {FEW_SAMPLES}"
 
     @property
     def wanted_tokens(self) -> int:
@@ -134,7 +151,7 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     """Count a run's memory and work. Weights needn't be there; the language model's `config.json` must.
 
     Raises:
-        ValueError: The samples can't be, or the model can't be built.
+        ValueError: The samples can't be, the model can't be built, or sharding doesn't fit the GPUs.
     """
     settings = plain(config)
     parallelism, optimizer = settings["trainer"]["parallelism_config"], settings["optimizer"]["name"]
@@ -148,9 +165,10 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
     counter = FlopCounter(model)
     lengths = ([sample.tokens], sample.images, sample.answers)
     flops = counter.needed(*lengths)
-    counts: dict[str, tuple[int, int]] = {name: _size(list(getattr(model, name).parameters())) for name in MODULES}
+    counts: dict[str, tuple[int, int]] = {name: size_of(list(getattr(model, name).parameters())) for name in MODULES}
     sizes = {name: (count, learning > 0) for name, (count, learning) in counts.items()}
-    standing = standing_bytes(model, fsdp, optimizer, machine.gpus)
+    replicas, shards = replicas_and_shards(fsdp, machine.gpus)
+    standing = standing_bytes(model, fsdp, optimizer, shards)
     free = machine.memory * (1 - RESERVED) - standing.total
     fits, loader, execution = [], settings["train_loader"], settings["execution"]
     for kind in get_args(Checkpointing):
@@ -165,6 +183,8 @@ def make_plan(config: DictConfig, machine: Machine, sample: SampleSize) -> Plan:
         machine=machine,
         sample=sample,
         sharding="DDP" if fsdp is None else f"FSDP{fsdp['version']}",
+        replicas=replicas,
+        traffic=traffic_of_step(counts, fsdp, replicas, shards),
         parameters=sizes,
         standing=standing,
         fits=fits,
@@ -185,11 +205,6 @@ def _empty_model(settings: Mapping[str, Any], checkpointing: str) -> PathMLLM:
     return choose_execution(to_meta(model), **execution | {"activation_checkpointing": checkpointing})
 
 
-def _size(parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
-    """Weights, and those that learn."""
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-
-
 def bytes_of_rows(model: PathMLLM, sample: SampleSize) -> tuple[float, float]:
     """Peak of a step in bf16, by the token and whatever the row: a straight line through two rows."""
     few = max(1, 2048 // sample.tokens)
@@ -198,38 +213,3 @@ def bytes_of_rows(model: PathMLLM, sample: SampleSize) -> tuple[float, float]:
         first, second = (peak_of_step(model, row) for row in rows)
     per_token = (second - first) / (few * sample.tokens)
     return per_token, max(0.0, first - per_token * few * sample.tokens)
-
-
-def standing_bytes(model: PathMLLM, fsdp: Mapping[str, Any] | None, optimizer: str, gpus: int) -> Standing:
-    """Bytes of one GPU beside activations: fp32 for what learns, bf16 for what is frozen (or a byte where in float8).
-
-    Under FSDP a block is gathered while the one before it still computes; both, and the root (embeddings, final norm,
-    head), are whole in bf16. Gradients of such a pair are whole in bf16, and once more in fp32 for their reduction.
-    """
-    count, trained = _size(list(model.parameters()))
-    in_float8 = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
-    spread = 4.0 * trained + 2.0 * (count - trained) - in_float8, 4.0 * trained, MOMENTS[optimizer] * trained
-    if fsdp is None:  # autocast keeps a bf16 copy of each weight it has used
-        return Standing(*spread, 2.0 * trained)
-    # The versions have different settings, see Composer's FSDPConfig and FSDP2Config.
-    hybrid = fsdp["version"] == 1 and "HYBRID" in fsdp["sharding_strategy"]
-    shards = min(gpus, GPUS_A_NODE) if hybrid else gpus
-    root, *blocks = _units(model)
-    largest = sorted(blocks, reverse=True)
-    whole = largest if fsdp["version"] == 2 and not fsdp["reshard_after_forward"] else largest[:2]
-    reduced = root[1] + max((learning for _, learning in blocks), default=0)
-    gathered = 2.0 * (root[0] + sum(count for count, _ in whole)) + (2.0 + 4.0) * reduced
-    weights, gradients, moments = (size / shards for size in spread)
-    return Standing(weights, gradients, moments, gathered)
-
-
-def _units(model: PathMLLM) -> list[tuple[int, int]]:
-    """Sizes of each FSDP unit; what is left over, the root, comes first."""
-    units: list[tuple[int, int]] = []
-    taken: set[torch.nn.Parameter] = set()
-    # Innermost first: what a block holds isn't its encoder's.
-    for module in reversed([model, *(module for module in model.modules() if model.fsdp_wrap_fn(module))]):
-        own = [p for p in module.parameters() if p not in taken]
-        taken.update(own)
-        units.insert(0, _size(own))
-    return units

@@ -21,7 +21,11 @@ def _memory(plan: Plan) -> list[str]:
     machine, standing = plan.machine, plan.standing
     reserved = machine.memory * RESERVED
     free = machine.memory - reserved - standing.total
-    lines = [f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {machine.memory / GB:.0f} GB, {plan.sharding}"]
+    copies = f", {plan.replicas} replicas of {machine.gpus // plan.replicas}" if plan.sharding != "DDP" else ""
+    sharding = plan.sharding + (copies if plan.replicas > 1 else "")
+    lines = [f"{machine.gpus} GPU{'s' if machine.gpus > 1 else ''} of {machine.memory / GB:.0f} GB, {sharding}"]
+    lines += [f"can't start: {plan.problem}"] if plan.problem else []
+    lines += [f"warning: {plan.warning}"] if plan.warning else []
     for name, (count, learns) in plan.parameters.items():
         lines.append(f"  {name:15} {count / 1e6:10,.1f} M weights  {'trained' if learns else 'frozen'}")
     rows = [
@@ -34,7 +38,14 @@ def _memory(plan: Plan) -> list[str]:
     ]
     lines += ["", "memory of a GPU, GB", *(f"  {name:12} {size / GB:7.1f}  {what}" for name, size, what in rows), ""]
     gathers = f"rank 0 gathers {plan.host_bytes / GB:.1f} GB of weights in its host memory"
-    return [*lines, f"saving: {gathers}; a checkpoint holds {plan.checkpoint_bytes / GB:.1f} GB"]
+    lines.append(f"saving: {gathers}; a checkpoint holds {plan.checkpoint_bytes / GB:.1f} GB")
+    if machine.gpus > 1:
+        sent = plan.traffic
+        parts = [(sent.within, "in its replica"), (sent.between, "between replicas")]
+        often = "step" if plan.sharding == "DDP" else "microbatch"
+        said = ", ".join(f"{size / GB:.1f} GB {where}" for size, where in parts if size)
+        lines.append(f"a GPU sends in each {often}: {said}")
+    return lines
 
 
 def _microbatches(plan: Plan) -> list[str]:

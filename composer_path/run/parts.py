@@ -38,8 +38,8 @@ def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str,
 
 
 def trainer_keywords(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords for Composer's Trainer: the YAML's, less what our own saver and loader get (run/start.py)."""
-    ours = {"autoresume", "best", *(key for key in section if key.startswith(("save_", "load_")))}
+    """Keywords for Composer's Trainer: the YAML's, less what is built of it, or our own saver and loader get."""
+    ours = {"parallelism_config", "autoresume", "best", *(key for key in section if key.startswith(("save_", "load_")))}
     keywords = {key: value for key, value in section.items() if key not in ours - {"save_metrics"}}
     if keywords["progress_bar"] is None:
         keywords["progress_bar"] = sys.stderr.isatty()

@@ -17,6 +17,7 @@ from composer_path.config.reading import load_config, plain
 from composer_path.models.execution import Checkpointing
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.planning import plan as planning
+from composer_path.planning.gpu_share import standing_bytes, traffic_of_step
 from composer_path.planning.plan import (
     PEAK_FLOPS,
     Machine,
@@ -25,7 +26,6 @@ from composer_path.planning.plan import (
     _empty_model,
     make_plan,
     parse_memory,
-    standing_bytes,
 )
 from composer_path.planning.step_memory import RowSize, computing_in, peak_of_step
 
@@ -143,6 +143,43 @@ def test_gathered_are_the_root_and_two_blocks(repo_root: Path) -> None:
     assert kept - found == pytest.approx(2 * (sum(p.numel() for p in model.parameters()) - root - 2 * block))
 
 
+REPLICAS = "trainer.parallelism_config.fsdp.data_parallel_replicate_degree=8"
+
+
+def test_replicas_hold_a_share_of_the_ranks_of_one_and_send_their_shard_only_to_others(repo_root: Path) -> None:
+    full, hybrid, small = (
+        planned(repo_root, "finetune", gpus, 8e9, *more) for gpus, more in [(64, ()), (64, (REPLICAS,)), (8, ())]
+    )
+    assert hybrid.sharding == full.sharding == "FSDP2" and (full.replicas, hybrid.replicas) == (1, 8)
+    assert hybrid.standing == small.standing
+    assert hybrid.standing.moments == pytest.approx(8 * full.standing.moments)
+    assert hybrid.traffic.within == small.traffic.within < full.traffic.within
+    assert full.traffic.between == small.traffic.between == 0
+    trained = sum(count for count, learns in hybrid.parameters.values() if learns)
+    assert hybrid.traffic.between == pytest.approx(2 * 4 * trained / 8 * 7 / 8)
+
+
+def test_a_gpu_sends_weights_twice_and_gradients_once_and_frozen_encoders_once() -> None:
+    counts = {"vision_encoder": (100, 0), "projector": (10, 10), "language_model": (1000, 0)}
+    fsdp = {"version": 2, "reshard_after_forward": True}
+    assert traffic_of_step(counts, fsdp, 1, 4).within == pytest.approx((2 * (1110 + 1010) + 4 * 10) * 3 / 4)
+    kept = traffic_of_step(counts, fsdp | {"reshard_after_forward": False}, 1, 4)
+    assert kept.within == pytest.approx((2 * 1110 + 4 * 10) * 3 / 4)
+    replicated = traffic_of_step(counts, None, 4, 1)
+    assert (replicated.within, replicated.between) == (0, pytest.approx(2 * 4 * 10 * 3 / 4))
+
+
+def test_more_gpus_than_the_batch_can_be_shared_by_are_a_mistake_and_few_samples_a_warning(repo_root: Path) -> None:
+    eight, many, uneven, too_many = (planned(repo_root, "finetune", gpus, 8e9) for gpus in (16, 32, 48, 512))
+    assert eight.problem is eight.warning is None
+    assert many.problem is None
+    assert many.warning is not None and many.warning.startswith("4 samples a GPU in a step: GPUs wait")
+    assert "16 GPUs or fewer hold 8" in many.warning
+    assert uneven.problem == ("global_batch_size 128 isn't shared evenly by 48 GPUs: take 32 of them, or another batch")
+    assert too_many.problem == ("global_batch_size 128 is less than the 512 GPUs: take 128 of them, or another batch")
+    assert too_many.warning is uneven.warning is None
+
+
 def command(
     capsys: pytest.CaptureFixture[str], repo_root: Path, *words: str, stage: str = "finetune"
 ) -> tuple[int, str]:
@@ -184,12 +221,27 @@ def test_what_does_not_fit_ends_with_1_and_says_what_would(capsys: pytest.Captur
     assert code == 1 and "no kind of checkpointing fits" in output
 
 
+def test_the_command_says_replicas_traffic_and_what_is_against_so_many_gpus(
+    capsys: pytest.CaptureFixture[str], repo_root: Path
+) -> None:
+    sizes = ["--tokens", "300", "--answers", "100", "--gpu-memory", "8GB"]
+    code, output = command(capsys, repo_root, *sizes, "--gpus", "64", REPLICAS)
+    assert code == 0 and "64 GPUs of 8 GB, FSDP2, 8 replicas of 8" in output
+    assert "warning: 2 samples a GPU in a step" in output
+    sent = planned(repo_root, "finetune", 64, 8e9, REPLICAS).traffic
+    said = f"{sent.within / 1e9:.1f} GB in its replica, {sent.between / 1e9:.1f} GB between replicas"
+    assert f"a GPU sends in each microbatch: {said}" in output
+    code, output = command(capsys, repo_root, *sizes, "--gpus", "512", REPLICAS)
+    assert code == 1 and "can't start: global_batch_size 128 is less than the 512 GPUs" in output
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "memory": (["--gpu-memory", "80"], "must be a size such as 80GB, found '80'"),
     "gpus": (["--gpus", "0"], "--gpus: must be at least 1, found 0"),
     "samples": (["--samples", "0"], "--samples: must be at least 1, found 0"),
     "price": (["--price", "nan"], "--price: must be at least 0, found nan"),
     "mfu": (["--mfu", "45"], "--mfu: must lie between 0 and 1, found 45.0"),
+    "replicas": (["--gpus", "12", REPLICAS], "replicate_degree: found 8, but 12 ranks can't be divided"),
     "answers": (["--tokens", "200", "--answers", "100"], "has no room for 100 answer tokens and 1 images of 128"),
 }
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launched_ranks import launch
 from tiny_run import (
     BARE,
     REPO_ROOT,
     TWO_STEPS,
     convert_shards,
-    end_group,
     largest_error,
     load_tiny_config,
     road,
@@ -24,7 +21,6 @@ from tiny_run import (
     two_steps,
     weights_of,
 )
-from warm_process import popen
 
 from composer_path import ComposerPathMLLM, PathMLLM
 from composer_path.batches.batch import split_batch
@@ -101,26 +97,11 @@ def two_ranks(
         {"name": "stand_in", "stage": "finetune", "overrides": [projector, *TWO_STEPS, *ONE_LEFT]},
         {"name": "killed", "stage": "finetune", "overrides": [projector, *TWO_STEPS], "dies": True},
     ]
-    for leg in legs:
-        leg["overrides"].append("trainer.dist_timeout=120")  # a hang is then an error
-    plan = folder / "plan.json"
-    places = {"shards": str(shards), "root": str(folder), "out": str(folder)}
-    plan.write_text(json.dumps(places | {"legs": legs, "first_shared_memory": 100_000 + os.getpid() % 800_000}))
-    launcher, script = Path(sys.executable).parent / "composer", REPO_ROOT / "tests" / "two_ranks.py"
-    command = [str(launcher), "-n", "2", str(script), str(plan)]
-    process = popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=400)
-    finally:
-        left_over = end_group(process.pid)
-    notes = {
-        leg["name"]: [torch.load(folder / f"{leg['name']}-rank{rank}.pt") for rank in range(2)]
-        for leg in legs
-        if all((folder / f"{leg['name']}-rank{rank}.pt").exists() for rank in range(2))
-    }
+    launched = launch(2, "two_ranks.py", legs, shards, folder)
+    notes = launched.notes
     missing = {leg["name"] for leg in legs} - set(notes)
-    assert missing == {"killed"}, output[-6000:]
-    return notes | {"folder": folder, "returncode": process.returncode, "left_over": left_over}
+    assert missing == {"killed"}, launched.output[-6000:]
+    return notes | {"folder": folder, "returncode": launched.returncode, "left_over": launched.left_over}
 
 
 def on_one_rank(shards: Path, root: Path, stage: str, overrides: list[str]) -> dict[str, Any]:
