@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from composer_path.commands.train import run as check
 from composer_path.commands.verb import add_yaml, at_least_1
 
 
@@ -24,12 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check, and compare."""
-    from composer_path.train import start
-
     if options.ranks is not None and not options.invariance:
         raise ValueError("--ranks: says how many share a step; give it with --invariance")
     options.files = options.files or options.invariance
-    code = start(options)
+    code = check(options)
     if not options.invariance:
         return code
     from composer_path.planning.invariance import measure, table

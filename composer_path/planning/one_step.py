@@ -143,7 +143,17 @@ def step_of_ranks(yaml: str, words: Sequence[str], ranks: int, fp64: bool = Fals
     """Compute it in processes of Composer's launcher; ValueError where they fail."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "step.pt")
-        command = [sys.executable, "-m", "composer_path.launch", "-n", str(ranks), "-m", __name__, yaml, str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "composer_path.guards.launch",
+            "-n",
+            str(ranks),
+            "-m",
+            __name__,
+            yaml,
+            str(out),
+        ]
         command.append("fp64" if fp64 else "as given")
         environment = os.environ | {_FOLDER: folder}
         done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
