@@ -128,6 +128,8 @@ def measure(yaml: str, words: Sequence[str], ranks: int, tell: Callable[[str], N
     if batch % ranks:
         raise ValueError(f"--ranks: found {ranks}, which doesn't divide global_batch_size {batch}; take a divisor")
     trainer = settings["trainer"]
+    if (parallelism := trainer["parallelism_config"]) and parallelism["fsdp"]:  # replicas are for more ranks
+        words = [*words, f"{FSDP}.data_parallel_replicate_degree=null", f"{FSDP}.data_parallel_shard_degree=-1"]
     comparison = Comparison(yaml, words, compute_dtype(trainer["precision"], trainer["parallelism_config"]))
     rows = []
     for way in ways_of(settings, ranks):

@@ -13,7 +13,7 @@ from tiny_run import REPO_ROOT, convert_shards, tiny_overrides
 from composer_path.cli import main
 from composer_path.config.reading import load_config, plain
 from composer_path.models.composer_model import ComposerPathMLLM
-from composer_path.planning.invariance import Comparison, Row, Way, table, ways_of
+from composer_path.planning.invariance import Comparison, Row, Way, measure, table, ways_of
 from composer_path.planning.one_step import Step
 
 DEMO = str(REPO_ROOT / "yamls" / "demo" / "finetune.yaml")
@@ -133,6 +133,21 @@ def test_each_way_changes_one_thing_and_is_a_configuration(
         assert changed != settings or way.one_sample or way.ranks > 1, way
     assert refused == (["FSDP2", "4 ranks, FSDP2", "4 ranks, 2 replicas (HSDP)"] if kind == "float8" else [])
     assert any(way.what == "4 ranks, 2 replicas (HSDP)" for way in ways)
+
+
+def test_a_yaml_for_replicas_is_compared_on_one_rank(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    seen: list[Any] = []
+
+    def load(self: Comparison, way: Way) -> Row:
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        seen.append(load_config(self.yaml, [*self.words, *way.words]).trainer.parallelism_config)
+        return Row(way)
+
+    monkeypatch.setattr(Comparison, "row_of", load)
+    replicas = "trainer.parallelism_config.fsdp.data_parallel_replicate_degree=8"
+    measure(DEMO, [*words, replicas], 1, lambda way: None)
+    assert seen[0].fsdp.data_parallel_replicate_degree is None and None in seen
 
 
 def test_differences_are_relative_and_a_missing_gradient_is_infinite() -> None:
