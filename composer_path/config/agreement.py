@@ -68,6 +68,8 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         yield "model.trainable: found an empty list; name what this stage trains, as in [projector]"
     if not isinstance(trainable, list) or not trainable:
         return
+    if twice := [name for i, name in enumerate(trainable) if name in trainable[:i]]:
+        yield f"model.trainable: found {twice[0]} twice; name each once"
     rates = rates if isinstance(rates, Mapping) else trainable
     for name in [name for name in rates if name not in trainable]:
         fix = hint(name, trainable, f"there are {', '.join(map(str, trainable))}")
@@ -86,7 +88,8 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
 
 
 def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
-    trainer, clipping = get("trainer") or {}, "algorithms.gradient_clipping.clipping_type"
+    trainer, clipping = get("trainer"), "algorithms.gradient_clipping.clipping_type"
+    trainer = trainer if isinstance(trainer, Mapping) else {}
     if get("trainer.autoresume") and trainer.get("save_interval", "") is None:
         found = "has nothing to go on from while save_interval is null"
         yield f"trainer.autoresume: {found}; give an interval or remove this"

@@ -7,6 +7,7 @@ Unknown and missing keys and wrong types are found here; why a known key isn't s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from composer_path.config.schema import REQUIRED, Choice, Key, Node, Section, jo
 from composer_path.config.sections import config_schema
 from composer_path.config.types import choices_of, describe, fits, hint, mentions, nearest
 from composer_path.storage.errors import StorageError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # and halves of a character; but line ends
 
 
 def check_keys(value: Any, node: Node, path: str = "") -> Iterator[str]:
@@ -74,11 +77,15 @@ def _check_value(value: Any, key: Key, path: str) -> Iterator[str]:
         fix = hint(wrong, words, f"it must be {describe(key.annotation)}{example}")
         yield f"{path}: found {_show(wrong if nearest(wrong, words) else value)}; {fix}{_unquoted(value)}"
         return
+    for text in [leaf for leaf in leaves if isinstance(leaf, str) and CONTROL.search(leaf)]:
+        yield f"{path}: found {_show(text)}; it must be text without control characters"
     for number in [leaf for leaf in leaves if isinstance(leaf, int | float) and not isinstance(leaf, bool)]:
         if not math.isfinite(number):
             yield f"{path}: found {number}; it must be a finite number"
         elif key.at_least is not None and number < key.at_least:
             yield f"{path}: found {number}; it must be at least {key.at_least}"
+        elif isinstance(number, int) and number > key.at_most:
+            yield f"{path}: found {number}; it must be at most {key.at_most:,}"
     try:
         for item in items:
             if item is not None and key.check is not None:

@@ -22,6 +22,7 @@ from composer_path.run.place import checkpoints_of
 from composer_path.shards.index import INDEX_NAME
 from composer_path.storage.places import Bucket, is_remote
 from composer_path.stream.order import stream_shares
+from composer_path.weights.assembly import assemble_model
 
 Settings = Mapping[str, Any]  # a configuration, or a section of it, complete and plain
 
@@ -36,7 +37,7 @@ def check_files(settings: Settings) -> list[str]:
     problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
     if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
-    return problems or lengths_problems(settings)
+    return problems or [*_model_problems(settings["model"])] or lengths_problems(settings)
 
 
 def samples_left_out(settings: Settings) -> Iterator[str]:
@@ -131,8 +132,25 @@ def _is_there(path: str) -> bool:
         return False
 
 
+def _model_problems(model: Settings) -> Iterator[str]:
+    """What keeps a model from being built: all is built once, without storage for its parameters."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        # As if for a machine like this one: the kernel is chosen where it trains.
+        assemble_model(**{**model, "attention": "sdpa"}, empty=True)
+    except ValueError as error:
+        yield str(error)
+    except Exception as error:  # of timm, open_clip and transformers, for sizes that don't go together
+        why = " ".join(str(error).split())
+        yield f"model: can't be built of these sizes: {type(error).__name__}: {why}; correct the last one changed"
+
+
 def _earlier_results(settings: Settings) -> Iterator[str]:
     trainer = settings["trainer"]
+    path = trainer["load_path"]
+    if path is not None and "{" not in path and not is_remote(path) and not Path(path).exists():
+        yield f"trainer.load_path: found no '{path}'; give a checkpoint, or null to start anew"
     meant = trainer["autoresume"] or trainer["save_overwrite"] or trainer["save_interval"] is None
     if not meant and (folder := checkpoints_of(settings["save_root"], trainer["run_name"])).names():
         fix = "choose another run_name or save_root, or go on where it was with trainer.autoresume=true"

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
+from composer_path.config.plain_yaml import MAX_DEPTH
 from composer_path.config.schema import join
 
 # An environment variable is read only where the YAML names it; oc.decode makes a number of its text.
@@ -17,7 +18,7 @@ RESOLVERS = {"oc.env", "oc.decode"}
 UNREADABLE = object()  # stands where a value can't be filled in, which is reported
 
 
-def fill_in(node: Any, problems: list[str], path: str = "") -> Any:
+def fill_in(node: Any, problems: list[str], path: str = "", depth: int = 0) -> Any:
     """Plain values in place of a configuration's interpolations; those that fail, and a left ???, are reported."""
     if not OmegaConf.is_config(node):
         return node
@@ -32,9 +33,11 @@ def fill_in(node: Any, problems: list[str], path: str = "") -> Any:
             problems.append(f"{where}: found ???; give a value, here or as the override {where}=...")
         elif text and not RESOLVERS.issuperset(_resolvers(parse(text))):
             problems.append(f"{where}: found {text}; filled in are ${{other.key}} and ${{oc.env:NAME}} only")
+        elif depth > MAX_DEPTH:
+            problems.append(f"{where}: is nested more than {MAX_DEPTH} levels deep; a section that stands in itself?")
         else:
             try:
-                values[key] = fill_in(node[key], problems, where)
+                values[key] = fill_in(node[key], problems, where, depth + 1)
             except OmegaConfBaseException as error:
                 why = str(error).splitlines()[0].removeprefix("KeyError raised while resolving interpolation: ")
                 problems.append(f"{where}: found {text}, which can't be filled in: " + why.strip('"'))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,27 @@ from yaml import YAMLError
 from composer_path.config.agreement import disagreements
 from composer_path.config.check import check_keys
 from composer_path.config.interpolations import fill_in
+from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
+
+MAX_LINE = 800  # letters of a problem
+NO_YAML = (YAMLError, OmegaConfBaseException, ValueError)  # the last: no Unicode, a number of 5,000 digits
 
 
 class ConfigError(ValueError):
     """All mistakes of a YAML and its overrides, one a line: where, what was found, what to do."""
 
     def __init__(self, source: str | Path, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
+        self.problems = [_shown(problem) for problem in problems]
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        super().__init__("\n  ".join([f"{source}: {count}", *problems]))
+        super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
+
+
+def _shown(problem: str) -> str:
+    """One line that a terminal can show, with its middle left out where it is long: the end says what to do."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in problem)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
@@ -62,22 +73,27 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:
     """The YAML as it stands, with the overrides merged in."""
     try:
-        config = OmegaConf.load(path)
+        text = Path(path).read_text(encoding="utf-8")
+        check_plain(text)
+        config = OmegaConf.load(StringIO(text))
     except FileNotFoundError as error:
         raise ConfigError(path, ["there is no such file"]) from error
     except OSError as error:  # a folder, or no right to read it
-        raise ConfigError(path, [f"can't be read: {error.strerror}"]) from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        why = error.strerror or "it is a single value"  # the latter is OmegaConf's
+        raise ConfigError(path, [f"can't be read: {why}"]) from error
+    except NO_YAML as error:
         raise ConfigError(path, [f"can't be read as YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(config, DictConfig):
         raise ConfigError(path, ["must be a mapping of sections, found a list"])
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key.strip():
             problems.append(f"override '{override}': it must be key=value, as in trainer.max_duration=2ep")
             continue
         try:
+            check_plain(value)
             config.merge_with_dotlist([override])
-        except (YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
-            problems.append(f"override '{override}': can't be applied: {str(error).splitlines()[0]}")
+        except (*NO_YAML, TypeError) as error:
+            why = str(error).partition("\n")[0]
+            problems.append(f"override '{override}': can't be applied: {why}")
     return config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -34,7 +33,9 @@ def check_time(value: str | int | float, units: tuple[str, ...], zero: bool = Fa
         raise ValueError(f"found {value}, which is no time; {fix}") from None
     if time.unit.value not in units:
         raise ValueError(f"found {value}; its unit must be one of {', '.join(units)}")
-    if not (0 < time.value < math.inf or (zero and time.value == 0)):
+    if not (0 < time.value < 2**63 or (zero and time.value == 0)):
+        if time.value > 0:
+            raise ValueError(f"found {value}; it must be below 2**63")
         raise ValueError(f"found {value}; it must be {'at least' if zero else 'above'} 0")
 
 
@@ -62,6 +63,9 @@ check_above_zero = _rule("found {}; it must be above 0", lambda number: number >
 check_shard_degree = _rule(
     "found {}; it must be a number of ranks, or -1 for all that there are", lambda ranks: ranks == -1 or ranks >= 1
 )
+check_seconds = _rule("found {}; it must be above 0 and at most 1e9 seconds", lambda seconds: 0 < seconds <= 1e9)
+check_mean = _rule("found {}; it must be between 0 and 1, as pixels are", lambda mean: 0 <= mean <= 1)
+check_std = _rule("found {}; it must be between 0.001 and 10: pixels are divided by it", lambda std: 0.001 <= std <= 10)
 check_beta = _rule("found {}; it must be at least 0 and below 1", lambda number: 0 <= number < 1)
 check_bytes = _rule(
     "found {}, which is no size or too small; give a number and a unit, as in 10gb",
@@ -71,12 +75,14 @@ check_epoch_size = _rule(
     "found {}; it must be a number of samples, as in 50000 or 50k", lambda size: number_abbrev_to_int(size) >= 1
 )
 check_run_name = _rule(
-    "found {!r}, which is no folder below save_root; give one of visible letters, without '..', braces or a first '/'",
+    "found {!r}, which is no folder below save_root; give one of visible letters (200 a folder), without '..', "
+    "braces or a first '/'",
     lambda name: (
         (parts := PurePosixPath(name).parts)
         and parts[0][0] != "/"
         and ".." not in parts
         and name.isprintable()
+        and max(len(part.encode()) for part in parts) <= 200
         and not set(name) & set("{}")
     ),
 )
@@ -107,11 +113,15 @@ def check_vision_name(name: str) -> None:
 
 def check_language_model(config: dict[str, Any] | str) -> None:
     """A configuration that transformers knows, without keys that it doesn't, and one that our attention can serve."""
-    if isinstance(config, Mapping) and config.get("model_type") in CONFIG_MAPPING:
+    model_type = config.get("model_type") if isinstance(config, Mapping) else None
+    if isinstance(config, Mapping) and isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         cls = CONFIG_MAPPING[config["model_type"]]
         known = set(cls().to_dict()) | set(inspect.signature(cls.__init__).parameters)
         for key in config:
             if key not in known:
                 hint = f"; did you mean '{near}'?" if (near := nearest(key, known)) else ""
                 raise ValueError(f"unknown key '{key}' for model_type {config['model_type']}{hint}")
-    load_language_model_config(dict(config) if isinstance(config, Mapping) else config)
+    try:
+        load_language_model_config(dict(config) if isinstance(config, Mapping) else config)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("model.language_model: ")) from None

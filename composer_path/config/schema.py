@@ -35,6 +35,7 @@ class Key:
     annotation: Any
     default: Any = REQUIRED
     at_least: int | None = None
+    at_most: int = 2**63 - 1
     check: Callable[[Any], None] | None = None  # of what isn't null; raises ValueError
 
 
@@ -149,7 +150,7 @@ def key_of(name: str, annotation: Any, default: Any, **fields: Any) -> Key:
     rules: dict[str, Any] = {}
     if text or mentions(annotation, Time):
         rules["check"] = check_interval if repeated else check_moment
-    elif name.endswith("interval"):
+    elif name.endswith(("interval", "window_size")):
         rules["at_least"] = 1
     plain = list(default) if isinstance(default, tuple) else default
     elsewhere = isinstance(plain, str) and plain.startswith("${")

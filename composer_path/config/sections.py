@@ -42,7 +42,14 @@ from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
 SEED = "${seed}"  # of the whole run
+SEEDS = {"at_least": 0, "at_most": 4_000_000_000}  # NumPy's generators take 32 bits, and some are counted up from it
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
+SECONDS = {"check": rules.check_seconds}
+
+
+def _from_1(most: int) -> dict[str, Any]:
+    """A number of things that a slip of the keyboard shouldn't build for hours."""
+    return {"at_least": 1, "at_most": most}
 
 
 @cache
@@ -54,7 +61,7 @@ def config_schema() -> Section:
     return Section(
         {
             "version": Key(Literal[1]),
-            "seed": Key(int, at_least=0),
+            "seed": Key(int, **SEEDS),
             "save_root": Key(str, check=rules.check_save_root),
             "variables": Section({}, {}, open=True),
             "tokenizer": section_of(load_tokenizer, refused=no_code, default=REQUIRED),
@@ -75,9 +82,10 @@ def _model() -> Section:
     sizes = dict.fromkeys(("in_dim", "out_dim", "vision_encoder"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
     decided["attention"] = "use model.attention"
-    pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), AT_LEAST_1))
-    mlp = section_of(MlpSettings, changes={"depth": AT_LEAST_0})
-    vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": AT_LEAST_1}
+    pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), _from_1(10**5)))
+    mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0, "at_most": 100}})
+    vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": _from_1(10**4)}
+    vision |= {"mean": {"check": rules.check_mean}, "std": {"check": rules.check_std}}
     vision["kwargs"] = {"check": check_vision_keywords}
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
@@ -108,7 +116,7 @@ def _loader(default: Any) -> Section:
         **checks,
         **dict.fromkeys(counts, AT_LEAST_1),
         **{name: {"check": partial(check_setting, name)} for name in ("shuffle_block_size", *REFUSED)},
-        **dict.fromkeys(("fault_timeout", "download_timeout"), ABOVE_0),
+        **dict.fromkeys(("fault_timeout", "download_timeout"), SECONDS),
         # Streaming's own words are listed where it looks them up; of `sampling_method` it has no table.
         "shuffle_algo": {"annotation": Literal[tuple(shuffle_algos)]},
         "sampling_method": {"annotation": Literal["balanced", "fixed"]},
@@ -116,12 +124,15 @@ def _loader(default: Any) -> Section:
         "streams": Section({}, members=stream),
         "cache_limit": {"check": rules.check_bytes},
         "epoch_size": {"check": rules.check_epoch_size},
-        "shuffle_seed": {**AT_LEAST_0, "default": SEED},
+        "shuffle_seed": {**SEEDS, "default": SEED},
     }
     datasets = (ConversationDataset, GuardedStreamingDataset, StreamingDataset)
     numbers: dict[str, Any] = {
-        **dict.fromkeys(("global_batch_size", "max_tokens_per_microbatch", "prefetch_factor"), AT_LEAST_1),
-        **dict.fromkeys(("num_workers", "timeout"), AT_LEAST_0),
+        "global_batch_size": _from_1(10**7),
+        "max_tokens_per_microbatch": AT_LEAST_1,
+        "prefetch_factor": _from_1(10**4),
+        "num_workers": {"at_least": 0, "at_most": 1000},
+        "timeout": {"at_least": 0, "at_most": 10**9},
     }
     dataset = section_of(*datasets, refused=refused | of_streaming, changes=changes, default=REQUIRED)
     return section_of(build_dataloader, refused=refused, changes=numbers | {"dataset": dataset}, default=default)
@@ -165,7 +176,8 @@ def _named_sections(name: str) -> Section:
 def _guards() -> Section:
     changes: dict[str, Any] = {
         "skips_in_a_row": AT_LEAST_1,
-        **dict.fromkeys(("loss_spike", "stall_timeout"), ABOVE_0),
+        "loss_spike": ABOVE_0,
+        "stall_timeout": SECONDS,
         "stop_after": {"check": seconds_of},
     }
     return section_of(Guards, leave_out=("run_folder",), changes=changes, default={})
@@ -208,7 +220,8 @@ def _trainer() -> Section:
             # Composer's own default on a GPU is fp16.
             "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "default": REQUIRED},
             "device": {"annotation": Literal["cpu", "gpu"] | None},
-            **dict.fromkeys(("dist_timeout", "scale_schedule_ratio"), ABOVE_0),
+            "dist_timeout": SECONDS,
+            "scale_schedule_ratio": ABOVE_0,
             "parallelism_config": Section({"fsdp": _fsdp()}),
         },
     )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from transformers import (
 
 from composer_path.models.attention import AttentionBackend, check_attention_supported, resolve_attention
 from composer_path.models.rope_keys import read_rope_parameters
+
+# Far beyond any model: a slip of the keyboard would otherwise build for hours.
+MOST = {"hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**7, "num_hidden_layers": 10**3}
+MOST |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 10**4) | {"max_position_embeddings": 10**9}
 
 
 def untrained_language_model(
@@ -51,12 +56,19 @@ def load_language_model_config(source: dict[str, Any] | str | None) -> Pretraine
         if not Path(source).exists():
             raise ValueError(f"model.language_model: '{source}' does not exist")
         _check_plain(Path(source))
-        hf_config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        build = partial(AutoConfig.from_pretrained, source, local_files_only=True, trust_remote_code=False)
     else:
         keys = deepcopy(dict(source or {}))  # transformers 5 writes into nested settings
         if "model_type" not in keys:
             raise ValueError("model.language_model.config: 'model_type' is missing (llama, mistral, qwen2, ...)")
-        hf_config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+        _check_causal("model.language_model.config", keys["model_type"])
+        build = partial(AutoConfig.for_model, keys.pop("model_type"), **keys)
+    try:
+        hf_config = build()
+    except Exception as error:  # each model has its own checks, with errors of their own
+        why = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(f"model.language_model: transformers refuses this configuration: {why}") from None
+    _check_sizes(hf_config)
     read_rope_parameters(hf_config)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
     if not getattr(model_class, "_supports_attention_backend", False):
@@ -77,16 +89,37 @@ def _check_plain(path: Path) -> None:
     except (ValueError, AttributeError, RecursionError) as error:
         fix = "take a folder that transformers wrote"
         raise ValueError(f"'{file}': must be a model's configuration; found {type(error).__name__}; {fix}") from None
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        code = " with code of its own (auto_map), which is never run" if "auto_map" in content else ""
-        raise ValueError(
-            f"'{file}': model_type must be one that transformers knows, found {str(model_type)!r}{code}; take another "
-            "model"
-        )
+    code = " with code of its own (auto_map), which is never run" if "auto_map" in content else ""
+    _check_causal(f"'{file}'", model_type, code)
     if "transformers_weights" in content:
         raise ValueError(f"'{file}': must not name other weights (transformers_weights); take that key out")
     if path.is_dir() and (folder / "adapter_config.json").exists():
         raise ValueError(f"'{folder}': must hold a whole model, found adapter_config.json; merge the adapter into it")
+
+
+def _check_causal(where: str, model_type: Any, code: str = "") -> None:
+    """Refuse, before its class sees a key, what is no language model: some other classes load further folders."""
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        found = f"found {str(model_type)!r}{code}"
+        raise ValueError(f"{where}: model_type must be one that transformers knows, {found}; take another model")
+    if CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{where}: model_type must be a causal language model's, found {model_type!r}; take another")
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    """Refuse sizes of which no model can be built; transformers looks at few of them."""
+    for name, most in MOST.items():
+        value = getattr(config, name, None)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            rule = f"{name} must be a whole number from 1 to {most:,}"
+            raise ValueError(f"model.language_model: {rule}, found {value!r}; correct it")
+    width, heads = getattr(config, "hidden_size", 1), getattr(config, "num_attention_heads", 1)
+    if (sharing := getattr(config, "num_key_value_heads", None)) is not None and heads % sharing:
+        rule = f"num_attention_heads must be a multiple of num_key_value_heads, found {heads} and {sharing}"
+        raise ValueError(f"model.language_model: {rule}; correct it")
+    if width % heads and getattr(config, "head_dim", None) in (None, width // heads):
+        rule = f"hidden_size must be a multiple of num_attention_heads, found {width} and {heads}"
+        raise ValueError(f"model.language_model: {rule}; correct it")
 
 
 def decoder_blocks(language_model: nn.Module) -> nn.ModuleList:

@@ -189,13 +189,15 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
         return template
     settings = {"name": template} if isinstance(template, str) else dict(template)
     name = settings.pop("name", None)
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         nearest = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.0)[0]
         raise ValueError(f"template: unknown name {name!r}; did you mean {nearest!r}? (known: {', '.join(TEMPLATES)})")
     allowed = [field.name for field in fields(TEMPLATES[name])]
-    for key in settings:
+    for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"template.{key}: {name!r} has no such setting (it has: {', '.join(allowed) or 'none'})")
+        if not isinstance(value, str):
+            raise ValueError(f"template.{key}: found {value!r}; it must be text")
     return TEMPLATES[name](**settings)
 
 

@@ -105,7 +105,15 @@ def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
         if settings.get("tokenizer_class") == "TokenizersBackend":
             tokenizer_class = PreTrainedTokenizerFast
             kwargs.pop("use_fast", None)
-    return tokenizer_class.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
+    tokenizer = tokenizer_class.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
+    templates = getattr(tokenizer, "chat_template", None)
+    for name in templates if isinstance(templates, dict) else ():
+        if not re.fullmatch(r"[\w-]+", str(name)):  # each is saved as a file of its name, until transformers 5.10
+            fix = "rename it in tokenizer_config.json"
+            raise ValueError(
+                f"tokenizer.path: chat templates in '{path}' must be named by words, found {name!r}; {fix}"
+            )
+    return tokenizer
 
 
 def _load_sentencepiece_file(file: Path, **kwargs: Any) -> Tokenizer:
