@@ -30,7 +30,7 @@ def check_plain(text: str) -> None:
             elif isinstance(event, yaml.AliasEvent):
                 if anchor in [name for name, _, _ in stack]:
                     raise ValueError(f"found the alias *{anchor} inside of what it stands for; write out what is meant")
-                values, levels = anchors.get(anchor, (1, 0))
+                values, levels = anchors.get(str(anchor), (1, 0))
             if anchor is not None:
                 anchors[anchor] = values, levels
             name, so_far, deepest = stack[-1]
