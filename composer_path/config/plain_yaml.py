@@ -27,10 +27,10 @@ def check_plain(text: str) -> None:
             anchor, values, levels = getattr(event, "anchor", None), 1, 0
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, values, levels = stack.pop()
-            elif isinstance(event, yaml.AliasEvent):
+            elif isinstance(event, yaml.AliasEvent) and event.anchor is not None:
                 if anchor in [name for name, _, _ in stack]:
                     raise ValueError(f"found the alias *{anchor} inside of what it stands for; write out what is meant")
-                values, levels = anchors.get(anchor, (1, 0))
+                values, levels = anchors.get(event.anchor, (1, 0))
             if anchor is not None:
                 anchors[anchor] = values, levels
             name, so_far, deepest = stack[-1]

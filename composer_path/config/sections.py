@@ -42,7 +42,10 @@ from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
 SEED = "${seed}"  # of the whole run
-SEEDS = {"at_least": 0, "at_most": 4_000_000_000}  # NumPy's generators take 32 bits, and some are counted up from it
+SEEDS: dict[str, Any] = {
+    "at_least": 0,
+    "at_most": 4_000_000_000,
+}  # NumPy's generators take 32 bits, and some are counted up from it
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
 SECONDS = {"check": rules.check_seconds}
 
