@@ -10,7 +10,7 @@ IHC_TILE := test_data/imgs/ihc_x0264_y0352_160.jpg
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow test-pinned test-pinned-parity bench bench-gpu soak check format release clean
+.PHONY: demo test test-slow test-pinned test-pinned-parity bench bench-gpu soak check advisories format release clean
 
 # Two stacks, installed from full lists of names and versions without a resolver: docs/versions.md says why. A list that
 # changes is installed again.
@@ -86,6 +86,10 @@ check: $(READY)
 	ruff format --check .
 	mypy
 	yamllint --strict .
+
+# Published advisories that name a version of the two stacks; pip-audit is asked where it is installed and has a network.
+advisories: $(READY)
+	python tests/advisories.py
 
 format: $(READY)
 	ruff check --fix .

@@ -27,7 +27,7 @@ def check_plain(text: str) -> None:
             anchor, values, levels = getattr(event, "anchor", None), 1, 0
             if isinstance(event, yaml.CollectionEndEvent):
                 anchor, values, levels = stack.pop()
-            elif isinstance(event, yaml.AliasEvent):
+            elif isinstance(event, yaml.AliasEvent) and event.anchor is not None:
                 if anchor in [name for name, _, _ in stack]:
                     raise ValueError(f"found the alias *{anchor} inside of what it stands for; write out what is meant")
                 values, levels = anchors.get(str(anchor), (1, 0))

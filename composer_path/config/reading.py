@@ -17,8 +17,8 @@ from composer_path.config.interpolations import fill_in
 from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
+from composer_path.config.types import on_a_line
 
-MAX_LINE = 800  # letters of a problem
 NO_YAML = (YAMLError, OmegaConfBaseException, ValueError)  # the last: no Unicode, a number of 5,000 digits
 
 
@@ -26,15 +26,9 @@ class ConfigError(ValueError):
     """All mistakes of a YAML and its overrides, one a line: where, what was found, what to do."""
 
     def __init__(self, source: str | Path, problems: Sequence[str]) -> None:
-        self.problems = [_shown(problem) for problem in problems]
+        self.problems = [on_a_line(problem) for problem in problems]
         count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
         super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
-
-
-def _shown(problem: str) -> str:
-    """One line that a terminal can show, with its middle left out where it is long: the end says what to do."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in problem)
-    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:

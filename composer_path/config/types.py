@@ -23,6 +23,14 @@ PLAIN: dict[Any, tuple[str, Any]] = {
     types.NoneType: ("null", types.NoneType),
 }
 
+MAX_LINE = 800  # letters of a message
+
+
+def on_a_line(message: str) -> str:
+    """A message that a terminal can show, with its middle left out where it is long: the end says what to do."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
+
 
 def resolve_annotation(parameter: inspect.Parameter, function: Callable[..., Any]) -> Any:
     """The type behind a parameter's annotation, which may be text; TypeError (an error of ours) where there is none."""
