@@ -27,6 +27,7 @@ from torch import Tensor
 from composer_path.config.reading import load_config, plain
 from composer_path.models.path_mllm import MODULES
 from composer_path.train import train
+from composer_path.weights.torch_file import read_torch_file
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -160,7 +161,7 @@ def step_of_ranks(yaml: str, words: Sequence[str], ranks: int, fp64: bool = Fals
         if done.returncode or not out.exists():
             said = [line for line in (done.stdout + done.stderr).splitlines() if "Error: " in line]
             raise ValueError(f"{ranks} ranks ended early: {said[-1].strip() if said else f'code {done.returncode}'}")
-        return Step(**torch.load(out, weights_only=True))
+        return Step(**read_torch_file(out, values=True))
 
 
 def main(yaml: str, out: str, bits: str, *words: str) -> None:
