@@ -71,8 +71,16 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+OF_TWO_RANKS = (broken_shard, weights_of_text)  # the others are slow
+EACH = [
+    pytest.param(mistake, ranks, id=f"{mistake.__name__}-{ranks}", marks=[pytest.mark.slow] * slow)
+    for mistake in MISTAKES
+    for ranks in (1, 2)
+    for slow in [ranks == 2 and mistake not in OF_TWO_RANKS]
+]
+
+
+@pytest.mark.parametrize(("mistake", "ranks"), EACH)
 def test_a_mistake_is_one_line_of_one_rank(mistake, ranks: int, shards: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     outcome = go(tmp_path, shards, mistake(shards, tmp_path), ranks=ranks)
     both = outcome.stdout + outcome.stderr

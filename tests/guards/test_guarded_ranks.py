@@ -20,7 +20,10 @@ def everything(outcome: Outcome) -> str:
     return outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+SLOW = pytest.mark.slow  # what is like another one but for a detail
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 def test_a_bug_on_one_rank_ends_both_within_seconds_and_is_seen_once(rank: int, shards: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, shards, fault="error", rank=rank, ranks=2)
     assert outcome.code == 1 and outcome.seconds < MOST
@@ -28,7 +31,7 @@ def test_a_bug_on_one_rank_ends_both_within_seconds_and_is_seen_once(rank: int, 
     assert everything(outcome).count("Traceback") == 1 and "a bug on purpose" in outcome.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])
 def test_a_mistake_seen_by_one_rank_is_one_line_of_the_first(rank: int, shards: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, shards, fault="mistake", rank=rank, ranks=2)
     assert outcome.code == MISTAKE and outcome.seconds < MOST
@@ -36,8 +39,8 @@ def test_a_mistake_seen_by_one_rank_is_one_line_of_the_first(rank: int, shards: 
     assert "Traceback" not in everything(outcome)
 
 
-@pytest.mark.parametrize("overrides", [SHARDED, DDP], ids=["fsdp", "ddp"])
-@pytest.mark.parametrize("fault", ["nan_loss", "nan_gradient"])
+@pytest.mark.parametrize("overrides", [SHARDED, pytest.param(DDP, marks=SLOW)], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize("fault", ["nan_loss", pytest.param("nan_gradient", marks=SLOW)])
 def test_nan_on_one_rank_stops_both_with_its_rank_and_samples(
     fault: str, overrides: list[str], shards: Path, tmp_path: Path
 ) -> None:
@@ -60,7 +63,7 @@ def test_a_step_is_left_out_by_both(shards: Path, tmp_path: Path) -> None:
     assert outcome.losses["3"] == outcome.losses["3"]  # not NaN
 
 
-@pytest.mark.parametrize("fault", ["hang", pytest.param("stopped", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("stopped", marks=SLOW)])
 def test_a_rank_that_hangs_ends_both_and_each_says_where_it_waits(fault: str, shards: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, shards, ["guards.stall_timeout=3"], fault=fault, rank=1, step=2, ranks=2)
     assert outcome.code == STALLED and outcome.seconds < MOST + 35  # Composer's launcher gives a stopped rank 30 s
@@ -73,10 +76,10 @@ def test_a_rank_that_hangs_ends_both_and_each_says_where_it_waits(fault: str, sh
     ("number", "whom", "launcher", "code"),
     [
         (signal.SIGTERM, "leader", "composer", STOPPED),
-        (signal.SIGTERM, "group", "composer", STOPPED),
-        (signal.SIGINT, "group", "composer", INTERRUPTED),
-        (signal.SIGTERM, "leader", "ours", STOPPED),
-        (signal.SIGUSR1, "group", "ours", STOPPED),
+        pytest.param(signal.SIGTERM, "group", "composer", STOPPED, marks=SLOW),
+        pytest.param(signal.SIGINT, "group", "composer", INTERRUPTED, marks=SLOW),
+        pytest.param(signal.SIGTERM, "leader", "ours", STOPPED, marks=SLOW),
+        pytest.param(signal.SIGUSR1, "group", "ours", STOPPED, marks=SLOW),
     ],
 )
 def test_a_signal_stops_both_at_the_same_step_and_the_same_command_goes_on(

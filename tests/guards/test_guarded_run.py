@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,10 @@ from faulty_run import BARE, Outcome, go
 from safetensors.torch import load_file
 from tiny_run import load_tiny_config, run, weights_of
 
-from composer_path.config.reading import plain
+from composer_path import train as train_module
 from composer_path.guards.ending import INTERRUPTED, MISTAKE, NOT_FINITE, STALLED, STOPPED, NotFinite
 from composer_path.guards.guards import Guards
 from composer_path.guards.spikes import LossSpikes
-from composer_path.train import build_model
-from composer_path.weights.projector_file import save_projector
 
 WRITES = ["callbacks={save_weights: {interval: 1ba}}", "trainer.save_interval=1ba"]
 
@@ -59,14 +58,20 @@ def test_weights_that_turned_nan_are_not_written_though_loss_and_gradient_were_f
     assert "weights must be finite; found NaN or infinity after step 2 in model.projector." in last_line(outcome)
 
 
-def test_a_weights_file_with_one_nan_is_refused_before_the_first_step(shards: Path, tmp_path: Path) -> None:
-    config, file = load_tiny_config("finetune", shards, tmp_path, BARE), tmp_path / "projector.safetensors"
-    built = build_model(plain(config))
-    state = {name: value.clone() for name, value in built.projector.state_dict().items()}
-    next(iter(state.values())).view(-1)[3] = torch.nan
-    save_projector(file, built.projector, state)
+def test_weights_with_one_nan_are_refused_before_the_first_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = train_module.build_model
+
+    def broken(settings: Any) -> Any:
+        model = build(settings)
+        with torch.no_grad():
+            next(model.projector.parameters()).view(-1)[3] = torch.nan
+        return model
+
+    monkeypatch.setattr(train_module, "build_model", broken)
     with pytest.raises(NotFinite, match=r"before the first step of this start in model\.projector\..*under model:"):
-        run(load_tiny_config("finetune", shards, tmp_path / "next", [*BARE, f"model.projector.weights={file}"]))
+        run(load_tiny_config("finetune", shards, tmp_path, BARE))
 
 
 def test_skipped_steps_leave_weights_as_they_were_and_are_counted(shards: Path, tmp_path: Path) -> None:
