@@ -55,7 +55,8 @@ test-pinned: .venv-pinned/.ready
 
 # Of the pinned stack what CI looks at: parity with the reference, the road, and what is asked of Composer and Streaming.
 PARITY := tests/test_requirements.py tests/test_architecture.py tests/models tests/weights tests/records \
-	tests/run/test_sharding.py tests/checkpoints tests/run/test_trainer.py tests/seam \
+	tests/run/test_sharding.py tests/run/test_trainer.py tests/seam \
+	tests/checkpoints/test_trained_only.py tests/checkpoints/test_checkpoint_reading.py tests/checkpoints/test_guarded_reader.py \
 	tests/stream/test_streaming_originals.py tests/batches/test_memory_ring.py
 test-pinned-parity: .venv-pinned/.ready
 	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" python -m pytest -m "not slow" $(PARITY)
