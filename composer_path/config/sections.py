@@ -111,7 +111,7 @@ def _loader(default: Any) -> Section:
     checks: dict[str, Any] = {
         "local": {"check": check_readable},
         "remote": {"check": check_readable},
-        "template": {"annotation": str | dict | None, "check": get_template},
+        "template": {"annotation": str | dict[str, Any] | None, "check": get_template},
     }
     stream = section_of(build_stream, leave_out=("name", "text"), changes=checks)
     counts = ("max_seq_len", "max_pixels", "num_canonical_nodes", "predownload", "sampling_granularity")
