@@ -196,7 +196,7 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
     for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"template.{key}: {name!r} has no such setting (it has: {', '.join(allowed) or 'none'})")
-        if not isinstance(value, str | None):
+        if not isinstance(value, str | datetime.date | None):
             raise ValueError(f"template.{key}: found {value!r}; it must be text, or null")
     return TEMPLATES[name](**settings)
 
