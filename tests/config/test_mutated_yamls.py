@@ -123,7 +123,7 @@ REFUSED = [
     ("model.trainable=[projector, projector]", "model.trainable: found projector twice; name each once"),
     ("model.projector.mlp.depth=100000000", "model.projector.mlp.depth: found 100000000; it must be at most 100"),
     ("callbacks.speed_report.window_size=0", "window_size: found 0; it must be at least 1"),
-    ("train_loader.dataset.template={name: llava_llama_2, system: 5}", "template.system: found 5; it must be text, or null"),
+    ("train_loader.dataset.template={name: llava_llama_2, system: 5}", "template.system: found 5; it must be text"),
     ("train_loader.dataset.template={name: [1]}", "template: unknown name"),
     (LLAMA.replace("64", "30").replace("8", "7") % "vocab_size: 99", "hidden"),
     (LLAMA % "num_key_value_heads: 3", "must be a multiple of num_key_value_heads, found 8 and 3"),
