@@ -108,7 +108,7 @@ def test_the_kept_configuration_names_environment_variables_but_not_their_values
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", "/secret/place")
     config = OmegaConf.create({"variables": {"data": "${oc.env:DATA_ROOT}"}, "local": "${variables.data}/train"})
-    RunReport(tmp_path, {}).save_config(config)
+    RunReport(tmp_path, {}).save_config(config, [])
     kept = (tmp_path / "config.yaml").read_text()
     assert "${oc.env:DATA_ROOT}" in kept and "secret" not in kept
 

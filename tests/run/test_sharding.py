@@ -320,8 +320,11 @@ def tiny_model() -> PathMLLM:
     )
 
 
+ONE_COPY: dict[str, Any] = {"data_parallel_replicate_degree": None, "data_parallel_shard_degree": -1}
+
+
 def test_the_section_becomes_composers() -> None:
-    built = build_parallelism_config({"fsdp": {"version": 2, "reshard_after_forward": False}})
+    built = build_parallelism_config({"fsdp": {"version": 2, "reshard_after_forward": False, **ONE_COPY}})
     assert built is not None
     assert built["fsdp"].reshard_after_forward is False
     assert built["fsdp"].activation_checkpointing is False  # ours is another, see execution.py
@@ -333,13 +336,13 @@ def test_the_section_becomes_composers() -> None:
 @pytest.mark.skipif(torch.__version__ >= "2.8", reason="FSDP1 is for torch 2.7")
 def test_fsdp_1_without_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="version: 1 needs a CUDA device"):
-        build_parallelism_config({"fsdp": {"version": 1}})
+        build_parallelism_config({"fsdp": {"version": 1, **ONE_COPY}})
 
 
 def test_fsdp_1_is_not_built_where_torch_is_newer_than_2_7(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.8.0"))
     with pytest.raises(ValueError, match=r"version: 1 \(FSDP1\) is for torch 2.7, found torch 2.8.0; use version: 2"):
-        build_parallelism_config({"fsdp": {"version": 1}})
+        build_parallelism_config({"fsdp": {"version": 1, **ONE_COPY}})
 
 
 @pytest.mark.world_size(2)
