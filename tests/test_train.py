@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from tiny_run import (
     BARE,
@@ -35,7 +33,7 @@ from warm_process import popen
 from composer_path import PathMLLM
 from composer_path.config.reading import plain
 from composer_path.run.trainer import StepTrainer
-from composer_path.train import build_model, main, train
+from composer_path.train import build_model, main
 
 # Losses of the tiny finetuning run (tests/tiny_run.py) on torch 2.7.0 and transformers 4.53.3, CPU.
 GOLDEN_LOSSES = [10.407122, 10.405495, 10.375532, 10.167583, 9.980994, 9.856931]
@@ -326,24 +324,6 @@ def test_on_a_cpu_the_product_says_that_it_computes_in_bf16_another_way(product:
     dtypes = {name.split(".")[0]: value.dtype for name, value in weights.items()}
     frozen, trained = torch.bfloat16, torch.float32
     assert dtypes == {"vision_encoder": frozen, "projector": trained, "language_model": trained}
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_gpu_memory_is_taken_in_segments_that_grow_unless_the_user_says_otherwise(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("composer_path.config.reading.plain", None)  # nothing is built
-    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(variable, "")
-        monkeypatch.delenv(variable)
-    with pytest.raises(TypeError):
-        train(OmegaConf.create())
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
-    os.environ[name] = "backend:native"
-    with pytest.raises(TypeError):
-        train(OmegaConf.create())
-    assert {key: value for key, value in os.environ.items() if "ALLOC_CONF" in key} == {name: "backend:native"}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
