@@ -82,6 +82,7 @@ def test_a_mistake_of_the_yaml_itself_is_no_row(words: list[str]) -> None:
         broken.row_of(SINGLE)
 
 
+@pytest.mark.slow
 def test_ranks_share_the_same_step(comparison: Comparison) -> None:
     row = comparison.row_of(Way("2 ranks", ranks=2))
     assert row.step is not None and row.step.microbatches == 2
