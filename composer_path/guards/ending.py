@@ -74,13 +74,20 @@ class Voice:
         """
         if self.ranks > 1 and threading.current_thread() is threading.main_thread():
             sys.stdout.flush()
-            end_within(10.0, code)
+            if _has_joined():
+                end_within(10.0, code)
             signal.signal(signal.SIGTERM, signal.SIG_DFL if self.rank else signal.SIG_IGN)
             if self.rank:
                 time.sleep(_FIRST_WORD if agreed else _LINGER)
             elif type(self).tell and not agreed:  # the board lies here: others look at it once a second
                 time.sleep(1.5)
         return code
+
+
+def _has_joined() -> bool:
+    """Whether this process is one of several that know of each other: their libraries may wait."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def end_within(seconds: float, code: int) -> None:
