@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from composer.core import State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from composer_path.checkpoints.folder import reason
 from composer_path.checkpoints.gate import read_pickle
-from composer_path.checkpoints.guarded import GuardedPlanner, GuardedReader
+from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.manifest import CheckpointError, DamagedError
 from composer_path.checkpoints.metadata_file import METADATA
 from composer_path.checkpoints.saver import contents
@@ -51,9 +49,8 @@ def load_into(path: Path, state: State, logger: Logger, weights_only: bool = Fal
         template = {"state": {"model": template["state"]["model"]}}
     try:
         content = _read_file(path, template) if path.is_file() else _read_folder(path, template)
-    except (ValueError, OSError, KeyError, RuntimeError, CheckpointException) as error:
-        found = _first(error) if isinstance(error, CheckpointException) else reason(error)
-        raise CheckpointError(f"checkpoint {path}: can't be taken: {found}") from None
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"checkpoint {path}: can't be taken: {reason(error)}") from None
     run_name = state.run_name
     with torch.no_grad():
         state.load_state_dict(content["state"], logger, strict=True)
@@ -67,7 +64,7 @@ def _read_folder(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     never_moved = _set_aside(template, present)
     _fit(template, present)
     with torch.no_grad():
-        dcp.load(template, storage_reader=reader, planner=GuardedPlanner())
+        load_sharded(template, reader)
     return _put_back(template, never_moved)
 
 
@@ -168,7 +165,3 @@ def _drop(content: Any, key: str) -> None:
         if key.startswith(f"{name}."):
             _drop(content[name], key[len(str(name)) + 1 :])
             return
-
-
-def _first(error: CheckpointException) -> str:
-    return reason(next(iter(error.failures.values()))[0])
