@@ -100,9 +100,11 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
             yield str(error)
         if get(clipping) == "adaptive":
             yield f"{clipping}: found adaptive, which FSDP 1 can't; take norm or value, or fsdp.version 2"
-    if (fsdp := get("trainer.parallelism_config.fsdp")) is not None and "WORLD_SIZE" in os.environ:
+    # One rank need not be one that trains: `plan` reads the YAML for others, in a process that may have trained before.
+    fsdp, ranks = get("trainer.parallelism_config.fsdp"), int(os.environ.get("WORLD_SIZE", "1"))
+    if fsdp is not None and ranks > 1:
         try:
-            mesh_degrees(fsdp, int(os.environ["WORLD_SIZE"]))
+            mesh_degrees(fsdp, ranks)
         except (TypeError, KeyError):  # text for a number, or no such version, which is already reported
             pass
         except ValueError as error:

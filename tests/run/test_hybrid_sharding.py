@@ -24,6 +24,7 @@ from tiny_run import (
 )
 from torch.distributed.checkpoint import FileSystemReader
 
+from composer_path.config.reading import load_config
 from composer_path.run import sharding
 from composer_path.run.sharding import build_parallelism_config, mesh_degrees
 
@@ -214,7 +215,6 @@ def test_what_is_left_out_follows_from_the_ranks() -> None:
 MISFITS: list[tuple[int | None, int, int, str]] = [
     (3, -1, 8, "data_parallel_replicate_degree: found 3, but 8 ranks can't be divided into so many replicas; take 1, "),
     (16, -1, 8, "take 1, 2, 4 or 8"),
-    (2, -1, 1, "found 2, but 1 rank can't be divided into so many replicas; take 1"),
     (2, 8, 8, "data_parallel_shard_degree: 2 replicas of 8 ranks each are 16, found 8 in this run; leave it out"),
     (None, 4, 8, "data_parallel_shard_degree: 1 replica of 4 ranks each are 4, found 8 in this run"),
 ]
@@ -229,6 +229,14 @@ def test_degrees_that_do_not_fit_the_ranks_are_refused_by_name_at_the_check(
     words = [f"{FSDP}.{key}={json.dumps(value)}" for key, value in degrees(replicas, shards).items()]
     (problem,) = problems_of(demo, *words)
     assert problem.startswith("trainer.parallelism_config.fsdp.data_parallel_") and message in problem
+
+
+def test_one_process_may_read_the_yaml_of_many_ranks_but_not_train_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as a training before in this process leaves it
+    demo = REPO_ROOT / "yamls" / "demo" / "finetune.yaml"
+    load_config(demo, [f"{FSDP}.data_parallel_replicate_degree=2"])
+    with pytest.raises(ValueError, match="found 2, but 1 rank can't be divided into so many replicas; take 1"):
+        build_parallelism_config({"fsdp": degrees(2)})
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "2.0"])
