@@ -104,7 +104,7 @@ def _convert(
     rejections.check_file(protected, out if isinstance(place, Folder) else None)
     if chosen.key is not None and isinstance(place, Folder) and _lies_in(chosen.key, out):
         raise ConvertError(f"--key {chosen.key}: must not lie in --out, where the hashes go; choose another place")
-    scan = InputScan(data, chosen.partition_size, lambda count: report("reading", count, None, 0))
+    scan = InputScan(data, chosen.partition_size, lambda count: report("reading", count, None, 0), chosen.reading)
     if scan.problem is not None:
         rejections.add(RawRecord(None, None, None), None, scan.problem)
         rejections.save()
