@@ -163,11 +163,13 @@ def _convert(
     rejections.save()
     summary.rejected, summary.rejected_by_rule = len(rejections), rejections.by_rule()
     summary.rejected_file = rejections.file if rejections else None
-    if rejections and (chosen.on_error == "fail" or (parts == 1 and not summary.records)):
+    failed = bool(rejections) and chosen.on_error == "fail"
+    if failed or (parts == 1 and not summary.records):
         _take_back(target, names, fingerprint, parts)
-        if chosen.on_error == "fail":
+        if failed:
             raise ConvertError(f"nothing was written. {rejections}", rejections)
-        raise ConvertError(f"{name}: there must be a record to write, none is good. {rejections}", rejections)
+        why = f"none is good. {rejections}" if rejections else "none is wanted; change --where"
+        raise ConvertError(f"{name}: there must be a record to write, {why}", rejections)
     if mapping is not None:
         mapping.save()
         summary.mapping_file = mapping.path

@@ -106,7 +106,7 @@ def _joined(condition: Condition, stamp: tuple[int, int]) -> _Joined:
         with open(path, "rb") as file:
             table = Table(file, path)
             keys = {plain_key(name): name for name in table.columns if name}
-            named = [keys[plain_key(key)] for key in IMAGE_KEYS if plain_key(key) in keys]
+            named = sorted({keys[plain_key(key)] for key in IMAGE_KEYS if plain_key(key) in keys})
             column = keys.get(plain_key(condition.column))
             if column is None:
                 found = f"none among its {len(table.columns)}"

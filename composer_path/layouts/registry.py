@@ -82,7 +82,8 @@ _FEATURE_ENDINGS = (".pt", ".pth", ".csv", ".h5", ".hdf5", ".npy", ".npz", ".pkl
 READABLE = "readable are " + ", ".join(LAYOUTS) + "; docs/data.md says which keys each has"
 # A row without these would be refused for lacking them; another spelling of them is named by the rules of a record.
 _OUR_KEYS = {plain_key(key) for key in RECORD_KEYS}
-_KNOWN_KEYS = _OUR_KEYS | {plain_key(key) for one in _LAYOUTS for one_of in one.needs for key in one_of}
+_SHOWN_KEYS = {plain_key(key): key for one in _LAYOUTS for one_of in one.needs for key in one_of if len(key) > 1}
+_SHOWN_KEYS |= {plain_key(key): key for key in RECORD_KEYS}
 
 
 def read_row(row: Row, layout: str, prompts: Sequence[str]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def recognise(row: Mapping[str, Any]) -> Layout:
 
 def looks_like(keys: Collection[str]) -> str:
     """Say which keys something has, of those that a layout has; the others may be names or sentences."""
-    shown = [key for key in keys if plain_key(key) in _KNOWN_KEYS and len(key) < 20]
+    shown = list(dict.fromkeys(_SHOWN_KEYS[plain_key(key)] for key in keys if plain_key(key) in _SHOWN_KEYS))
     others = len(keys) - len(shown)
     named = "the keys " + ", ".join(shown) if shown else "no known key"
     return f"{named} and {others} other{'s' if others != 1 else ''}" if others else named
