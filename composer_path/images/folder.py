@@ -39,6 +39,8 @@ def resolve_image(name: str, images_dir: str | Path) -> Path:
                 return path
             found = "a folder" if path.is_dir() else "something else" if path.exists() else None
             found = found or _no_such_file(name, folder)
+    except RecordError:
+        raise
     except (OSError, RuntimeError):  # a name that is too long, a link that leads to itself
         found = "a path that the file system refuses"
     except ValueError:
