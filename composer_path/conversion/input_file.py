@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from composer_path.conversion.record_file import RawRecord, decode_json, read_range, read_records
 from composer_path.layouts.objects import is_one_record, rows_of
-from composer_path.layouts.parquet import ParquetFile
+from composer_path.layouts.parquet import ParquetFile, holds_bytes
 from composer_path.layouts.reading import Reading
 from composer_path.layouts.registry import READABLE, looks_like, recognise
 from composer_path.layouts.row import plain_key
@@ -25,6 +25,7 @@ from composer_path.storage.places import open_file
 Kind = Literal["json", "object", "table", "parquet"]
 
 _TABLE_ENDINGS = (".csv", ".tsv", ".tab")
+_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 _HEAD_BYTES = 4096
 _HASHED_BYTES = 4 * 2**20
 # What a file of these first bytes is. A pickle is never opened: opening one runs what it says.
@@ -112,6 +113,9 @@ class InputFile:
             ending = PurePosixPath(self._path).suffix.lower()
             if start not in (b"[", b"{") and ending in _TABLE_ENDINGS:
                 return "table"
+            if start not in (b"[", b"{") and ending not in (*_JSON_ENDINGS, ""):
+                found = "text that begins like no JSON"
+                raise RecordError("invalid-json", found, "name a table .csv or .tsv, and records .json or .jsonl")
             if start != b"{" or ending == ".jsonl":
                 return "json"
             file.seek(0)
@@ -131,7 +135,11 @@ class InputFile:
             parquet = ParquetFile(file)
             layout = self._layout_of(parquet.columns)
             for number, values in enumerate(parquet.rows(start, end), start=start):
-                yield self._read(RawRecord(number, None, values, number, number + 1), layout)
+                row = self._read(RawRecord(number, None, values, number, number + 1), layout)
+                if holds_bytes(row.value):
+                    error = RecordError("wrong-type", "bytes where a text belongs", "store texts as strings")
+                    row = replace(row, value=error)
+                yield row
 
     def _object_rows(self, start: int = 0, end: int | None = None) -> Iterator[RawRecord]:
         with open_file(self._path) as file:

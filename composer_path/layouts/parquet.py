@@ -65,7 +65,7 @@ class ParquetFile:
                     yield {name: _plain(value) for name, value in row.items()}
                 if at >= end:
                     return
-        except (*self._errors, UnicodeDecodeError) as error:
+        except (*self._errors, UnicodeDecodeError, RecursionError) as error:
             raise _damaged() from error
 
 

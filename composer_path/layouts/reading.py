@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from composer_path.layouts.condition import Condition
-from composer_path.layouts.parquet import holds_bytes
 from composer_path.layouts.registry import read_row
 from composer_path.layouts.row import Row
 from composer_path.records.rules import RecordError
@@ -54,8 +53,6 @@ class Reading:
         row = Row(values, position)
         try:
             record = read_row(row, layout or self.layout, self.caption_prompts)
-            if holds_bytes(record):
-                raise RecordError("wrong-type", "bytes where a text belongs", "store texts as strings")
             for condition in self.conditions:
                 if (why := condition.why_left_out(row, record.get("image"))) is not None:
                     return LeftOut(why), (), {}

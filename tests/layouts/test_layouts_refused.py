@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layout_files import CHOICE, STEPS, TABLES, image_folder, png, turns, write_table
+from layout_files import CHOICE, JSON_FILES, STEPS, TABLES, image_folder, png, turns, write_table
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejected_file import ConvertError
 from composer_path.layouts.reading import Reading
-from composer_path.records.rules import RecordError
+from composer_path.records.rules import RecordError, problems_of
 
 SECRET = "Miller-Jane-4711"
 
@@ -95,9 +95,10 @@ def test_an_empty_field_is_refused_by_its_column(images: Path, tmp_path: Path) -
         (json.dumps({SECRET: "x", "b": 1}, indent=1).encode(), "a.json", "one object for the whole file"),
         (json.dumps({SECRET: {"a": 1}}).encode(), "a.json", "no known key and 1 other"),
         (json.dumps([{SECRET: 1, "image": "a.png"}] * 30).encode(), "a.json", "the keys image and 1 other"),
+        (b"image,caption\na.png,x\n", "a.txt", "name a table .csv or .tsv"),
         (b"PAR1" + b"x" * 50, "a.parquet", "truncated or damaged"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_a_file_of_another_kind_says_what_it_looks_like(
     data: bytes, name: str, found: str, images: Path, tmp_path: Path
@@ -109,6 +110,41 @@ def test_a_file_of_another_kind_says_what_it_looks_like(
     message = message_of(path, images)
     assert "the whole file" in message and found in message, message
     assert len(message.splitlines()) == 3
+
+
+def test_bytes_in_a_text_column_of_parquet_are_refused(images: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    talk = [{"from": b"human", "value": SECRET.encode()}, {"from": b"gpt", "value": b"x"}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"conversations": talk}]), path)
+    assert "record 0: a value must have the type of its key, found bytes where a text" in message_of(path, images)
+
+
+@pytest.mark.parametrize("name", [*JSON_FILES, *TABLES])
+def test_any_value_in_any_place_of_a_row_ends_in_a_record_or_a_rule(name: str) -> None:
+    rows = TABLES.get(name) or JSON_FILES[name]
+    row = (list(rows.values()) if isinstance(rows, dict) else rows)[0]
+    row = row["val"][0] if "val" in row else row
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    junk = [None, "", 0, -1.5, True, [], {}, [None], [{}], {"bytes": SECRET}, {"path": 3}, "\ud800", SECRET * 40, deep]
+    count = 0
+    for key, value in row.items():
+        others: list[Any] = [{**row, key: one} for one in junk]
+        if isinstance(value, list):
+            others += [{**row, key: [one, *value[1:]]} for one in junk]
+            for inner in value[0] if isinstance(value[0], dict) else ():
+                others += [{**row, key: [{**value[0], inner: one}, *value[1:]]} for one in junk]
+        for other in others:
+            record, _, _ = Reading().record(other, 0)
+            assert isinstance(record, dict | RecordError)
+            problems = [record] if isinstance(record, RecordError) else problems_of(record)
+            assert SECRET not in "".join(map(str, problems))
+            count += 1
+    assert count >= 2 * len(junk)
 
 
 def test_one_unknown_record_among_good_ones_is_refused_alone(images: Path, tmp_path: Path) -> None:
