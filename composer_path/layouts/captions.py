@@ -11,7 +11,7 @@ import xxhash
 from composer_path.images.folder import ANY_ENDING
 from composer_path.layouts.row import CAPTION_KEYS, IMAGE_KEYS, Row, asked, untagged, wrong_type
 
-# A region of PathGen-1.6M, in pixels of level 0, as its README says.
+# A side of PathGen-1.6M's regions, in pixels of level 0.
 _PATHGEN_SIDE = 672
 # The patient's part of a TCGA barcode: project, tissue source site, participant.
 _TCGA_PATIENT = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?=-|$)")

@@ -14,7 +14,7 @@ from composer_path.layouts.row import IMAGE_KEYS, Row, asked, untagged, wrong_ty
 from composer_path.records.rules import IMAGE_TAG, RecordError
 
 _OPTION_LETTERS = "ABCDEFGHIJ"
-_MOST_ROW_REFERENCE = 64  # VLMEvalKit: what is no longer than this is the index of the row that has the picture
+_MOST_NO_PICTURE = 64  # characters: base64 of no picture is as short, so it is something else, such as a row's index
 _END_OF_CHAIN = {"", "none", "null", "n/a", "end", "stop"}
 
 
@@ -91,8 +91,9 @@ def _options(row: Row, *keys: str) -> list[str]:
 
 
 def _decoded(text: str) -> bytes:
-    if len(text) <= _MOST_ROW_REFERENCE:
-        found, fix = "a reference to another row's picture", "put the picture into each row"
+    if len(text) <= _MOST_NO_PICTURE:
+        found = f"a text of {len(text)} characters, too short for a picture as base64"
+        fix = "put the picture into each row"
         raise RecordError("missing-file", found, fix, "image")
     try:
         return base64.b64decode(re.sub(r"\s+", "", text), validate=True)
