@@ -9,8 +9,8 @@ def printable(text: str) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text of several lines, which stay."""
-    return "\n".join(map(printable, text.split("\n")))
+    """The same of a text of several lines, which stay, as tabs do."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 def _escaped(letter: str) -> str:

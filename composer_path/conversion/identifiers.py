@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -32,7 +31,7 @@ MAPPING_SUFFIX = ".idmap.jsonl"
 _HASH_HEX_DIGITS = 32
 
 # The most names of keys that are counted one by one; a file may have as many as it has records.
-_NUM_KEYS = 100
+MAX_KEYS = 100
 OTHER_KEYS = "(others)"
 
 
@@ -74,7 +73,7 @@ class KeyedHashes:
 
 
 def keys_of_meta(value: Any, *, hashed: bool) -> tuple[set[str], set[str]]:
-    """Names of the keys in a `meta` object whose values are kept, and of those that are hashed, as they may be shown."""
+    """Return the keys in a `meta` object whose values are kept, and those that are hashed, as they may be shown."""
     kept: set[str] = set()
     away: set[str] = set()
     if isinstance(value, list):
@@ -92,9 +91,10 @@ def keys_of_meta(value: Any, *, hashed: bool) -> tuple[set[str], set[str]]:
     return kept, away
 
 
-def count_keys(counts: Counter[str], keys: Iterable[str]) -> None:
+def count_keys(counts: dict[str, int], keys: Iterable[str]) -> None:
     """Count each key once, those of names that come after the first hundred together."""
-    counts.update({key if key in counts or len(counts) < _NUM_KEYS else OTHER_KEYS for key in keys})
+    for key in {key if key in counts or len(counts) < MAX_KEYS else OTHER_KEYS for key in sorted(keys)}:
+        counts[key] = counts.get(key, 0) + 1
 
 
 class MappingFile:
@@ -132,7 +132,7 @@ class MappingFile:
 
 
 def _with_kinds(found: dict[str, Any]) -> Iterator[tuple[str, Any, str | None]]:
-    """Yield key, value and kind of each entry; of a pair such as {"name": "PatientID", "value": ...} the named one's."""
+    """Yield key, value and kind of each entry; of {"name": "PatientID", "value": ...} the kind of what is named."""
     named = {canonical(key): item for key, item in found.items()}
     kinds = (kind_of(str(named[key])) for key in _NAMES_A_KEY if isinstance(named.get(key), str))
     kind = next(filter(None, kinds), None)

@@ -35,7 +35,7 @@ IDENTIFYING_KEYS = {
     **dict.fromkeys(("insurance", "insuranceid", "policy", "policynumber", "account", "accountnumber"), "number"),
     **dict.fromkeys(("serial", "serialnumber", "deviceserialnumber", "vin", "plate", "nationalid"), "number"),
     **dict.fromkeys(("dob", "dod", "birth", "born", "geburtstag", "death", "admission", "discharge"), "date"),
-    **dict.fromkeys(("hospital", "institution", "clinic", "ward", "department", "site", "station"), "place"),
+    **dict.fromkeys(("hospital", "institution", "clinic", "ward", "department"), "place"),
 }
 
 # Any key with one of these in it; the first that is found counts.

@@ -88,9 +88,9 @@ class Conversation:
         Raises:
             ValueError: Tags and images differ in number, so the shard wasn't written by `convert`; or a weight is none.
         """
-        turns = [Turn(role, text, *weight) for role, text, *weight in data["turns"]]
-        if not all(is_weight(turn.weight) for turn in turns):
+        if not all(is_weight(weight) for _, _, *weights in data["turns"] for weight in weights):
             raise ValueError("a turn of a shard must have a weight from 0 to 1, found another; convert the data again")
+        turns = [Turn(role, text, *map(float, weights)) for role, text, *weights in data["turns"]]
         num_tags = _num_tags(turns)
         if num_tags != num_images:
             raise ValueError(
