@@ -15,7 +15,8 @@ NOT_SHOWN = "(not a plain name)"
 
 # Words of which a shown key may be made; none is anybody's name, place or date.
 _HARMLESS = """
-a b c d h ids w annotation annotations answer answers answerable area aspect assistant attribute attributes audio augmented bbox
+a b c d h ids w
+annotation annotations answer answers answerable area aspect assistant attribute attributes audio augmented bbox
 bboxes box boxes bytes caption captions category categories chain channel channels chat choice choices class classes
 clean closed cls cmu cognitive cohort color comment comments complexity concept confidence content context
 conversation conversations corrected cot count credit crop data dataset degree density depth description details

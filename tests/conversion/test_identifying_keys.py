@@ -22,7 +22,7 @@ ReferringPhysicianName OperatorsName InstitutionName DeviceSerialNumber hospital
 Nachname case_id caseId slide_id SlideID barcode file_name imagePath subject_id insurance_number 00100020
 (0010,0010) 0008,0050 patient_initials medicalRecordNumber pathologist admission_date uuid
 """
-IDENTIFYING = _IDENTIFYING.split() + ["\uff30atientID"]
+IDENTIFYING = [*_IDENTIFYING.split(), "\uff30atientID"]
 _KEPT = """
 kind grade split options answer stain_name model_name patient_age PatientSex organ site diagnosis score
 template regions stage caption question class_name dataset ki67 tumor_type label fold

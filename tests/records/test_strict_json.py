@@ -110,8 +110,8 @@ def test_a_list_that_cannot_be_followed_ends_with_record_and_line(data: bytes, f
 
 
 def test_the_bytes_of_elements_are_where_they_lie() -> None:
-    data = '\ufeff [ {"a": "ä"},\r\n "𝔊" , [1,2]\t]\n'.encode()
+    data = '\ufeff [ {"a": "ä"},\r\n "🔬" , [1,2]\t]\n'.encode()
     pieces = [data[one.start : one.end] for one in list_elements(data, first_line=lambda: 1)]
-    assert [json.loads(piece) for piece in pieces] == [{"a": "ä"}, "𝔊", [1, 2]]
+    assert [json.loads(piece) for piece in pieces] == [{"a": "ä"}, "🔬", [1, 2]]
     bare = b'{"a": 1} ,\n[2], '
     assert [one.value for one in list_elements(bare, first_line=lambda: 1, bare=True)] == [{"a": 1}, [2]]
