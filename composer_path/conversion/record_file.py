@@ -51,7 +51,9 @@ def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
         start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
         file.seek(0)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]:
-            yield RawRecord(None, None, RecordError("not-utf8", "UTF-16 or UTF-32", "save the file as UTF-8"))
+            yield RawRecord(
+                None, None, RecordError("not-utf8", "UTF-16, UTF-32 or NUL bytes", "save the file as UTF-8")
+            )
             return
         if start == b"[":
             data = file.read()

@@ -138,6 +138,7 @@ def region_key_meant(key: str, known: frozenset[str]) -> str | None:
     return _same(key, known) or _REGION_SYNONYMS.get(canonical(key))
 
 
+@lru_cache(maxsize=4096)
 def _same(key: str, known: frozenset[str]) -> str | None:
     spelled = {canonical(one): one for one in known}
     return spelled.get(canonical(key))

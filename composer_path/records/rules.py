@@ -319,6 +319,9 @@ def _value_problems(
         yield _wrong_type(_describe(value), expected, where)
     elif value == "" and not empty and where != "system":
         yield _wrong_type("an empty string", expected, where)
+    elif isinstance(value, str):
+        if _LONE_SURROGATE.search(value):
+            yield _lone_surrogate(where)
     elif where != "mpp" and not isinstance(value, dict):  # which have checks of their own
         yield from _content_problems(value, where)
 

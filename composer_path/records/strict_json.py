@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def decode_json(data: bytes, first_line: int = 1) -> Any:
         raise RecordError("not-utf8", found, "save the file as UTF-8") from None
     try:
         start = _after_blanks(text, 0)
-        value, end = _Decoder().decode(text, start)
+        value, end = _of_thread.decoder.decode(text, start)
         if (rest := _after_blanks(text, end)) < len(text):
             raise json.JSONDecodeError("Extra data", text, rest)
     except json.JSONDecodeError as error:
@@ -149,6 +150,16 @@ class _Decoder:
         if len(digits) <= MAX_DIGITS:
             return int(digits)
         return self._fault("bad-number", f"one of {len(digits)} digits", "write it as a string, in quotes")
+
+
+class _OfThread(threading.local):
+    """One decoder for each thread: to make one takes as long as to decode a record."""
+
+    def __init__(self) -> None:
+        self.decoder = _Decoder()
+
+
+_of_thread = _OfThread()
 
 
 class _Places:
