@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from composer_path.records.conversation import Conversation
-from composer_path.records.rules import IMAGE_TAG
+from composer_path.records.image_tags import IMAGE_TAG
 
 TRAIN, HELD_OUT = ("captions", "data"), ("heldout_captions", "heldout")
 FILES = TRAIN + HELD_OUT

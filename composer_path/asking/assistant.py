@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.conversation import Conversation, Turn
-from composer_path.records.rules import IMAGE_TAG, ImageError
+from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion, region_png
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer

@@ -71,6 +71,10 @@ def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
             raise ValueError(f"'{path}': {error.at(record.where)}") from None
         meta = conversation.metadata.get("meta") or {}
         if "options" in meta and "answer" in meta:
+            if not (isinstance(meta["options"], list) and len(meta["options"]) > 1):
+                found = "another value" if not isinstance(meta["options"], list) else f"{len(meta['options'])}"
+                rule = "meta.options must be a list of two options or more"
+                raise ValueError(f"'{path}': {record.where}: {rule}, found {found}; list them")
             turns = tuple((turn.role, turn.text) for turn in conversation.turns[:-1])
             kind, options = str(meta.get("kind", "closed")), tuple(map(str, meta["options"]))
             shown = conversation.images, conversation.system

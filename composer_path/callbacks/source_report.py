@@ -11,6 +11,8 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from composer_path.printable import printable
+
 
 class SourceReport(Callback):
     """Logs, for each stream of a mixture or each `source` that records name, at intervals.
@@ -72,9 +74,9 @@ class SourceReport(Callback):
         for name, (samples, loss, tokens) in totals.items():
             self.seen[name] = self.seen.get(name, 0) + int(samples)
             if self.seen[name]:
-                metrics[f"source/{name}/samples"] = self.seen[name]
+                metrics[f"source/{printable(name)}/samples"] = self.seen[name]
             if tokens:
-                metrics[f"source/{name}/loss"] = loss / tokens
+                metrics[f"source/{printable(name)}/loss"] = loss / tokens
         self.new.clear()
         if self.sums is not None:
             self.sums.zero_()

@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
 from composer_path.commands.verb import add_workers
+from composer_path.printable import printable_lines
 
 if TYPE_CHECKING:
     from composer_path.conversion.convert import Progress
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 OPTIONS = {
     "on_error": "fail: write nothing if a record is bad; skip: write the good, list the bad",
     "ids": "hash: ids, patients, slides and file names become keyed hashes; keep: plainly",
+    "duplicate_ids": "of records that share an id: refuse the later ones, or keep all, theirs with a suffix",
+    "image_tags": "<IMAGE>, <image_1>, <img> and the like in questions: refuse them, or read them as <image>",
     "check": "full: decode every image once; header: only read its structure, faster, misses damaged pixels",
     "size_limit": "size of a shard; 8mb to 16mb for small sets",
     "max_pixels": "refuse images with more pixels, unread",
@@ -132,13 +135,14 @@ def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> 
         with closing(ConvertProgress(sys.stderr)) as progress:
             summary = work(progress)
     except (ConvertError, StorageError, ImportError) as error:
-        print(error, file=sys.stderr)
+        print(printable_lines(str(error)), file=sys.stderr)
         return 1
     except OSError as error:  # no space left, no right to write
-        print(f"{explained(error, shown(out))}; then the same command with --resume goes on", file=sys.stderr)
+        said = f"{explained(error, shown(out))}; then the same command with --resume goes on"
+        print(printable_lines(said), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume goes on", file=sys.stderr)
         return 130
-    print(summary)
+    print(printable_lines(str(summary)))
     return 0

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer_path.commands.verb import add_workers
+from composer_path.printable import printable_lines
 
 if TYPE_CHECKING:
     from composer_path.shards.view import ShardView, StoredSample
-
-# Text of a record may hold anything; a terminal must not obey it.
-_CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +69,7 @@ def summarize(view: ShardView, options: argparse.Namespace) -> int:
     megabytes = sum(shard["raw_data"]["bytes"] for shard in view.shards) / 1e6
     rows: dict[str, object] = {"shards": len(view.shards), "MB": f"{megabytes:.1f}"}
     rows |= {f"card: {key}": json.dumps(value) for key, value in view.card.items() if key != "columns"}
-    print("\n".join(f"{name:<36}{value}" for name, value in rows.items()))
+    print(printable_lines("\n".join(f"{name:<36}{value}" for name, value in rows.items())))
     print(count(view, options.workers, every_ten_seconds(len(view.shards), "shards read")))
     return 0
 
@@ -85,9 +83,13 @@ def show(view: ShardView, options: argparse.Namespace) -> int:
     lines = [f"{name:<16}{value if isinstance(value, str) else json.dumps(value)}" for name, value in rows.items()]
     system, turns = sample.conversation.system, sample.conversation.turns
     lines += [] if system is None else [f"\nsystem:\n{system}"]
-    lines += [f"\n{turn.role}:\n{turn.text}" for turn in turns]
-    print("\n".join(lines).translate(_CONTROLS))
+    lines += [f"\n{turn.role}{_weight(turn.weight)}:\n{turn.text}" for turn in turns]
+    print(printable_lines("\n".join(lines)))  # text of a record may hold anything
     return 0
+
+
+def _weight(weight: float) -> str:
+    return "" if weight == 1 else f" (weight {weight:g} in the loss)"
 
 
 def write_images(sample: StoredSample, folder: Path) -> list[Path]:
@@ -120,10 +122,12 @@ def verify(view: ShardView, options: argparse.Namespace) -> int:
     if options.template is not None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would not survive a fork
         from composer_path.records.prompts import get_template
+        from composer_path.records.strict_json import decode_json
         from composer_path.records.tokenize import TextPreparation
         from composer_path.records.vocabulary import load_tokenizer, text_encoder
 
-        named = json.loads(options.template) if options.template.lstrip().startswith("{") else options.template
+        named = options.template
+        named = decode_json(named.encode()) if named.lstrip().startswith("{") else named
         settings = options.image_tokens, options.max_seq_len, options.image_position
         text = TextPreparation(get_template(named), *settings)
         count_labels = LabelCounter(text_encoder(load_tokenizer(options.tokenizer)), text)

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from composer_path import __version__
 from composer_path.guards.ending import INTERRUPTED, MISTAKE, RunStopped, Voice
+from composer_path.printable import printable_lines
 
 # In the order in which one uses them.
 DATA_VERBS = ("init", "convert", "merge", "shards", "lengths", "encode")
@@ -82,6 +83,7 @@ def exit_code(work: Callable[[], int], verb: str, place: str | None = None) -> i
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as shells report a program whose reader left, such as `head`
         words = words_of_mistake(error, verb, place)
+        words = words if words is None else printable_lines(words)
         if words is None and voice.ranks == 1:
             raise
         said = f"composer-path {verb}: {words}" if words is not None else format_exc()

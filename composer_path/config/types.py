@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from composer_path.printable import printable
+
 UNIONS = (Union, types.UnionType)
 LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
@@ -28,7 +30,7 @@ MAX_LINE = 800  # letters of a message
 
 def on_a_line(message: str) -> str:
     """A message that a terminal can show, with its middle left out where it is long: the end says what to do."""
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    line = printable(message)
     return line if len(line) <= MAX_LINE else f"{line[: MAX_LINE // 2]} … {line[-MAX_LINE // 2 :]}"
 
 

@@ -7,8 +7,8 @@
 Format version 1, one sample for each record, four columns: `id` (str), `conversation` (json, see
 `Conversation.to_shard`), `images` (bytes, see `pack_images`; free of metadata) and `metadata` (json: those given of
 source, organ, stain, magnification, mpp, meta, patient, slide; file names under `images`). Id, patient, slide and file
-names are keyed hashes. `meta` is kept as given, but for the keys in `identifiers.IDENTIFYING_KEYS`: nothing else in it
-may identify anybody, and that is the user's to see to.
+names are keyed hashes. `meta` is kept as given, but for the keys that `identifying_keys` knows: nothing else in it may
+identify anybody, and that is the user's to see to; the data card lists by key what was kept.
 """
 
 from __future__ import annotations

@@ -12,13 +12,16 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from composer_path.conversion.identifying_keys import kind_of
 from composer_path.conversion.rejected_file import ConvertError
 from composer_path.conversion.spill import SpilledRows
+from composer_path.records.key_names import canonical, shown_identifier
 from composer_path.storage.atomic import write_whole
 
 KEY_NAME = "identifiers.key"
@@ -27,14 +30,9 @@ MAPPING_SUFFIX = ".idmap.jsonl"
 # 128 bits: no two of 10^9 values collide (chance 10^-21), and half the size of the full digest.
 _HASH_HEX_DIGITS = 32
 
-# Keys of a record's free `meta` object whose values are hashed, at any depth, and the kind they are.
-# Spelling is compared in lower case with '-' and ' ' as '_'.
-IDENTIFYING_KEYS = {
-    "id": "id",
-    **dict.fromkeys(("patient", "patient_id", "case", "case_id"), "patient"),
-    **dict.fromkeys(("slide", "slide_id"), "slide"),
-    **dict.fromkeys(("image", "file", "filename", "file_name"), "image"),
-}
+# The most names of keys that are counted one by one; a file may have as many as it has records.
+MAX_KEYS = 100
+OTHER_KEYS = "(others)"
 
 
 class KeyedHashes:
@@ -50,7 +48,7 @@ class KeyedHashes:
     def hash(self, kind: str, value: str) -> str:
         """Return the hash of `value`, 32 hexadecimal digits: HMAC-SHA256 of kind and value, cut.
 
-        The kind ('id', 'patient', 'slide', 'image') is part of it: a slide named like a patient has another.
+        The kind ('id', 'patient', 'slide', 'image', ...) is part of it: a slide named like a patient has another.
         """
         digest = self.values.get((kind, value))
         if digest is None:
@@ -60,7 +58,7 @@ class KeyedHashes:
         return digest
 
     def hash_meta(self, value: Any, kind: str | None = None) -> Any:
-        """Return a copy of a `meta` object with the values under `IDENTIFYING_KEYS` hashed.
+        """Return a copy of a `meta` object with the values under identifying keys hashed.
 
         A list is hashed item by item, an object as a whole, because its keys may be names.
         """
@@ -70,8 +68,33 @@ class KeyedHashes:
             text = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
             return self.hash(kind, text)
         if isinstance(value, dict):
-            return {key: self.hash_meta(item, _kind_of(key)) for key, item in value.items()}
+            return {key: self.hash_meta(item, found) for key, item, found in _with_kinds(value)}
         return value
+
+
+def keys_of_meta(value: Any, *, hashed: bool) -> tuple[set[str], set[str]]:
+    """Return the keys in a `meta` object whose values are kept, and those that are hashed, as they may be shown."""
+    kept: set[str] = set()
+    away: set[str] = set()
+    if isinstance(value, list):
+        for item in value:
+            for names, more in zip((kept, away), keys_of_meta(item, hashed=hashed), strict=True):
+                names |= more
+    elif isinstance(value, dict):
+        for key, item, kind in _with_kinds(value):
+            if hashed and kind is not None:
+                away.add(shown_identifier(key))
+                continue
+            below = keys_of_meta(item, hashed=hashed)
+            kept |= below[0] or ({shown_identifier(key)} if not below[1] else set())
+            away |= below[1]
+    return kept, away
+
+
+def count_keys(counts: dict[str, int], keys: Iterable[str]) -> None:
+    """Count each key once, those of names that come after the first hundred together."""
+    for key in {key if key in counts or len(counts) < MAX_KEYS else OTHER_KEYS for key in sorted(keys)}:
+        counts[key] = counts.get(key, 0) + 1
 
 
 class MappingFile:
@@ -108,8 +131,23 @@ class MappingFile:
         self._rows.add(int(entry["hash"], 16), (json.dumps(entry) + "\n").encode("ascii"))
 
 
-def _kind_of(key: str) -> str | None:
-    return IDENTIFYING_KEYS.get(key.lower().replace("-", "_").replace(" ", "_"))
+def _with_kinds(found: dict[str, Any]) -> Iterator[tuple[str, Any, str | None]]:
+    """Yield key, value and kind of each entry; of {"name": "PatientID", "value": ...} the kind of what is named."""
+    named = {canonical(key): item for key, item in found.items()}
+    kinds = (kind_of(str(named[key])) for key in _NAMES_A_KEY if isinstance(named.get(key), str))
+    kind = next(filter(None, kinds), None)
+    pair = kind is not None and not _VALUES.isdisjoint(named)
+    for key, item in found.items():
+        spelled = canonical(key)
+        if pair and spelled in (*_NAMES_A_KEY, *_VALUES):
+            yield key, item, kind if spelled in _VALUES else None
+        else:
+            yield key, item, kind_of(key)
+
+
+# Of entries that say by a value which key they are.
+_NAMES_A_KEY = ("name", "key", "keyword", "tag", "field", "attribute")
+_VALUES = frozenset(("value", "values", "val", "text"))
 
 
 def read_or_make_key(key_file: Path) -> bytes:

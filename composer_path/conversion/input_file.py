@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from composer_path.conversion.record_file import RawRecord, decode_json, read_range, read_records
+from composer_path.conversion.record_file import RawRecord, read_range, read_records
 from composer_path.layouts.objects import is_one_record, rows_of
 from composer_path.layouts.parquet import ParquetFile, holds_bytes
 from composer_path.layouts.reading import Reading
@@ -20,6 +20,7 @@ from composer_path.layouts.registry import READABLE, looks_like, recognise
 from composer_path.layouts.row import plain_key
 from composer_path.layouts.table import Line, Table, TableError
 from composer_path.records.rules import RecordError
+from composer_path.records.strict_json import decode_json
 from composer_path.storage.places import open_file
 
 Kind = Literal["json", "object", "table", "parquet"]

@@ -7,6 +7,7 @@ temporary files as hashes, and the file's places are kept for every few hundredt
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,8 +30,11 @@ MAX_PARTITION_SIZE = 8192
 _MIN_PARTITION_SIZE = 256
 _NUM_PARTITIONS = 32
 
-_ID_ROW = struct.Struct("<QQqq")
-_ID_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8"), ("line", "<i8")])
+_ID_ROW = struct.Struct("<QQqqq")
+_ID_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8"), ("line", "<i8"), ("made", "<i8")])
+# Ends an id that more than one record would have; one that a record gives with such an end gets another.
+_SUFFIX = "#record-"
+_HAS_SUFFIX = re.compile(rf".*{_SUFFIX}\d+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,21 @@ class Partition:
     first_line: int | None  # None for a list
     num_records: int  # good and bad
     duplicates: dict[int, str] = field(default_factory=dict)  # position -> place of the earlier one with the same id
+    taken: frozenset[int] = frozenset()  # positions of records without an id whose place, as an id, another one gives
 
     @property
     def name(self) -> str:
         """Its folder's name in the data set."""
         return part_name(self.index)
+
+    def id_of_sample(self, position: int, record_id: str | None) -> str:
+        """The id in the shards of a record: its own, or one made of its place, so that errors can point to it.
+
+        No two records share one, as long as all places are of one file.
+        """
+        name = f"record-{position}" if record_id is None else record_id
+        shared = position in self.duplicates or position in self.taken or _HAS_SUFFIX.fullmatch(name)
+        return f"{name}{_SUFFIX}{position}" if shared else name
 
 
 class InputScan:
@@ -100,8 +114,10 @@ class InputScan:
             duplicates = {
                 int(row["position"]): place_of(int(row["first"]), int(row["line"]) if row["line"] >= 0 else None)
                 for row in self._duplicates[rows]
+                if not row["made"]
             }
-            yield Partition(index, start, end, first, line, last - first, duplicates)
+            taken = frozenset(int(row["position"]) for row in self._duplicates[rows] if row["made"])
+            yield Partition(index, start, end, first, line, last - first, duplicates, taken)
 
     def _good_partition_size(self) -> int:
         if not self._num_with_images:
@@ -124,29 +140,33 @@ class _CountingHash:
 
 
 def _note_id(ids: SpilledRows, record: RawRecord) -> None:
-    record_id = id_of(record.value)
-    if record_id is not None and record.position is not None:
+    made = (record_id := id_of(record.value)) is None
+    if record.position is not None:
+        record_id = f"record-{record.position}" if record_id is None else record_id
         # 128 bits: a false duplicate among 10^9 ids has a chance of 10^-21. A lone surrogate has no UTF-8.
         digest = xxhash.xxh3_128_intdigest(record_id.encode("utf-8", "surrogatepass"))
         high, low = digest >> 64, digest & (2**64 - 1)
         line = -1 if record.line is None else record.line
-        ids.add(low, _ID_ROW.pack(high, low, record.position, line))
+        ids.add(low, _ID_ROW.pack(high, low, record.position, line, made))
 
 
 def _find_duplicates(ids: SpilledRows) -> np.ndarray:
-    """Return position of each record with an earlier one's id, and position and line of that one, by position."""
-    dtype = np.dtype([("position", "<i8"), ("first", "<i8"), ("line", "<i8")])
+    """Return position of each record with an earlier one's id, and position and line of that one, by position.
+
+    An id that is made of a place comes after one that a record gives.
+    """
+    dtype = np.dtype([("position", "<i8"), ("first", "<i8"), ("line", "<i8"), ("made", "<i8")])
     found = [np.empty(0, dtype)]
     for group in ids.groups():
         rows = np.frombuffer(group, _ID_DTYPE)
-        rows = rows[np.lexsort((rows["position"], rows["low"], rows["high"]))]
+        rows = rows[np.lexsort((rows["position"], rows["made"], rows["low"], rows["high"]))]
         new = np.ones(len(rows), bool)
         new[1:] = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
         if new.all():
             continue
         first = rows[np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))]
         duplicates = np.empty(int((~new).sum()), dtype)
-        duplicates["position"] = rows["position"][~new]
+        duplicates["position"], duplicates["made"] = rows["position"][~new], rows["made"][~new]
         duplicates["first"], duplicates["line"] = first["position"][~new], first["line"][~new]
         found.append(duplicates)
     return np.sort(np.concatenate(found), order="position")

@@ -20,8 +20,11 @@ OnError = Literal["fail", "skip"]
 Ids = Literal["hash", "keep"]
 Check = Literal["full", "header"]
 Engine = Literal["local", "spark"]
+DuplicateIds = Literal["refuse", "keep"]
+ImageTags = Literal["refuse", "read"]
 
 _CHOICES = {"on_error": OnError, "ids": Ids, "check": Check, "engine": Engine}
+_CHOICES |= {"duplicate_ids": DuplicateIds, "image_tags": ImageTags}
 _UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30}
 
 
@@ -33,6 +36,9 @@ class ConvertOptions:
     Attributes:
         on_error: `fail` writes nothing if any record breaks a rule; `skip` writes the good ones and lists the others.
         ids: `hash` stores keyed hashes of identifying values, `keep` stores them plainly.
+        duplicate_ids: `refuse` takes the second record of an id for a mistake; `keep` keeps it, its id with a suffix.
+        image_tags: `read` takes `<IMAGE>`, `<image_1>`, `<img>` and the like in questions for `<image>`, `refuse` names
+            them.
         size_limit: Size of a shard, as a text with its unit or in bytes; 64 MB is read well from a disk and from an
             object store.
         hashes: Checksums kept in the index; xxh64 is the cheapest.
@@ -57,6 +63,8 @@ class ConvertOptions:
 
     on_error: OnError = "fail"
     ids: Ids = "hash"
+    duplicate_ids: DuplicateIds = "refuse"
+    image_tags: ImageTags = "refuse"
     size_limit: int | str = "64mb"
     hashes: Sequence[str] = ("xxh64",)
     max_pixels: int = MAX_PIXELS
@@ -139,7 +147,17 @@ class ConvertOptions:
 
     def shaping(self, partition_size: int) -> dict[str, Any]:
         """Return those that shape the shards, as the data card holds them."""
-        names = ("ids", "size_limit", "hashes", "max_pixels", "check", "resized", "on_error")
+        names = (
+            "ids",
+            "duplicate_ids",
+            "image_tags",
+            "size_limit",
+            "hashes",
+            "max_pixels",
+            "check",
+            "resized",
+            "on_error",
+        )
         shaping = {name: getattr(self, name) for name in names}
         shaping |= self.reading.fingerprint()
         return shaping | {"hashes": sorted(self.hashes), "partition_size": partition_size}

@@ -7,7 +7,6 @@ verified, `done.json` is written there: counts, problems and the files with size
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Int32
 
-from composer_path.conversion.identifiers import KeyedHashes
+from composer_path.conversion.identifiers import KeyedHashes, count_keys, keys_of_meta
 from composer_path.conversion.image_source import ImageSource, StoredImage
 from composer_path.conversion.input_file import InputFile
 from composer_path.conversion.input_scan import Partition
@@ -27,7 +26,9 @@ from composer_path.conversion.record_file import RawRecord
 from composer_path.layouts.reading import LeftOut
 from composer_path.parallel import Report, in_threads
 from composer_path.records.conversation import Conversation, id_of
-from composer_path.records.rules import RECORD_KEYS, RecordError, problems_of
+from composer_path.records.image_tags import read_image_tags
+from composer_path.records.key_names import shown_key
+from composer_path.records.rules import RECORD_KEYS, TURN_KEYS, RecordError, problems_of
 from composer_path.records.slide_region import SlideRegion
 from composer_path.shards.columns import COLUMNS, packed_parts
 from composer_path.shards.index import DONE_NAME, IMAGE_HASHES_NAME, Part, require_own
@@ -36,9 +37,14 @@ from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, Folder, is_remote, open_place
 
 COUNTS = ("records", "images", "text_only", "turns", "without_tag", "dropped_turns", "image_bytes")
+# Counts of records by names of keys, and what a table calls them.
+KEY_COUNTS = {
+    "unknown_keys": "ignored key",
+    "unknown_turn_keys": "ignored turn key",
+    "kept_meta_keys": "kept in meta:",
+    "hashed_meta_keys": "hashed in meta:",
+}
 
-# A key with any other look may be a sentence in the wrong place, so it is counted but not shown.
-_PLAIN_KEY = re.compile(r"[A-Za-z_][\w.-]{0,39}", re.ASCII)
 _MAX_SOURCE_LENGTH = 80
 # Requests to a bucket wait for the network, so many go at once.
 _BUCKET_THREADS = 16
@@ -81,6 +87,9 @@ class PartitionDone(Part):
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # the same counts for the records of each source
     unknown_keys: dict[str, int] = field(default_factory=Counter)  # key that nothing reads -> records that have it
     left_out: dict[str, int] = field(default_factory=Counter)  # why a row isn't wanted -> rows
+    unknown_turn_keys: dict[str, int] = field(default_factory=Counter)  # likewise of turns
+    kept_meta_keys: dict[str, int] = field(default_factory=Counter)  # key in `meta` that is stored as given -> records
+    hashed_meta_keys: dict[str, int] = field(default_factory=Counter)  # key in `meta` whose value is hashed -> records
     problems: list[list[Any]] = field(default_factory=list)  # position, line, rule, found, fix and place of each
 
 
@@ -210,9 +219,9 @@ class _Conversion:
         self._stamps.update(stamps)
         if isinstance(record.value, LeftOut):
             done.left_out[record.value.why] += 1
-        for key in unknown_keys_of(record.value, record.ignored):
-            done.unknown_keys[key] += 1
-        if (place := self._partition.duplicates.get(record.position or 0)) is not None:
+        self._count_keys(record.value, record.ignored)
+        place = self._partition.duplicates.get(record.position or 0)
+        if place is not None and self._job.options.duplicate_ids == "refuse":
             problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
         for error in problems:
             self._problems.append((_without_value(record), id_of(record.value), error))
@@ -220,7 +229,7 @@ class _Conversion:
         if problems or conversation is None:
             self._report(1, 0)
             return
-        sample = make_sample(record, conversation, stored, self._hashed)
+        sample = make_sample(record, conversation, stored, self._hashed, self._partition)
         if self._job.writes_on(self._problems):
             self._writer.write(sample)
             self._lengths.add(conversation)
@@ -234,6 +243,19 @@ class _Conversion:
                 counts[name] += count
         self._image_hashes += [image.hash for image in stored]
         self._report(1, num_bytes)
+
+    def _count_keys(self, record: object, ignored: Iterable[str]) -> None:
+        """Count the keys that nothing reads, those that its layout ignored among them, and those of `meta`."""
+        if not isinstance(record, dict):
+            return
+        done = self._done
+        turns = record.get("conversations")
+        keys = {key for turn in turns if isinstance(turn, dict) for key in turn} if isinstance(turns, list) else set()
+        kept, away = keys_of_meta(record.get("meta"), hashed=self._hashed is not None)
+        count_keys(done.unknown_keys, {shown_key(key) for key in {*(record.keys() - RECORD_KEYS), *ignored}})
+        count_keys(done.unknown_turn_keys, {shown_key(key) for key in keys - TURN_KEYS})
+        count_keys(done.kept_meta_keys, kept)
+        count_keys(done.hashed_meta_keys, away)
 
 
 class _Lengths:
@@ -255,11 +277,14 @@ _DUPLICATE_FIX = "give it its own id, or leave the key out"
 
 
 def make_sample(
-    record: RawRecord, conversation: Conversation, stored: list[StoredImage], hashed: KeyedHashes | None
+    record: RawRecord,
+    conversation: Conversation,
+    stored: list[StoredImage],
+    hashed: KeyedHashes | None,
+    partition: Partition,
 ) -> dict[str, Any]:
     """Build one sample of the shards; its images in parts, as `ShardWriter` takes them."""
-    # A record without an id is named by its place, so that errors at training time can still point to it.
-    record_id = conversation.id if conversation.id is not None else f"record-{record.position}"
+    record_id = partition.id_of_sample(record.position or 0, conversation.id)
     metadata: dict[str, Any] = {**conversation.metadata}
     mpps = {image.mpp for image in stored if image.mpp is not None}
     if "mpp" not in metadata and len(mpps) == 1:
@@ -284,12 +309,6 @@ def _hashed_image(image: str | SlideRegion, hashed: KeyedHashes) -> str:
     return hashed.hash("image", image)
 
 
-def unknown_keys_of(value: object, ignored: Iterable[str] = ()) -> list[str]:
-    """List a record's keys that nothing reads, and those that its layout ignored, as they may be shown."""
-    keys = {*(set(value) - RECORD_KEYS if isinstance(value, dict) else ()), *ignored}
-    return sorted(key if _PLAIN_KEY.fullmatch(key) else "(not a plain name)" for key in keys)
-
-
 def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, report: Report) -> PartitionResult:
     """Rebuild from the records what a marker doesn't hold: ids of bad ones and hashes, which identify, and lengths."""
     errors: dict[int, list[RecordError]] = {}
@@ -302,7 +321,7 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
         problems += [(_without_value(record), id_of(record.value), error) for error in found]
         if not found and not isinstance(record.value, LeftOut) and (hashed is not None or job.measures):
             conversation = Conversation.from_record(record.value)
-            make_sample(record, conversation, [], hashed)
+            make_sample(record, conversation, [], hashed, partition)
             lengths.add(conversation)
         report(1, 0)
     values = {} if hashed is None else hashed.values
@@ -317,6 +336,6 @@ def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
     count, first = 0, (partition.first_position, partition.first_line)
     for record in InputFile(job.data, job.options.reading).range(partition.start, partition.end, *first):
         count += 1
-        yield record
+        yield replace(record, value=read_image_tags(record.value)) if job.options.image_tags == "read" else record
     if count != partition.num_records:
         raise StorageError("--data: changed while it was converted; leave it alone and convert again with --overwrite")

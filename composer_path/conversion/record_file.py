@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from composer_path.records.rules import RecordError
+from composer_path.records.strict_json import decode_json, list_elements
 from composer_path.storage.places import open_file
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_PIECE = 2**20  # bytes read at once to count lines
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ def read_records(path: str | Path, hash: Any = None) -> Iterator[RawRecord]:
     the whole file on the way.
     """
     with open_file(path) as file:
-        start = file.read(4096).removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
+        head = file.read(4096)
+        start = head.removeprefix(_BYTE_ORDER_MARK).lstrip()[:1]
         file.seek(0)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head[:4]:
+            yield RawRecord(
+                None, None, RecordError("not-utf8", "UTF-16, UTF-32 or NUL bytes", "save the file as UTF-8")
+            )
+            return
         if start == b"[":
             data = file.read()
             if hash is not None:
@@ -77,36 +85,9 @@ def read_range(path: str | Path, start: int, end: int, position: int, line: int 
         if line is not None:
             yield from _read_lines(file, None, start, end, position, line)
             return
-        elements = file.read(end - start).rstrip(b" \t\r\n").removesuffix(b",")
-        values = _decode(b"[" + elements + b"]")
-        for index, value in enumerate([] if isinstance(values, RecordError) else values, start=position):
-            yield RawRecord(index, None, value)
-
-
-def decode_json(data: bytes, first_line: int = 1) -> Any:
-    """Decode UTF-8 JSON; a `RecordError` (not-utf8, invalid-json) gives the line and never the text."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        found = f"byte 0x{data[error.start]:02x} at line {line}, byte {error.start} of {len(data)}"
-        raise RecordError("not-utf8", found, "save the file as UTF-8") from None
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        found = f"'{error.msg}' at line {first_line + error.lineno - 1}, column {error.colno}"
-    except RecursionError:
-        found = "too many brackets inside each other"
-    except ValueError as error:
-        found = "a number that is not JSON" if error.args != ("constant",) else "NaN or Infinity"
-    raise RecordError("invalid-json", found, "correct the JSON there") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError("constant")  # Python reads NaN and Infinity, which JSON does not have
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+        for record in _read_list(file.read(end - start), position, partial(_line_at, file, start)):
+            if record.position is not None:  # else it has changed since
+                yield record
 
 
 def _read_lines(
@@ -124,30 +105,23 @@ def _read_lines(
             return
 
 
-def _read_list(data: bytes) -> Iterator[RawRecord]:
-    values = _decode(data)
-    if isinstance(values, RecordError):
-        yield RawRecord(None, None, values)
-        return
-    for position, (value, (start, end)) in enumerate(zip(values, _places_in_list(data), strict=True)):
-        yield RawRecord(position, None, value, start, end)
+def _read_list(data: bytes, position: int = 0, line: Callable[[], int] | None = None) -> Iterator[RawRecord]:
+    """The elements of a list, or of a piece of one that begins at a line, which is asked for if something is wrong."""
+    try:
+        for element in list_elements(data, first_line=line or (lambda: 1), bare=line is not None):
+            yield RawRecord(position, None, element.value, element.start, element.end)
+            position += 1
+    except RecordError as error:
+        yield RawRecord(None, None, error)
 
 
-def _places_in_list(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield first byte and end of each element of a valid JSON list."""
-    text = data.decode("utf-8-sig")
-    offset = len(data) - len(text.encode()) if not text.isascii() else len(data) - len(text)
-    at, counted = text.index("[") + 1, 0
-    while True:
-        while text[at] in " \t\r\n,":
-            at += 1
-        if text[at] == "]":
-            return
-        _, stop = _DECODER.raw_decode(text, at)
-        start = offset + len(text[counted:at].encode())
-        offset = start + len(text[at:stop].encode())
-        yield start, offset
-        at = counted = stop
+def _line_at(file: Any, byte: int) -> int:
+    """The line that a byte of a file stands in."""
+    line = 1
+    file.seek(0)
+    while byte > 0 and (data := file.read(min(byte, _PIECE))):
+        line, byte = line + data.count(b"\n"), byte - len(data)
+    return line
 
 
 def _decode(data: bytes, first_line: int = 1) -> Any:

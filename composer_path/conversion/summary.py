@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from composer_path import __version__
-from composer_path.conversion.partition import COUNTS, PartitionDone
+from composer_path.conversion.identifiers import MAX_KEYS, OTHER_KEYS
+from composer_path.conversion.partition import COUNTS, KEY_COUNTS, PartitionDone
 from composer_path.conversion.spill import SpilledRows
 from composer_path.shards.columns import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
 from composer_path.shards.index import IMAGE_HASHES_NAME
@@ -19,6 +20,8 @@ from composer_path.storage.places import Bucket, Folder
 
 # More are counted together: a source should be a data set's name, and a name for each record is none.
 _NUM_SOURCES = 1000
+# In the table; the data card has them all.
+_NUM_KEYS_SHOWN = 20
 
 
 @dataclass
@@ -37,6 +40,9 @@ class ConvertSummary:
     rejected: int = 0  # records left out
     rejected_by_rule: dict[str, int] = field(default_factory=dict)  # rule -> records that break it
     unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nothing reads -> records that have it
+    unknown_turn_keys: dict[str, int] = field(default_factory=dict)  # likewise of turns -> records
+    kept_meta_keys: dict[str, int] = field(default_factory=dict)  # key in `meta` that is stored as given -> records
+    hashed_meta_keys: dict[str, int] = field(default_factory=dict)  # key in `meta` whose value is hashed -> records
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source, "" for none -> the first seven counts
     shards: int = 0  # files
     bytes: int = 0  # of the shard files
@@ -56,23 +62,18 @@ class ConvertSummary:
             into = self.sources.setdefault(source if known else "(others)", dict.fromkeys(COUNTS, 0))
             for name in COUNTS:
                 into[name] += counts.get(name, 0)
-        self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done.unknown_keys))
+        for name in KEY_COUNTS:
+            counts = Counter(getattr(self, name))
+            for key, count in getattr(done, name).items():
+                counts[key if key in counts or len(counts) < MAX_KEYS else OTHER_KEYS] += count
+            setattr(self, name, dict(counts))
         self.left_out = dict(Counter(self.left_out) + Counter(done.left_out))
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
     def counts(self) -> dict[str, Any]:
         """Return what the data card holds of it."""
-        odd = (
-            "repeated_images",
-            "left_out",
-            "rejected",
-            "rejected_by_rule",
-            "unknown_keys",
-            "sources",
-            "shards",
-            "bytes",
-        )
+        odd = ("repeated_images", "left_out", "rejected", "rejected_by_rule", *KEY_COUNTS, "sources", "shards", "bytes")
         return {name: getattr(self, name) for name in (*COUNTS, *odd)}
 
     def __str__(self) -> str:
@@ -88,7 +89,10 @@ class ConvertSummary:
         rows += [(name, count) for name, count in odd.items() if count]
         rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
         rows += [(f"left out by {why}", f"{count} rows") for why, count in self.left_out.items()]
-        rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
+        for name, words in KEY_COUNTS.items():
+            keys = Counter(getattr(self, name)).most_common()
+            rows += [(f"{words} {key}", f"in {count} records") for key, count in keys[:_NUM_KEYS_SHOWN]]
+            rows += [(f"{words}: others", len(keys) - _NUM_KEYS_SHOWN)] if len(keys) > _NUM_KEYS_SHOWN else []
         rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
         rows += [("partitions taken over", self.resumed)] if self.resumed else []
         rows += [("lengths of samples in", file) for file in self.lengths]
@@ -98,7 +102,7 @@ class ConvertSummary:
         rows += [("hashes lead back through", self.mapping_file)] if self.mapping_file else []
         if self.part is not None:
             rows += [("part", f"{self.part}; when all are there: composer-path merge OUT")]
-        return "\n".join(f"{name:<36}{value}" for name, value in rows)
+        return "\n".join(f"{name:<35} {value}" for name, value in rows)
 
 
 def card_before(options: dict[str, Any], source: dict[str, Any], fingerprint: str) -> dict[str, Any]:

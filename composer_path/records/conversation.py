@@ -6,16 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from composer_path.records.rules import IMAGE_TAG, METADATA_TYPES, ROLES, has_type, images_of, problems_of
+from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.rules import METADATA_TYPES, ROLES, has_type, images_of, problems_of
 from composer_path.records.slide_region import SlideRegion
+from composer_path.records.turn_weight import is_weight, weight_of
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: `role` is 'human' or 'assistant'; `text` is as given, with its image tags."""
+    """One turn: `role` is 'human' or 'assistant'; `text` is as given, with its image tags.
+
+    `weight` is how much each token of an answer counts in the loss; 0: it is read and not learned.
+    """
 
     role: str
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Conversation:
         if problems := problems_of(record):
             raise problems[0]
         assert isinstance(record, dict)
-        turns = [Turn(ROLES[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        turns = [_turn(turn) for turn in record["conversations"]]
         dropped_turns = int(turns[0].role == "assistant")
         turns = turns[dropped_turns:]
         images = tuple(SlideRegion.from_record(one) if isinstance(one, dict) else one for one in images_of(record))
@@ -71,17 +77,20 @@ class Conversation:
         return len(self.images)
 
     def to_shard(self) -> dict[str, Any]:
-        """What a shard's `conversation` column holds: turns and system message."""
-        return {"turns": [[turn.role, turn.text] for turn in self.turns], "system": self.system}
+        """What a shard's `conversation` column holds: turns, `[role, text]` or `[role, text, weight]`, and system."""
+        turns = [[turn.role, turn.text, *([] if turn.weight == 1 else [turn.weight])] for turn in self.turns]
+        return {"turns": turns, "system": self.system}
 
     @classmethod
     def from_shard(cls, data: Mapping[str, Any], num_images: int) -> Conversation:
         """Build the conversation of a shard's sample from what `to_shard` wrote; its images have no names there.
 
         Raises:
-            ValueError: Tags and images differ in number, so the shard wasn't written by `convert`.
+            ValueError: Tags and images differ in number, so the shard wasn't written by `convert`; or a weight is none.
         """
-        turns = [Turn(role, text) for role, text in data["turns"]]
+        if not all(is_weight(weight) for _, _, *weights in data["turns"] for weight in weights):
+            raise ValueError("a turn of a shard must have a weight from 0 to 1, found another; convert the data again")
+        turns = [Turn(role, text, *map(float, weights)) for role, text, *weights in data["turns"]]
         num_tags = _num_tags(turns)
         if num_tags != num_images:
             raise ValueError(
@@ -89,6 +98,12 @@ class Conversation:
                 f"found {num_tags} tags and {num_images} images; convert the data again"
             )
         return cls(turns=tuple(turns), images=("",) * num_images, system=data.get("system"))
+
+
+def _turn(turn: Mapping[str, Any]) -> Turn:
+    """One turn of a checked record; that a question has no loss needs no saying."""
+    role = ROLES[turn["from"]]
+    return Turn(role, turn["value"], weight_of(turn) if role == "assistant" else 1.0)
 
 
 def id_of(record: object) -> str | None:

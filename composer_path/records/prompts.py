@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from composer_path.records.chat_template import FIXED_DATE, TemplateError, read_date, render_around, trimmed
 from composer_path.records.conversation import Conversation, Turn
-from composer_path.records.rules import IMAGE_TAG
+from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.vocabulary import TextEncoder
 
 ImagePosition = Literal["front", "inline"]  # of an image: in front of its turn's text, or where its tag stands
@@ -31,10 +31,14 @@ LLAVA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text. Neighbours with the same mark are tokenized as one text."""
+    """A piece of text. Neighbours with the same mark are tokenized as one text.
+
+    A supervised piece of weight 0 is cut from its neighbours as an answer is, and not learned.
+    """
 
     text: str
     supervised: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class SpecialToken:
 
     id: int
     supervised: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,9 @@ class PlainTemplate(PromptTemplate):
                 f"template 'plain' holds one question and its caption, found {len(questions)} questions; use "
                 "'llava_llama_2' or 'chat_template' for conversations"
             )
-        captions = [turn.text + "\n" for turn in conversation.turns if turn.role == "assistant"]
+        captions = [turn for turn in conversation.turns if turn.role == "assistant"]
         images = _image_row(questions[0].text.count(IMAGE_TAG))
-        return [*_bos(encoder), *images, *(Text(caption, supervised=True) for caption in captions)]
+        return [*_bos(encoder), *images, *(Text(turn.text + "\n", True, turn.weight) for turn in captions)]
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class LlavaLlama2Template(PromptTemplate):
                 opening = "[INST] "
             else:
                 # The space before the answer is its first token's, in any vocabulary: supervised like the answer.
-                segments += [Text(f" {turn.text} ", supervised=True), SpecialToken(eos_id, supervised=True)]
+                segments += [Text(f" {turn.text} ", True, turn.weight), SpecialToken(eos_id, True, turn.weight)]
         return segments
 
 
@@ -160,22 +165,22 @@ class ChatTemplate(PromptTemplate):
         if asking:
             # Cut where the answer would start: what is asked is then exactly the start of what was trained.
             turns.append(Turn("assistant", ""))
-        messages = [("user" if turn.role == "human" else "assistant", turn.text) for turn in turns]
+        messages = [("user" if turn.role == "human" else "assistant", turn.text, turn.weight) for turn in turns]
         if system is not None:
-            messages.insert(0, ("system", system))
-        chunks, trims = render_around([role for role, _ in messages], encoder.tokenizer, self.date)
+            messages.insert(0, ("system", system, 0.0))
+        chunks, trims = render_around([role for role, _, _ in messages], encoder.tokenizer, self.date)
 
         segments: Segments = []
-        end_is_due = False  # an answer stands before this chunk, so its end is supervised
-        for chunk, trim, (role, text) in zip(chunks, trims, messages, strict=False):
+        due: float | None = None  # weight of the answer before this chunk, whose end is supervised like it
+        for chunk, trim, (role, text, weight) in zip(chunks, trims, messages, strict=False):
             answer = role == "assistant"
             text = trimmed(text, trim)
             if answer and chunk.endswith(" "):
                 chunk, text = chunk[:-1], " " + text
-            segments += _template_text(chunk, encoder, end_is_due)
-            segments += _question(text, image_position) if role == "user" else [Text(text, supervised=answer)]
-            end_is_due = answer
-        return segments[:-1] if asking else segments + _template_text(chunks[-1], encoder, end_is_due)
+            segments += _template_text(chunk, encoder, due)
+            due = weight if answer else None
+            segments += _question(text, image_position) if role == "user" else [_marked(text, due)]
+        return segments[:-1] if asking else segments + _template_text(chunks[-1], encoder, due)
 
 
 TEMPLATES: dict[str, type[PromptTemplate]] = {
@@ -220,16 +225,21 @@ def _image_row(num_images: int) -> Segments:
     return [ImageSlot() if index % 2 == 0 else Text("\n") for index in range(2 * num_images - 1)]
 
 
-def _template_text(chunk: str, encoder: TextEncoder, end_is_due: bool) -> Segments:
-    """What a chat template wrote itself; supervised up to its first special token if an answer stands before it."""
+def _marked(text: str, weight: float | None) -> Text:
+    """A text that is supervised with a weight, or (None) isn't."""
+    return Text(text) if weight is None else Text(text, True, weight)
+
+
+def _template_text(chunk: str, encoder: TextEncoder, due: float | None) -> Segments:
+    """What a chat template wrote itself; up to its first special token it belongs to the answer of weight `due`."""
     segments: Segments = []
     for part in encoder.split_special_tokens(chunk):
         if isinstance(part, int):
-            segments.append(SpecialToken(part, supervised=end_is_due))
-            end_is_due = False
+            segments.append(SpecialToken(part) if due is None else SpecialToken(part, True, due))
+            due = None
         else:
-            segments.append(Text(part, supervised=end_is_due))
-    if end_is_due:
+            segments.append(_marked(part, due))
+    if due is not None:
         raise ValueError(
             "the tokenizer's chat template puts no special token after an answer, so a model could not learn to stop; "
             "add one (such as eos_token) to the template, or use 'llava_llama_2'"

@@ -8,11 +8,23 @@ holds the text of a conversation, a file name or an identifier: values are descr
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from composer_path.records.image_tags import IMAGE_TAG, lookalikes
+from composer_path.records.key_names import (
+    NOT_SHOWN,
+    record_key_meant,
+    region_key_meant,
+    shown_key,
+    turn_key_meant,
+)
+from composer_path.records.turn_weight import FLAGS, is_weight, weight_of, weights_said
+
+MAX_DEPTH = 64  # levels of objects and lists; no record of the field has ten
+MAX_DIGITS = 40  # of a whole number: more than any id or coordinate has, and within what a float can be
 
 RULES = {
     "not-utf8": "the text must be UTF-8",
@@ -21,6 +33,10 @@ RULES = {
     "unknown-layout": "a record must be of one layout that is read",
     "unsupported-layout": "a record must hold conversations about pictures, for training",
     "not-an-object": "a record must be a JSON object",
+    "duplicate-key": "a key may be given once in an object",
+    "bad-number": f"a number must be finite and have no more than {MAX_DIGITS} digits",
+    "too-deep": f"objects and lists may lie in each other {MAX_DEPTH} deep",
+    "lookalike-key": "a key must be spelled as it is read",
     "missing-key": "a required key is absent",
     "wrong-type": "a value must have the type of its key",
     "duplicate-id": "no two records may share an id",
@@ -34,6 +50,12 @@ RULES = {
     "last-turn-not-assistant": "the last turn must be from 'assistant'",
     "empty-answer": "an answer must hold text",
     "tag-in-answer": "<image> may stand in human turns only",
+    "tag-in-system": "<image> may not stand in the system message",
+    "lookalike-tag": "the place of an image must be written as <image>",
+    "contradicting-flags": "the flags of a turn must say the same",
+    "loss-on-question": "only answers can be learned",
+    "fractional-weight": "a turn's weight must be 0 or 1",
+    "nothing-learned": "an answer at least must be learned",
     "tag-count": "the human turns must hold as many <image> tags as the record has images",
     "path-outside-folder": "an image must lie inside the image folder",
     "missing-file": "an image must be a file in the image folder",
@@ -74,8 +96,6 @@ class ImageError(RecordError):
     """A picture that can't be used; what was found is said in sizes and formats only, never in metadata."""
 
 
-IMAGE_TAG = "<image>"
-
 # Public sets say 'gpt' or 'user'; everything after this table knows two roles only.
 ROLES = {"human": "human", "user": "human", "assistant": "assistant", "gpt": "assistant"}
 
@@ -98,7 +118,10 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {"id": _NAME, "system": _STRIN
 # A region of a slide: the least value of each number. Left and top edge may lie outside of the scan.
 _REGION_NUMBERS = {"x": None, "y": None, "width": 1, "height": 1, "level": 0}
 _REGION_KEYS = ("file", *_REGION_NUMBERS)
+_REGION_NAMES = frozenset(_REGION_KEYS)
 RECORD_KEYS = frozenset(_TYPES) | {"image", "conversations"}
+TURN_KEYS = frozenset(("from", "value", *FLAGS))
+_MAX_COORDINATE = 2**31 - 1  # of a slide, pixels
 
 
 def problems_of(record: object) -> list[RecordError]:
@@ -120,8 +143,12 @@ def images_of(record: dict[str, Any]) -> list[Any]:
 
 def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
     """Wrong types and missing keys; null counts as absent for every optional key."""
+    meant = {key: record_key_meant(key, value, record, RECORD_KEYS) for key, value in record.items()}
+    yield from (_lookalike_key(key, name) for key, name in meant.items() if name is not None)
     for key, (types, expected) in _TYPES.items():
         yield from _value_problems(record.get(key), types, expected, key)
+    if isinstance(record.get("meta"), dict):
+        yield from _content_problems(record["meta"], "meta")
     mpp = record.get("mpp", 1)
     if isinstance(mpp, int | float) and not isinstance(mpp, bool) and not 0 < mpp < math.inf:
         yield _wrong_type("a number that is not above 0", _TYPES["mpp"][1], "mpp")
@@ -134,7 +161,7 @@ def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
 
     turns = record.get("conversations")
     if turns is None:
-        yield _missing_key("conversations")
+        yield from () if "conversations" in meant.values() else (_missing_key("conversations"),)
     elif not isinstance(turns, list):
         yield _wrong_type(_describe(turns), "a list of turns", "conversations")
     else:
@@ -151,21 +178,31 @@ def _image_problems(image: object, where: str, expected: str) -> Iterator[Record
     for key, least in _REGION_NUMBERS.items():
         value, expected = image.get(key), f"a whole number{'' if least is None else f' of {least} or more'}"
         yield from _value_problems(value, (int,), expected, f"{where}.{key}")
-        if isinstance(value, int) and not isinstance(value, bool) and least is not None and value < least:
-            yield _wrong_type(f"a number below {least}", expected, f"{where}.{key}")
-    yield from (_missing_key(f"{where}.{key}") for key in _REGION_KEYS if key != "level" and image.get(key) is None)
-    if num_others := len(image.keys() - set(_REGION_KEYS)):
-        yield _wrong_type(f"{num_others} other keys", "a region with file, x, y, width, height and level only", where)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if least is not None and value < least:
+                yield _wrong_type(f"a number below {least}", expected, f"{where}.{key}")
+            elif abs(value) > _MAX_COORDINATE:
+                yield _wrong_type("a number beyond any slide", expected, f"{where}.{key}")
+    others = [key for key in image if key not in _REGION_KEYS]
+    meant = [(key, name) for key in others if (name := region_key_meant(key, _REGION_NAMES)) is not None]
+    yield from (_lookalike_key(key, name, where) for key, name in meant)
+    if missing := [key for key in _REGION_KEYS if key != "level" and image.get(key) is None]:
+        yield from (_missing_key(f"{where}.{key}") for key in missing if key not in dict(meant).values())
+    if others := sorted({shown_key(key) for key in others} - {shown_key(key) for key, _ in meant}):
+        found = f"another key: {', '.join(others)}"
+        yield _wrong_type(found, "a region with file, x, y, width, height and level only", where)
 
 
 def _turn_type_problems(turn: object, where: str) -> Iterator[RecordError]:
     if not isinstance(turn, dict):
         yield _wrong_type(_describe(turn), "an object {'from': ..., 'value': ...}", where)
         return
+    meant = {name: key for key in turn if (name := turn_key_meant(key, turn[key], turn, TURN_KEYS)) is not None}
+    yield from (_lookalike_key(key, name, where) for name, key in meant.items())
     for key in ("from", "value"):
         place = f"{where}.{key}"
         if key not in turn:
-            yield _missing_key(place)
+            yield from () if key in meant else (_missing_key(place),)
         else:
             yield from _value_problems(turn[key], *_STRING, place, required=True, empty=True)
     role = turn.get("from")
@@ -173,6 +210,27 @@ def _turn_type_problems(turn: object, where: str) -> Iterator[RecordError]:
         found = repr(role) if role.lower() in _PRINTABLE_ROLES else _describe(role)
         fix = "put it under the record's key 'system'" if role.lower() == "system" else "rename the role"
         yield RecordError("unknown-role", found, fix, f"{where}.from")
+    yield from _flag_problems(turn, where)
+
+
+def _flag_problems(turn: dict[str, Any], where: str) -> Iterator[RecordError]:
+    """Problems of `loss`, `weight`, `train` and `loss_mask`; null counts as absent."""
+    wrong = [flag for flag in FLAGS if turn.get(flag) is not None and not is_weight(turn[flag])]
+    for flag in wrong:
+        value = turn[flag]
+        found = "a number that is none of these" if has_type(value, (int, float)) else _describe(value)
+        yield _wrong_type(found, "true, false, or a number from 0 to 1", f"{where}.{flag}")
+    if wrong:
+        return
+    said, role = weights_said(turn), turn.get("from")
+    if len(said) > 1:
+        found = " and ".join(f"{flag} {float(turn[flag]):g}" for flag in FLAGS if turn.get(flag) is not None)
+        yield RecordError("contradicting-flags", found, "keep one of them", where)
+    elif said and isinstance(role, str) and ROLES.get(role) == "human" and max(said) > 0:
+        fix = "set it to 0, or leave it out of questions"
+        yield RecordError("loss-on-question", "a flag that asks for a question's loss", fix, where)
+    elif said and 0 < max(said) < 1:
+        yield RecordError("fractional-weight", f"{max(said):g}", "choose 0 or 1", where)
 
 
 def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
@@ -186,6 +244,7 @@ def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         found = "one assistant turn, and a leading one is dropped"
         yield RecordError("empty-conversation", found, "add the question", "conversations")
         return
+    first = int(roles[0] == "assistant")  # a leading one is dropped
     for index in range(1, len(turns)):
         if roles[index] == roles[index - 1]:
             found, fix = f"two {roles[index]!r} turns in a row", "join them or add the missing turn"
@@ -197,9 +256,18 @@ def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         fix = "add the answer or leave the last question out"
         yield RecordError("last-turn-not-assistant", "'human'", fix, f"conversations[{len(turns) - 1}]")
 
+    elif not any(weight_of(turn) for turn in turns[first:] if ROLES[turn["from"]] == "assistant"):
+        fix = "give an answer a weight, or leave the record out"
+        yield RecordError("nothing-learned", "no answer of a weight above 0", fix, "conversations")
+
+    if isinstance(system := record.get("system"), str):
+        if num_in_system := system.count(IMAGE_TAG):
+            yield RecordError("tag-in-system", f"{num_in_system} there", "move the tag into a question", "system")
+        yield from _lookalike_tags(system, "system")
     num_tags = 0
     for index, (role, turn) in enumerate(zip(roles, turns, strict=True)):
         text, where = turn["value"], f"conversations[{index}].value"
+        yield from _lookalike_tags(text, where)
         if role == "human":
             num_tags += text.count(IMAGE_TAG)
             continue
@@ -215,6 +283,39 @@ def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:
         yield RecordError("tag-count", f"tags: {num_tags}, images: {num_images}", fix, "conversations")
 
 
+def _lookalike_tags(text: str, where: str) -> Iterator[RecordError]:
+    """At most one problem for each text, with the first of them."""
+    if looks := [one.look for one in lookalikes(text)]:
+        found = f"{looks[0]}" + (f" and {len(looks) - 1} more" if len(looks) > 1 else "")
+        fix = f"write {IMAGE_TAG}, have it read so (--image-tags read), or reword it"
+        yield RecordError("lookalike-tag", found, fix, where)
+
+
+def _content_problems(value: Any, where: str) -> Iterator[RecordError]:
+    """The first problem of what lies in a free value: depth, numbers and surrogates, whatever made it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple):
+                below += one
+            elif isinstance(one, float) and not math.isfinite(one):
+                yield RecordError("bad-number", "NaN or Infinity", "write a number, or leave the key out", where)
+                return
+            elif isinstance(one, int) and abs(one) >= 10**MAX_DIGITS:
+                yield RecordError("bad-number", "a longer one", "write it as a string, in quotes", where)
+                return
+            elif isinstance(one, str) and _LONE_SURROGATE.search(one):
+                yield _lone_surrogate(where)
+                return
+        if not below:
+            return
+        level = below
+    yield RecordError("too-deep", f"more than {MAX_DEPTH} levels", "flatten it, or leave it out", where)
+
+
 def _value_problems(
     value: object, types: tuple[type, ...], expected: str, where: str, required: bool = False, empty: bool = False
 ) -> Iterator[RecordError]:
@@ -224,9 +325,26 @@ def _value_problems(
         yield _wrong_type(_describe(value), expected, where)
     elif value == "" and not empty and where != "system":
         yield _wrong_type("an empty string", expected, where)
-    elif _LONE_SURROGATE.search(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)):
-        fix = "write the character itself or a whole pair of \\u escapes"
-        yield RecordError("not-utf8", "half of a surrogate pair (a lone \\ud800 to \\udfff)", fix, where)
+    elif isinstance(value, str):
+        if _LONE_SURROGATE.search(value):
+            yield _lone_surrogate(where)
+    elif where != "mpp" and not isinstance(value, dict):  # which have checks of their own
+        yield from _content_problems(value, where)
+
+
+def _lone_surrogate(where: str) -> RecordError:
+    fix = "write the character itself or a whole pair of \\u escapes"
+    return RecordError("not-utf8", "half of a surrogate pair (a lone \\ud800 to \\udfff)", fix, where)
+
+
+def _lookalike_key(key: str, meant: str, where: str = "") -> RecordError:
+    """A key that stands for another one; named where its name is harmless."""
+    shown = shown_key(key)
+    found = f"'{shown}'" if shown != NOT_SHOWN else "a key whose name isn't shown"
+    fix = f"did you mean '{meant}'? Rename it, or leave it out"
+    if meant == "image" and where:
+        fix = "give images under the record's key 'image', each with its tag"
+    return RecordError("lookalike-key", found, fix, where)
 
 
 def has_type(value: object, types: tuple[type, ...]) -> bool:

@@ -36,8 +36,8 @@ class TokenizedConversation:
 
     Attributes:
         input_ids: Token ids; an image stands as `num_image_tokens` times IMAGE_TOKEN_ID.
-        labels: The same ids where the model learns to write them (answers and their ends), IGNORE_INDEX elsewhere;
-            not shifted.
+        labels: The same ids where the model learns to write them (answers and their ends, of turns with a weight),
+            IGNORE_INDEX elsewhere; not shifted.
         num_images: How many images were not cut away; always the first ones.
         truncated: Something was cut away at the end.
     """
@@ -115,11 +115,10 @@ class TextPreparation:
         prefix = True  # the next text starts a new piece
         for segment in segments:
             if isinstance(segment, ImageSlot):
-                ids, supervised = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
-            elif isinstance(segment, SpecialToken):
-                ids, supervised = [segment.id], segment.supervised
+                ids, learned = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
             else:
-                ids, supervised = encoder.encode(segment.text, prefix), segment.supervised
+                ids = [segment.id] if isinstance(segment, SpecialToken) else encoder.encode(segment.text, prefix)
+                learned = segment.supervised and segment.weight > 0
             prefix = not isinstance(segment, Text) and prefix_after_special
             room = len(ids) if limit is None else limit - len(input_ids)
             truncated = len(ids) > room
@@ -128,7 +127,7 @@ class TextPreparation:
                 num_images += not truncated
             ids = ids[:room]
             input_ids += ids
-            labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+            labels += ids if learned else [IGNORE_INDEX] * len(ids)
             if truncated:
                 break
         # Of lists numpy makes an array several times as fast as torch makes a tensor.
@@ -171,11 +170,11 @@ def _position(word: str) -> ImagePosition:
 def _joined(segments: list[Segment]) -> list[Segment]:
     """Join neighbouring texts with the same mark, so that a tokenizer sees them as the one text they are."""
     joined: list[Segment] = []
-    for key, group in groupby(segments, lambda segment: segment.supervised if isinstance(segment, Text) else None):
-        if key is None:
+    for mark, group in groupby(segments, lambda one: (one.supervised, one.weight) if isinstance(one, Text) else None):
+        if mark is None:
             joined += group
         elif text := "".join(segment.text for segment in group if isinstance(segment, Text)):
-            joined.append(Text(text, supervised=key))
+            joined.append(Text(text, *mark))
     return joined
 
 

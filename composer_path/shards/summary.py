@@ -11,6 +11,7 @@ from itertools import accumulate
 from composer_path.images.features import is_features
 from composer_path.images.file import open_image
 from composer_path.images.stored_square import is_square, square_of
+from composer_path.printable import printable
 from composer_path.records.rules import ImageError
 from composer_path.shards.view import ShardView, StoredSample, over_shards
 
@@ -57,8 +58,8 @@ class ShardSummary:
     def __str__(self) -> str:
         """One line for each figure, the most frequent values first."""
         rows = [(name.replace("_", "-"), getattr(self, name)) for name in ("records", "images", "text_only", "turns")]
-        rows += [(f"  source {name or '(none)'}", count) for name, count in self.sources.most_common()]
-        rows += [(f"  stain {name}", count) for name, count in self.stains.most_common()]
+        rows += [(f"  source {printable(name) or '(none)'}", count) for name, count in self.sources.most_common()]
+        rows += [(f"  stain {printable(name)}", count) for name, count in self.stains.most_common()]
         for name, lengths in (("a question", self.question_chars), ("an answer", self.answer_chars)):
             rows.append((f"characters of {name}", _spread(lengths)))
         rows += [(f"images stored as {kind}", count) for kind, count in self.image_kinds.most_common()]

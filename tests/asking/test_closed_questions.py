@@ -44,6 +44,16 @@ class Oracle:
         return "I can't tell." if value == 255 else "Pale." if value > 128 else "It is dark, I think."
 
 
+@pytest.mark.parametrize("options", [5, "AB", None, [], ["A"], {"A": "x", "B": "y"}])
+def test_options_that_are_no_list_are_refused_with_their_record(tmp_path: Path, options: object) -> None:
+    turns = [{"from": "human", "value": "A or B?"}, {"from": "gpt", "value": "A"}]
+    (tmp_path / "q.json").write_text(
+        json.dumps([{"conversations": turns, "meta": {"options": options, "answer": "A"}}])
+    )
+    with pytest.raises(ValueError, match=r"record 0: meta\.options must be a list of two options or more"):
+        read_closed_questions(tmp_path / "q.json")
+
+
 @pytest.fixture
 def questions(tmp_path: Path) -> list[ClosedQuestion]:
     for name in ("dark1", "dark2", "light"):

@@ -71,6 +71,7 @@ def test_skip_prints_a_summary_without_a_word_of_the_patient(
 def test_every_option_reaches_the_conversion(arguments: list[str], tmp_path: Path) -> None:
     options = {"--on-error": "skip", "--ids": "keep", "--size-limit": "10kb", "--max-pixels": "64", "--check": "header"}
     options |= {"--resize": "8", "--pad-color": "1,2,3", "--workers": "1", "--partition-size": "1"}
+    options |= {"--duplicate-ids": "keep", "--image-tags": "read"}
     files = {"--rejected": str(tmp_path / "r.jsonl"), "--key": str(tmp_path / "k.key")}
     words = [word for option in {**options, **files}.items() for word in option]
     assert convert(*arguments, *words) == 0
@@ -78,6 +79,7 @@ def test_every_option_reaches_the_conversion(arguments: list[str], tmp_path: Pat
     resized = {"image_size": 8, "fit": "pad", "pad_color": [1, 2, 3]}
     assert info["resized"] == info["options"].pop("resized") == resized
     expected = {"ids": "keep", "size_limit": "10kb", "hashes": ["xxh64"], "max_pixels": 64, "check": "header"}
+    expected |= {"duplicate_ids": "keep", "image_tags": "read"}
     assert info["options"] == {**expected, "on_error": "skip", "partition_size": 1}
     assert (tmp_path / "r.jsonl").exists()
     assert not (tmp_path / "k.key").exists()  # identifiers that are kept need no key

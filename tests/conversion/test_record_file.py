@@ -4,28 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from composer_path.conversion.record_file import decode_json, read_records
-from composer_path.records.rules import RecordError
-
-
-@pytest.mark.parametrize(
-    ("data", "rule", "found"),
-    [
-        (b'{"a":\n "\xe4"}', "not-utf8", "byte 0xe4 at line 2, byte 8 of 11"),
-        (b"\xff\xfe[\x00]\x00", "not-utf8", "byte 0xff at line 1, byte 0 of 6"),
-        (b'[\n{"a": 1,}]', "invalid-json", "line 2"),
-        (b"[NaN]", "invalid-json", "NaN or Infinity"),
-        (b"[" * 100_000, "invalid-json", "too many brackets"),
-        (b"[" + b"1" * 5000 + b"]", "invalid-json", "a number"),
-    ],
-)
-def test_bytes_that_are_no_json_are_refused_with_their_line(data: bytes, rule: str, found: str) -> None:
-    with pytest.raises(RecordError) as caught:
-        decode_json(data)
-    assert caught.value.rule == rule
-    assert found in caught.value.found
+from composer_path.conversion.record_file import read_records
 
 
 def test_a_list_and_lines_give_the_same_records(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_optional_keys_are_kept_and_null_counts_as_absent() -> None:
 
 
 def test_keys_that_nothing_reads_are_ignored() -> None:
-    turns = [{**question(), "weight": 1}, answer()]
+    turns = [{**question(), "score": 1}, answer()]
     assert Conversation.from_record(record(*turns, model="", split="train")).metadata == {}
 
 
