@@ -61,15 +61,20 @@ def check_vocabulary(tokenizer: Tokenizer, num_embeddings: int) -> None:
         ValueError: With the first such token, and how many there are.
     """
     met = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    ids = {id: token for token, id in tokenizer.get_vocab().items() if id >= num_embeddings}
+    ids = {id: token for token, id in tokenizer.get_vocab().items() if not 0 <= id < num_embeddings}
     if tokenizer.pad_token_id not in met:
         ids.pop(tokenizer.pad_token_id, None)
     if ids:
-        first, fix = min(ids), "take the tokenizer of this language model, or a model with as many embeddings"
+        first, fix = min(ids), "take this language model's own, or set model.language_model.resize_embeddings: true"
         found = f"found {len(ids)} tokens beyond, from id {first} ({ids[first]!r}) on"
         raise ValueError(
             f"tokenizer.path: its ids must be below the language model's {num_embeddings} embeddings, {found}; {fix}"
         )
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """How many embeddings a tokenizer's ids need."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
