@@ -177,12 +177,13 @@ def build_loader(
 ) -> DataSpec:
     """A loader that prepares samples for this model and suits the algorithms."""
     from composer_path.batches.loader import build_dataloader
-    from composer_path.models.language_types import check_length_supported
+    from composer_path.models.language_types import check_length_supported, warn_of_length
     from composer_path.planning.encoded_features import check_features
 
     encoder = model.vision_encoder
     longest = section["dataset"]["max_seq_len"]
     check_length_supported(model.language_model.config, model.longest_in_row(longest))
+    warn_of_length(model.language_model.config, longest)
     loader: Any = build_dataloader(
         **section,
         tokenizer=tokenizer,

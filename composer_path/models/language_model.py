@@ -143,8 +143,10 @@ def _check_causal(where: str, model_type: Any, code: str = "") -> None:
 
 def _why(error: Exception) -> str:
     """What an error of transformers says, in one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said:.300}" if isinstance(error, KeyError | TypeError | AttributeError) else said
+    first = error.args[0] if error.args else type(error).__name__  # a KeyError would put it in quotes
+    said = " ".join(str(first if isinstance(first, str) else error).split())
+    name = f"{type(error).__name__}: " if isinstance(error, LookupError) and " " not in said else ""
+    return f"{name}{said!r:.300}" if name else f"{said:.500}"
 
 
 def _check_sizes(config: PretrainedConfig) -> None:

@@ -75,14 +75,19 @@ def check_length_supported(config: PretrainedConfig, longest: int) -> None:
         ValueError: A table of learned positions ends before, or see `check_rope_supported`.
     """
     known = getattr(config, "max_position_embeddings", None)
-    if known is not None and longest > known:
-        if config.model_type in LEARNED_POSITIONS:
-            raise ValueError(
-                f"language model '{config.model_type}' has learned {known} positions, found samples of {longest} "
-                f"tokens; set max_seq_len (and execution.row_multiple) to at most {known}"
-            )
-        log.warning("max_seq_len=%d is more than the %d positions the language model knows", longest, known)
+    if known is not None and longest > known and config.model_type in LEARNED_POSITIONS:
+        raise ValueError(
+            f"language model '{config.model_type}' has learned {known} positions, found samples of {longest} "
+            f"tokens; set max_seq_len (and execution.row_multiple) to at most {known}"
+        )
     check_rope_supported(config, longest)
+
+
+def warn_of_length(config: PretrainedConfig, longest: int) -> None:
+    """Say it where samples may be longer than those that the model was made for."""
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and longest > known:
+        log.warning("max_seq_len=%d is more than the %d positions the language model knows", longest, known)
 
 
 def padded_attention(config: PretrainedConfig) -> str:
