@@ -81,7 +81,7 @@ def guarded_train(
     from composer_path.guards.ending import RunStopped
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
-    from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
+    from composer_path.records.vocabulary import check_vocabulary, load_tokenizer, num_ids
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_named, build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
@@ -106,7 +106,7 @@ def guarded_train(
     require_safe_checkpoints()
 
     tokenizer = load_tokenizer(**settings["tokenizer"])
-    model = choose_execution(build_model(with_local_weights(settings)), **settings["execution"])
+    model = choose_execution(build_model(with_local_weights(settings), num_ids(tokenizer)), **settings["execution"])
     check_vocabulary(tokenizer, model.num_embeddings())
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
@@ -161,12 +161,15 @@ def guarded_train(
     return trainer
 
 
-def build_model(settings: Mapping[str, Any]) -> PathMLLM:
-    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 sends weights."""
+def build_model(settings: Mapping[str, Any], vocabulary: int | None = None) -> PathMLLM:
+    """The model, on CPU: frozen parts in the compute dtype, trained ones in fp32; empty where rank 0 sends weights.
+
+    `vocabulary` is how many ids the tokenizer has, see `assemble_model`.
+    """
     from composer_path.run.precision import held_as
     from composer_path.weights.assembly import assemble_model
 
-    return assemble_model(**settings["model"], **held_as(settings))
+    return assemble_model(**settings["model"], **held_as(settings), vocabulary=vocabulary)
 
 
 def build_loader(
@@ -174,14 +177,13 @@ def build_loader(
 ) -> DataSpec:
     """A loader that prepares samples for this model and suits the algorithms."""
     from composer_path.batches.loader import build_dataloader
-    from composer_path.models.attention import check_attention_supported
-    from composer_path.models.rope_keys import check_rope_supported
+    from composer_path.models.language_types import check_length_supported, warn_of_length
     from composer_path.planning.encoded_features import check_features
 
     encoder = model.vision_encoder
     longest = section["dataset"]["max_seq_len"]
-    check_attention_supported(model.language_model.config, longest)
-    check_rope_supported(model.language_model.config, model.longest_in_row(longest))
+    check_length_supported(model.language_model.config, model.longest_in_row(longest))
+    warn_of_length(model.language_model.config, longest)
     loader: Any = build_dataloader(
         **section,
         tokenizer=tokenizer,

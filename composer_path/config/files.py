@@ -14,6 +14,7 @@ from composer_path.batches.mixture import template_of
 from composer_path.config.agreement import LOADERS
 from composer_path.images.features import FeaturesError, common_features
 from composer_path.models.language_model import load_language_model_config
+from composer_path.models.language_types import check_length_supported
 from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
@@ -37,7 +38,7 @@ def check_files(settings: Settings) -> list[str]:
     problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
     if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
-    return problems or [*_model_problems(settings["model"])] or lengths_problems(settings)
+    return problems or [*_model_problems(settings, loaders)] or lengths_problems(settings)
 
 
 def samples_left_out(settings: Settings) -> Iterator[str]:
@@ -79,7 +80,8 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
         why = str(error).partition("\n")[0].removeprefix("tokenizer.path: ")
         yield f"tokenizer.path: '{path}' can't be read: {why or type(error).__name__}"
         return
-    if (known := _vocab_size(settings["model"]["language_model"])) is not None:
+    language_model = settings["model"]["language_model"]
+    if not language_model["resize_embeddings"] and (known := _vocab_size(language_model)) is not None:
         try:
             check_vocabulary(tokenizer, known)
         except ValueError as error:
@@ -132,13 +134,19 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _model_problems(model: Settings) -> Iterator[str]:
-    """What keeps a model from being built: all is built once, without storage for its parameters."""
+def _model_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
+    """What keeps a model from being built, or from samples so long: all is built once, without storage for weights."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
         # As if for a machine like this one: the kernel is chosen where it trains.
-        assemble_model(**{**model, "attention": "sdpa"}, empty=True)
+        model = assemble_model(**{**settings["model"], "attention": "sdpa"}, empty=True)
+        for name, loader in loaders.items():
+            longest = max(loader["dataset"]["max_seq_len"], settings["execution"]["row_multiple"] or 0)
+            try:
+                check_length_supported(model.language_model.config, longest)
+            except ValueError as error:
+                yield f"{name}.dataset.max_seq_len: {error}"
     except ValueError as error:
         yield str(error)
     except Exception as error:  # of timm, open_clip and transformers, for sizes that don't go together

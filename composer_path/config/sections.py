@@ -84,7 +84,7 @@ def config_schema() -> Section:
 def _model() -> Section:
     sizes = dict.fromkeys(("in_dim", "out_dim", "vision_encoder"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
-    decided["attention"] = "use model.attention"
+    decided |= {"attention": "use model.attention", "vocabulary": "leave it out; it is the tokenizer's"}
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), _from_1(10**5)))
     mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0, "at_most": 100}})
     vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": _from_1(10**4)}
@@ -99,7 +99,9 @@ def _model() -> Section:
         ),
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
-    return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
+    return section_of(
+        assemble_model, leave_out=("seed", "frozen_dtype", "vocabulary", "empty"), changes=parts, default=REQUIRED
+    )
 
 
 def _loader(default: Any) -> Section:

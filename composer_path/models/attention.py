@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-log = logging.getLogger(__name__)
+from composer_path.models.language_types import decoder_of, padded_attention
 
 AttentionBackend = Literal["auto", "flash_attn", "flash_attn_3", "flash_attn_4", "torch_flash", "sdpa"]
-PADDED = "sdpa"  # transformers' own
 KERNELS = {"packed_flash_attn": "the flash-attn package", "packed_sdpa": "one causal attention a sample"}
 _TORCHS_FLASH = "packed_torch_flash"
 
@@ -103,54 +102,26 @@ def pack_attention(language_model: PreTrainedModel) -> None:
     """Let calls that say where samples end use padding-free attention, and all others transformers' own.
 
     A forward with `cu_seq_lens_q` runs the function that the model was built with (or `auto`'s choice). One without,
-    such as a padded batch or generation with a cache, is that of a stock transformers model.
+    such as a padded batch or generation with a cache, is that of a stock transformers model: its `sdpa`, or `eager`
+    where a model has soft-capped scores or sinks, which the former leaves out without a word.
     """
     chosen = str(language_model.config._attn_implementation)
     if not chosen.startswith("packed_"):
         chosen = resolve_attention("auto")
+    softcap = getattr(language_model.config, "attn_logit_softcapping", None)
+    if softcap is not None and chosen == _TORCHS_FLASH and _has_flash_attn():
+        chosen = "packed_flash_attn"  # the one kernel that soft-caps
+    padded: Any = padded_attention(language_model.config)
     language_model.packed_attention = chosen  # type: ignore[assignment]
 
     def choose(module: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         packed = kwargs.get("cu_seq_lens_q") is not None
-        wanted: Any = language_model.packed_attention if packed else PADDED
+        wanted: Any = language_model.packed_attention if packed else padded
         if module.config._attn_implementation != wanted:
             module.config._attn_implementation = wanted
 
-    for module in (language_model, language_model.base_model):  # the second is also entered by itself, see PathMLLM
+    for module in (language_model, decoder_of(language_model)):  # the second is also entered by itself, see PathMLLM
         module.register_forward_pre_hook(choose, with_kwargs=True)
-
-
-def check_attention_supported(config: PretrainedConfig, max_seq_len: int | None = None) -> None:
-    """Refuse, by name, a language model whose attention does more than plain causal attention.
-
-    A sliding window that is at least `max_seq_len` tokens long (or any, where `max_seq_len` is not known yet) never
-    cuts and is accepted; the attention functions check the row they get once more.
-    """
-    refused = {
-        "attn_logit_softcapping": "soft-capped attention logits",
-        "attention_chunk_size": "chunked attention",
-        "attention_sink": "attention sinks",
-        "alibi": "ALiBi position biases",
-        "layer_types": "layers of several attention kinds",
-    }
-    values = {key: getattr(config, key, None) for key in refused}
-    kinds = set(values["layer_types"] or ()) - {"full_attention"}
-    values["layer_types"] = sorted(kinds) if kinds != {"sliding_attention"} else None  # judged by its window below
-    for key in (key for key, value in values.items() if value):
-        raise ValueError(
-            f"language model '{config.model_type}' uses {refused[key]} ({key}={values[key]}), which padding-free "
-            "attention does not compute; choose a model with plain causal attention"
-        )
-    positions = getattr(config, "max_position_embeddings", None)
-    if max_seq_len is not None and positions is not None and max_seq_len > positions:
-        log.warning("max_seq_len=%d is more than the %d positions the language model knows", max_seq_len, positions)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and max_seq_len is not None and window < max_seq_len:
-        raise ValueError(
-            f"language model '{config.model_type}' uses a sliding window of {window} tokens, shorter than "
-            f"max_seq_len={max_seq_len}, which padding-free attention does not compute; "
-            f"set max_seq_len to at most {window}"
-        )
 
 
 def fill_row(
@@ -177,17 +148,12 @@ def fill_row(
 
 
 def _borders(kwargs: dict[str, Any]) -> tuple[Int32[Tensor, " borders"], int]:
-    """Take the row's borders from the attention call, checking that a sliding window would not cut any sample."""
+    """Take the row's borders from the attention call."""
     cu_seq_lens, max_length = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if cu_seq_lens is None or max_length is None:
         raise ValueError(
             "padding-free attention needs cu_seq_lens_q and max_length_q; for padded batches use attention 'sdpa'"
         )
-    window = kwargs.get("sliding_window")
-    if window is not None and window < max_length:
-        raise ValueError(f"a sample of {max_length} tokens is longer than the model's sliding window of {window}")
-    if kwargs.get("softcap") is not None:
-        raise ValueError("padding-free attention does not compute soft-capped logits")
     return cu_seq_lens, int(max_length)
 
 
@@ -231,42 +197,94 @@ def packed_attention(
     falls back on `sdpa`.
     """
     cu_seq_lens, max_length = _borders(kwargs)
+    window, softcap, sinks = (kwargs.get(key) for key in ("sliding_window", "softcap", "s_aux"))
+    window = None if window is None or window >= max_length else int(window)  # one that long never cuts
     public = backend == "torch_flash" and varlen_attn is not None and query.device.type != "meta"
-    falls_back = _no_flash(query) or (public and dropout > 0)
+    beyond = sinks is not None or (softcap is not None and backend != "flash_attn")
+    falls_back = _no_flash(query) or (public and dropout > 0) or (beyond and query.device.type != "meta")
     query, key, value = _one_dtype(query, key, value)
     if backend == "sdpa" or falls_back:
         if (groups := query.shape[1] // key.shape[1]) > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        return _attend_each_sample(query, key, value, cu_seq_lens, dropout, scaling).transpose(1, 2), None
+        attend = functools.partial(_attend_exactly, softcap=softcap, sinks=sinks) if beyond else _attend
+        attend = functools.partial(attend, dropout=dropout, scale=scaling, window=window)
+        return _attend_each_sample(attend, query, key, value, cu_seq_lens).transpose(1, 2), None
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))  # [t, heads, d]
     row = (q, k, v, cu_seq_lens, cu_seq_lens, max_length, max_length)
     if public:
-        return varlen_attn(*row, scale=scaling, **_causal(q.shape[1] != k.shape[1]))[None], None
+        return varlen_attn(*row, scale=scaling, **_causal(q.shape[1] != k.shape[1], window))[None], None
+    sides = (-1, -1) if window is None else (window - 1, 0)
     if backend == "torch_flash":
-        return torch.ops.aten._flash_attention_forward(*row, dropout, True, False, scale=scaling)[0][None], None
+        cut = {} if window is None else dict(zip(("window_size_left", "window_size_right"), sides, strict=True))
+        return torch.ops.aten._flash_attention_forward(*row, dropout, True, False, scale=scaling, **cut)[0][None], None
     from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(*row, dropout, softmax_scale=scaling, causal=True)[None], None
+    more = {} if softcap is None else {"softcap": softcap}
+    more |= {} if window is None else {"window_size": sides}
+    return flash_attn_varlen_func(*row, dropout, softmax_scale=scaling, causal=True, **more)[None], None
 
 
 @functools.cache
-def _causal(grouped: bool) -> dict[str, Any]:
-    """How this torch's `varlen_attn` is told that no token looks ahead, and that heads of keys are shared."""
+def _causal(grouped: bool, window: int | None = None) -> dict[str, Any]:
+    """How this torch's `varlen_attn` is told that no token looks ahead, how far back, and that key heads are shared."""
     known = inspect.signature(varlen_attn).parameters
-    told: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if window is not None and "window_size" not in known:
+        raise ValueError(f"attention: torch {torch.__version__} knows no sliding window here; use 'sdpa'")
+    behind = -1 if window is None else window - 1
+    told: dict[str, Any] = {"window_size": (behind, 0)} if "window_size" in known else {"is_causal": True}
     return told | ({"enable_gqa": True} if grouped and "enable_gqa" in known else {})
 
 
 @torch.compiler.disable  # how many samples there are is known only when it runs
 def _attend_each_sample(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, dropout: float, scaling: float | None
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor
 ) -> Tensor:
     lengths = [length for length in torch.diff(cu_seq_lens).tolist() if length]  # empty samples fill a row up
     parts = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+        attend(q, k, v)
         for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(parts, dim=2)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
+    """One sample by torch's own operator; with a mask only where a window cuts."""
+    if window is None or window >= query.shape[2]:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale)
+    seen = _seen(query.shape[2], window, query.device)
+    return F.scaled_dot_product_attention(query, key, value, seen, dropout_p=dropout, scale=scale)
+
+
+def _attend_exactly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Float[Tensor, " h"] | None,
+) -> Tensor:
+    """One sample by the definition, for what no operator computes: soft-capped scores, and sinks that take a share."""
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    length = query.shape[2]
+    scores = scores.masked_fill(~_seen(length, length if window is None else window, query.device), float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
+        scores = torch.cat([scores, column], dim=3)
+    shares = scores.float().softmax(3).to(value.dtype)[..., :length]
+    return F.dropout(shares, dropout) @ value
+
+
+def _seen(length: int, window: int, device: torch.device) -> Bool[Tensor, "t t"]:
+    """Which tokens each token looks at: itself and those before it, `window` of them at most."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
 
 
 for _backend in ("sdpa", "torch_flash", "flash_attn"):

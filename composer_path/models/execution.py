@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from composer_path.models.float8_linear import hold_in_float8
-from composer_path.models.language_model import decoder_blocks
+from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 
 Checkpointing = Literal["off", "selective", "full"]

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from composer_path.models.attentional_pooler import AttentionalPooler
-from composer_path.models.language_model import decoder_blocks
+from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 
 

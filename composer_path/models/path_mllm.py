@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
-from composer_path.models.language_model import decoder_blocks
+from composer_path.models.language_types import check_length_supported, decoder_blocks, decoder_of, inputs_scale
 from composer_path.models.projector import Projector
-from composer_path.models.rope_keys import check_rope_supported
 from composer_path.models.vision_encoder import VisionEncoder
 
 ModuleName = Literal["vision_encoder", "projector", "language_model"]
@@ -80,7 +79,7 @@ class PathMLLM(nn.Module):
         """
         image_embeds = self.embed_images(pixel_values) if image_features is None else self.project(image_features)
         inputs_embeds = self.embed_tokens(input_ids, image_embeds, image_index)
-        check_rope_supported(self.language_model.config, self.longest_in_row(max_seq_len))
+        check_length_supported(self.language_model.config, self.longest_in_row(max_seq_len))
         if self.row_multiple is not None:
             inputs_embeds, position_ids, cu_seq_lens, max_seq_len = fill_row(
                 inputs_embeds, position_ids, cu_seq_lens, max_seq_len, self.row_multiple
@@ -108,7 +107,7 @@ class PathMLLM(nn.Module):
         size: int,
     ) -> Float[Tensor, " targets"]:
         """Losses without ever holding all logits: those of a chunk are computed again in the backward pass."""
-        hidden = self.language_model.base_model(**keywords).last_hidden_state[0]
+        hidden = decoder_of(self.language_model)(**keywords).last_hidden_state[0]
         hidden = hidden[: len(targets)] if logits_index is None else hidden[logits_index]
         head: nn.Module = self.language_model.get_output_embeddings()
 
@@ -152,7 +151,7 @@ class PathMLLM(nn.Module):
         """Word embeddings with the image vectors in the placeholders' stead."""
         embed: nn.Module = self.language_model.get_input_embeddings()
         text_embeds = embed(input_ids.clamp(min=0))
-        vectors = image_embeds.flatten(0, 1).to(text_embeds.dtype)
+        vectors = image_embeds.flatten(0, 1).to(text_embeds.dtype) / inputs_scale(self.language_model.config)
         if image_index.shape[0] != vectors.shape[0]:
             raise ValueError(
                 f"{image_index.shape[0]} image placeholders for {vectors.shape[0]} image vectors ({len(image_embeds)} "

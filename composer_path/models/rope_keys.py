@@ -10,6 +10,16 @@ from transformers import PretrainedConfig
 
 TRANSFORMERS_MAJOR = int(transformers.__version__.split(".")[0])
 ORIGINAL = "original_max_position_embeddings"
+# What each kind needs beside `rope_theta`.
+KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL),
+}
+AT_LEAST_1 = {"factor", ORIGINAL}
 
 
 def old_rope_keys(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,8 +44,61 @@ def read_rope_parameters(config: PretrainedConfig) -> None:
     parameters = getattr(config, "rope_parameters", None)
     if TRANSFORMERS_MAJOR >= 5 or not parameters:
         return
+    local = parameters.get("sliding_attention") if isinstance(parameters, Mapping) else None
+    of_two = set(parameters) == {"sliding_attention", "full_attention"}
+    if isinstance(local, Mapping) and of_two and hasattr(config, "rope_local_base_freq") and _kind(local) == "default":
+        config.rope_local_base_freq = local["rope_theta"]  # of Gemma 3, which has its own word for it
+        parameters = parameters["full_attention"]
     config.update(old_rope_keys(parameters))
     del config.rope_parameters
+
+
+def _ropes(config: PretrainedConfig) -> list[Mapping[str, Any]]:
+    """The settings of RoPE: one for all layers, or one for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(
+            f"language model '{config.model_type}': its RoPE must be a mapping, found {parameters!r}; correct it"
+        )
+    of_layers = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return of_layers or [parameters]
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def check_rope_known(config: PretrainedConfig) -> None:
+    """Refuse, by name, a RoPE of an unknown kind, or with numbers of which no frequencies can be made.
+
+    Raises:
+        ValueError: So it is.
+    """
+    where = f"language model '{config.model_type}': its RoPE"
+    shared = {
+        key: getattr(config, key, None) for key in ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+    }
+    for rope in _ropes(config):
+        if (kind := _kind(rope)) not in KINDS:
+            raise ValueError(f"{where} must be one of {', '.join(KINDS)}, found {kind!r}; choose another model")
+        values = shared | {key: getattr(config, key, None) for key in KINDS[kind]} | dict(rope)
+        for key in (*KINDS[kind], "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+            value, needed = values.get(key), key in KINDS[kind]
+            if value is None and not needed:
+                continue
+            low, numbers = float(key in AT_LEAST_1), value if isinstance(value, list) else [value]
+            most = 1.0 if key == "partial_rotary_factor" else 1e12
+            if key in ("short_factor", "long_factor"):
+                wanted, right = "a list of numbers above 0", isinstance(value, list) and len(numbers) > 0
+            else:
+                wanted, right = f"a number from {low:g} to {most:g}", not isinstance(value, list)
+            if not right or not all(_lies(number, max(low, 1e-12), most) for number in numbers):
+                found = "nothing" if value is None else f"{value!r:.80}"
+                raise ValueError(f"{where} ({kind}) needs {key} to be {wanted}, found {found}; correct it")
+
+
+def _lies(value: object, low: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= most
 
 
 def check_rope_supported(config: PretrainedConfig, longest: int) -> None:
@@ -51,11 +114,9 @@ def check_rope_supported(config: PretrainedConfig, longest: int) -> None:
     Raises:
         ValueError: It does, at this length.
     """
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    of_layers = [value for value in parameters.values() if isinstance(value, Mapping)]
-    for rope in of_layers or [parameters]:
-        kind = str(rope.get("rope_type") or rope.get("type") or "default")
-        if "dynamic" not in kind and kind != "longrope":
+    for rope in _ropes(config):
+        kind = _kind(rope)
+        if kind not in ("dynamic", "longrope"):
             continue
         known = [getattr(config, "max_position_embeddings", None)]
         if kind == "longrope":

@@ -172,7 +172,7 @@ def to_meta(model: PathMLLM) -> PathMLLM:
 
     Rotary embeddings stay on the CPU and hand over what they compute: they ask for autocast, which meta doesn't have.
     """
-    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
+    rotary = [module for name, module in model.named_modules() if name.endswith(("rotary_emb", "rotary_emb_local"))]
     for module in model.modules():
         if module not in rotary:
             module._apply(lambda tensor: tensor.to("meta"), recurse=False)
@@ -182,9 +182,9 @@ def to_meta(model: PathMLLM) -> PathMLLM:
     return model
 
 
-def _rotate_on_cpu(forward: Any, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+def _rotate_on_cpu(forward: Any, hidden: Tensor, position_ids: Tensor, *kind: Any, **kinds: Any) -> tuple[Tensor, ...]:
     """What a rotary embedding makes of one position, as large as for all of them."""
     *batch, length = position_ids.shape
     positions = torch.zeros((*batch, 1), dtype=position_ids.dtype)
-    parts = (part.to(hidden.device) for part in forward(hidden.new_zeros((), device="cpu"), positions))
+    parts = (part.to(hidden.device) for part in forward(hidden.new_zeros((), device="cpu"), positions, *kind, **kinds))
     return tuple(part.expand(*part.shape[:-2], length, -1).contiguous() for part in parts)

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer_path.storage.json_object import file_inside, read_json_object
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 else:
@@ -20,6 +22,16 @@ else:
 # Keywords of transformers that would fetch a tokenizer, or run code that lies in its folder.
 RESERVED = {"trust_remote_code", "code_revision", "revision", "token", "use_auth_token", "local_files_only"}
 RESERVED |= {"force_download", "cache_dir", "proxies", "auto_map", "subfolder"}
+
+# What transformers reads in a tokenizer's folder.
+FILES: tuple[str, ...] = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+FILES += ("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json")
 
 _Encode = Callable[[str], list[int]]
 
@@ -61,15 +73,20 @@ def check_vocabulary(tokenizer: Tokenizer, num_embeddings: int) -> None:
         ValueError: With the first such token, and how many there are.
     """
     met = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    ids = {id: token for token, id in tokenizer.get_vocab().items() if id >= num_embeddings}
+    ids = {id: token for token, id in tokenizer.get_vocab().items() if not 0 <= id < num_embeddings}
     if tokenizer.pad_token_id not in met:
         ids.pop(tokenizer.pad_token_id, None)
     if ids:
-        first, fix = min(ids), "take the tokenizer of this language model, or a model with as many embeddings"
+        first, fix = min(ids), "take this language model's own, or set model.language_model.resize_embeddings: true"
         found = f"found {len(ids)} tokens beyond, from id {first} ({ids[first]!r}) on"
         raise ValueError(
             f"tokenizer.path: its ids must be below the language model's {num_embeddings} embeddings, {found}; {fix}"
         )
+
+
+def num_ids(tokenizer: Tokenizer) -> int:
+    """How many embeddings a tokenizer's ids need."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -97,9 +114,8 @@ def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast, __version__
 
     tokenizer_class: Any = AutoTokenizer
-    file = path / "tokenizer_config.json"
-    if int(__version__.split(".")[0]) < 5 and file.is_file():  # which fails on two words of transformers 5
-        settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = _checked_settings(path)
+    if int(__version__.split(".")[0]) < 5:  # which fails on two words of transformers 5
         if isinstance(extra := settings.get("extra_special_tokens"), list):
             kwargs = {"extra_special_tokens": {}, "additional_special_tokens": extra} | kwargs
         if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -114,6 +130,23 @@ def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
                 f"tokenizer.path: chat templates in '{path}' must be named by words, found {name!r}; {fix}"
             )
     return tokenizer
+
+
+def _checked_settings(folder: Path) -> dict[str, Any]:
+    """What a folder's `tokenizer_config.json` says, which may name no files outside of the folder."""
+    for name in FILES:
+        if (folder / name).is_symlink():
+            file_inside(folder, name)
+    file = folder / "tokenizer_config.json"
+    settings = read_json_object(file) if file.is_file() else {}
+    for key, value in settings.items():
+        if key.endswith("_file") and isinstance(value, str):  # transformers would take it for the folder's own
+            fix = "take that key out"
+            raise ValueError(f"tokenizer.path: '{file}' must name no files, found {key} = {value!r:.80}; {fix}")
+    names = settings.get("fast_tokenizer_files") or []
+    for name in names if isinstance(names, list) else [names]:
+        file_inside(folder, name)
+    return settings
 
 
 def _load_sentencepiece_file(file: Path, **kwargs: Any) -> Tokenizer:

@@ -21,7 +21,7 @@ from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
-from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
+from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
 from composer_path.run.place import with_local_weights
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
@@ -145,10 +145,11 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])
-    model = assemble_model(**with_local_weights(settings)["model"], **held_as(settings))
+    held = held_as(settings) | {"vocabulary": num_ids(tokenizer)}
+    model = assemble_model(**with_local_weights(settings)["model"], **held)
     names = set(model.state_dict()) - frozen_names(model)
-    if model.language_model.config.tie_word_embeddings:
-        names.discard("language_model.lm_head.weight")
+    if tied := model.tied_names():
+        names.discard(tied[0])
     weights = dict(model.state_dict())
     trained = read_checkpoint(checkpoint, names)
     check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)

@@ -28,6 +28,7 @@ def assemble_model(
     attention: AttentionBackend = "auto",
     seed: int = 17,
     frozen_dtype: torch.dtype = torch.float32,
+    vocabulary: int | None = None,
     empty: bool = False,
 ) -> PathMLLM:
     """Build the three modules, with weights from files or random, and freeze what isn't trained.
@@ -43,6 +44,7 @@ def assemble_model(
         attention: See `composer_path.models.attention.resolve_attention`.
         seed: Of random weights.
         frozen_dtype: What frozen modules are held in; trained ones are fp32.
+        vocabulary: How many ids the tokenizer has, for `resize_embeddings`; None adds no rows.
         empty: Parameters without storage, for a rank that receives them.
     """
     log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
@@ -58,7 +60,8 @@ def assemble_model(
             torch.manual_seed(seed + 1)
             adapter = build_projector(**projector, vision_encoder=vision, in_dim=vision.dim, out_dim=hidden_size)
         torch.manual_seed(seed + 2)
-        llm = build_language_model(**language_model, attention=attention, dtype=dtypes["language_model"], empty=empty)
+        held: dict[str, Any] = {"dtype": dtypes["language_model"], "vocabulary": vocabulary, "empty": empty}
+        llm = build_language_model(**language_model, attention=attention, **held)
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)

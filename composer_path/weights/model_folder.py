@@ -15,11 +15,12 @@ from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import empty_parameters, untrained_language_model
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.models.vocabulary_rows import tied_names
+from composer_path.storage.json_object import read_json_object
 from composer_path.weights.folder import write_folder
 from composer_path.weights.tensor_file import check_tensors, read_tensor_folder
 
 MODEL_TYPE = "composer_path"
-HEAD, EMBEDDING = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -44,6 +45,11 @@ class PathMLLM(path_mllm.PathMLLM):
             "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
         }
 
+    def tied_names(self) -> tuple[str, str] | None:
+        """The names of the language model's head and embedding where they are one tensor, which is written once."""
+        tied = tied_names(self.language_model)
+        return tied and (f"language_model.{tied[0]}", f"language_model.{tied[1]}")
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -61,8 +67,8 @@ class PathMLLM(path_mllm.PathMLLM):
             max_shard_size: Of one safetensors file.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
-        if self.language_model.config.tie_word_embeddings:
-            tensors.pop(HEAD, None)
+        if tied := self.tied_names():
+            tensors.pop(tied[0], None)
         if dtype is not None:
             tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
         write_folder(Path(folder), self.config(), tensors, max_shard_size)
@@ -84,18 +90,24 @@ class PathMLLM(path_mllm.PathMLLM):
         file = Path(folder) / "config.json"
         if not file.is_file():
             raise ValueError(f"no config.json in '{folder}'; it must be a folder written by export or save_pretrained")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_object(file)
         if config.get("model_type") != MODEL_TYPE:
             raise ValueError(
                 f"'{file}' has model_type '{config.get('model_type')}', expected '{MODEL_TYPE}'; a folder in "
                 "the reference's names is loaded by composer_path.load_reference_model"
             )
-        with empty_parameters():
-            model = cls(
-                untrained_vision_encoder(**config["vision_encoder"]),
-                untrained_projector(**config["projector"]),
-                untrained_language_model(config["language_model"], attention=attention),
-            )
+        try:
+            with empty_parameters():
+                model = cls(
+                    untrained_vision_encoder(**config["vision_encoder"]),
+                    untrained_projector(**config["projector"]),
+                    untrained_language_model(config["language_model"], attention=attention),
+                )
+        except (KeyError, TypeError, AttributeError) as error:
+            fix = "export the model again"
+            raise ValueError(
+                f"'{file}': must be as export wrote it; found {type(error).__name__}: {error}; {fix}"
+            ) from None
         return model.filled(str(folder), read_tensor_folder(folder), dtype)
 
     def filled(self, source: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> PathMLLM:
@@ -104,8 +116,8 @@ class PathMLLM(path_mllm.PathMLLM):
         Raises:
             WeightsError: They don't fit (all differences listed).
         """
-        if self.language_model.config.tie_word_embeddings and EMBEDDING in tensors:
-            tensors = {HEAD: tensors[EMBEDDING]} | tensors
+        if (tied := self.tied_names()) and tied[1] in tensors:
+            tensors = {tied[0]: tensors[tied[1]]} | tensors
         check_tensors(source, self.state_dict(), tensors)
         if dtype is not None:
             tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}

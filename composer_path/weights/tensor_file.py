@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from composer_path.storage.atomic import write_whole
+from composer_path.storage.json_object import file_inside, read_json_object
 from composer_path.weights.torch_file import TorchFileError, read_torch_file
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
@@ -87,40 +87,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise WeightsError(f"weights: '{path}' can't be read: {error}") from error
 
 
-def check_tensor_folder(folder: str | Path) -> None:
-    """Refuse a Hugging Face folder without weights, or whose index names others than its files hold.
-
-    For one that transformers will read: before version 5 it believes the index, and leaves random what isn't there.
-
-    Raises:
-        WeightsError: Lists what isn't where the index says.
-    """
-    folder = Path(folder)
-    index = folder / _first_of(folder)
-    if index.suffix != ".json":
-        return
-    held = {name: _names_in(folder / name) for name in _shards_of(index)}
-    said = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if wrong := sorted(f"{key} in {name}" for key, name in said.items() if key not in held[name]):
-        raise WeightsError(f"weights: '{index}' names what isn't there: {some(wrong)}; copy the whole folder again")
-
-
-def _names_in(path: Path) -> set[str]:
-    """Names of the tensors of a file."""
-    if path.suffix != ".safetensors":
-        return set(read_tensor_file(path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from error
-
-
 def _first_of(folder: Path) -> str:
     """The file that a folder's weights begin with."""
     found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise WeightsError(f"weights: '{folder}' holds none of {', '.join(WEIGHTS)}")
+    try:
+        file_inside(folder, found)
+    except ValueError as error:
+        raise WeightsError(f"weights: {error}") from None
     return found
 
 
@@ -134,30 +109,25 @@ def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
         if twice := sorted(tensors.keys() & shard.keys()):
             raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {some(twice)}")
         tensors |= shard
+    if found.endswith(".json"):
+        said: dict[str, str] = read_json_object(folder / found)["weight_map"]
+        if wrong := sorted(f"{key} in {name}" for key, name in said.items() if key not in tensors):
+            where = f"weights: '{folder / found}' names what isn't there"
+            raise WeightsError(f"{where}: {some(wrong)}; copy the whole folder again")
     return tensors
-
-
-def check_pickled_weights(folder: str | Path) -> None:
-    """Refuse a folder that another library is about to read, where its weights are pickles that we wouldn't read.
-
-    Raises:
-        WeightsError: See `read_tensor_file`.
-    """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("model.safetensors", INDEX)):
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            read_tensor_file(path)
 
 
 def _shards_of(index: Path) -> list[str]:
     """The files that an index names."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"weights: '{index}' is no index of shards ({type(error).__name__})") from None
-    if outside:
-        raise WeightsError(f"weights: '{index}' names files outside of the folder: {some(outside)}")
+        shards = read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ValueError(f"'{index}': must have a weight_map; found none; copy the whole folder again")
+        for name in shards.values():
+            file_inside(index.parent, name)
+        names = sorted(set(shards.values()))
+    except ValueError as error:
+        raise WeightsError(f"weights: '{index}' is no index of shards: {error}") from None
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise WeightsError(f"weights: '{index}' names files that aren't there: {some(missing)}; copy the whole folder")
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,48 @@ def test_a_tokenizer_longer_than_the_embedding_is_one_line_and_a_shorter_one_is_
     assert problem.startswith("tokenizer.path: its ids must be below the language model's 31990 embeddings, found 10 ")
     settings["model"]["language_model"]["config"]["vocab_size"] = 32064
     assert check_files(settings) == []
+
+
+def test_a_longer_tokenizer_is_taken_where_rows_may_be_added(settings: dict[str, Any]) -> None:
+    settings["model"]["language_model"]["config"] = {"model_type": "llama", "vocab_size": 31990}
+    settings["model"]["language_model"]["resize_embeddings"] = True
+    assert check_files(settings) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, r"its RoPE \(dynamic\) depends"),
+        ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, "has learned 64 positions|transformers 5"),
+    ],
+)
+def test_samples_that_are_too_long_for_the_language_model_are_seen_before_it_is_built(
+    settings: dict[str, Any], said: dict[str, Any], named: str
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    keys = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 64, **said}
+    settings["model"]["language_model"]["config"] = keys if keys["model_type"] == "gpt2" else sizes | keys
+    problems = check_files(settings)
+    assert problems and all(re.search(named, problem) for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"tokenizer_file": "/etc/passwd"}, "must name no files, found tokenizer_file"),
+        ({"fast_tokenizer_files": ["tokenizer.../../x.json"]}, "must name files inside of it"),
+        ({"extra": float("nan")}, "found NaN, which is no number"),
+    ],
+)
+def test_a_tokenizer_names_files_of_its_folder_only(
+    settings: dict[str, Any], tmp_path: Path, repo_root: Path, said: dict[str, Any], named: str
+) -> None:
+    shutil.copytree(repo_root / "test_data" / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    settings["tokenizer"]["path"] = str(tmp_path / "tokenizer")
+    [problem] = check_files(settings)
+    assert named in problem and "\n" not in problem
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])

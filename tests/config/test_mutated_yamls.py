@@ -158,7 +158,7 @@ UNBUILT = [
     ("model.vision_encoder.mean=[0.5,0.5]", "vision_encoder.mean: must be three numbers"),
     ("model.projector.pooler.num_heads=7", "projector.pooler: dim must be divisible by num_heads"),
     ("model.projector.mlp.depth=0", "projector.mlp: depth 0 (identity) can't change the width"),
-    (LLAMA % "vocab_size: 32000, hidden_act: nope", "model: can't be built of these sizes: KeyError: 'nope'"),
+    (LLAMA % "vocab_size: 32000, hidden_act: nope", "can't be built of this configuration: KeyError: 'nope'"),
     ("trainer.load_path=/nope", "trainer.load_path: found no '/nope'"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import sys
 from functools import partial
@@ -12,11 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from composer_path.models import attention
 from composer_path.models.attention import (
-    check_attention_supported,
     fill_row,
     pack_attention,
     packed_attention,
@@ -106,8 +105,6 @@ def test_under_autocast_queries_keys_and_values_come_to_one_dtype() -> None:
     [
         ({"cu_seq_lens_q": None}, "needs cu_seq_lens_q and max_length_q"),
         ({"max_length_q": None}, "needs cu_seq_lens_q and max_length_q"),
-        ({"sliding_window": 10}, "a sample of 11 tokens is longer than the model's sliding window of 10"),
-        ({"softcap": 50.0}, "soft-capped"),
     ],
 )
 @pytest.mark.parametrize("function", [packed_sdpa, packed_torch_flash])
@@ -116,49 +113,44 @@ def test_a_call_that_it_does_not_compute_is_refused(function: Any, kwargs: dict[
         function(nn.Module(), *row(4, 4), None, **(borders() | kwargs))
 
 
-def test_a_sliding_window_that_cuts_nothing_is_accepted() -> None:
-    output, _ = packed_sdpa(nn.Module(), *row(4, 4), None, sliding_window=11, **borders())
-    assert output.shape == (1, sum(LENGTHS), 4, 8)
+def windowed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int) -> torch.Tensor:
+    """The definition, sample by sample and token by token: each sees itself and the `window - 1` before it."""
+    tokens, starts = [], [0, *itertools.accumulate(LENGTHS)]
+    for start, end in itertools.pairwise(starts):
+        for at in range(start, end):
+            seen = slice(max(start, at - window + 1), at + 1)
+            scores = torch.einsum("hd,htd->ht", query[0, :, at], key[0, :, seen]) * query.shape[3] ** -0.5
+            tokens.append(torch.einsum("ht,htd->hd", scores.softmax(-1), value[0, :, seen]))
+    return torch.stack(tokens)[None]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "keys", "named"),
-    [
-        ("gemma2", {}, "attn_logit_softcapping=50.0"),
-        ("gemma3_text", {"sliding_window": 128}, "sliding window of 128"),
-        ("cohere2", {"sliding_window": 128}, "sliding window of 128"),
-        ("minimax", {}, "layer_types"),
-        ("llama4_text", {}, "attention_chunk_size=8192"),
-        ("falcon", {"alibi": True}, "alibi=True"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 128}, "sliding window of 128"),
-        ("mistral", {"sliding_window": 128}, "sliding window of 128 tokens, shorter than max_seq_len=256"),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 128}, "sliding window of 128"),
-    ],
-)
-def test_models_that_attend_in_another_way_are_refused_by_name(
-    model_type: str, keys: dict[str, Any], named: str
-) -> None:
-    with pytest.raises(ValueError, match=f"language model '{model_type}' uses .*{named}"):
-        check_attention_supported(AutoConfig.for_model(model_type, **keys), max_seq_len=256)
+@pytest.mark.parametrize("window", [1, 3, 10, 11, 500])
+@pytest.mark.parametrize("function", [packed_sdpa, packed_torch_flash])
+def test_a_sliding_window_cuts_inside_each_sample(function: Any, window: int) -> None:
+    query, key, value = (tensor.detach() for tensor in row(4, 4))
+    output, _ = function(nn.Module(), query, key, value, None, sliding_window=window, **borders())
+    torch.testing.assert_close(output, windowed(query, key, value, window), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "keys"),
-    [
-        ("llama", {}),
-        ("mistral", {"sliding_window": 256}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {"sliding_window": 16}),  # not in use
-        ("qwen3", {}),
-    ],
-)
-def test_models_that_attend_causally_are_accepted(model_type: str, keys: dict[str, Any]) -> None:
-    check_attention_supported(AutoConfig.for_model(model_type, **keys), max_seq_len=256)
+def test_a_kernel_is_told_of_a_window_in_its_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {}
+
+    def varlen_attn(*row: Any, scale: Any, window_size: tuple[int, int], enable_gqa: bool = False) -> torch.Tensor:
+        told["window_size"] = window_size
+        return row[0]
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_no_flash", lambda query: False)
+    attention._causal.cache_clear()
+    for window, expected in ((4, (3, 0)), (11, (-1, 0)), (None, (-1, 0))):
+        packed_torch_flash(nn.Module(), *row(4, 4), None, sliding_window=window, **borders())
+        assert told["window_size"] == expected
+    attention._causal.cache_clear()
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "mamba", "falcon", "mpt"])
 def test_models_that_leave_the_attention_interface_out_are_refused_by_name(model_type: str) -> None:
-    with pytest.raises(ValueError, match=f"language model '{model_type}' does not go through"):
+    with pytest.raises(ValueError, match=f"language model '{model_type}' (does not go through|uses|was never)"):
         untrained_language_model(config={"model_type": model_type})
 
 

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from composer_path.models.language_model import (
     cast_parameters,
-    decoder_blocks,
     empty_parameters,
     load_language_model_config,
     untrained_language_model,
@@ -77,13 +75,6 @@ def test_a_configuration_comes_from_keys_a_file_or_a_folder(folder: Path) -> Non
         assert (config.model_type, config.hidden_size, config.num_key_value_heads) == ("llama", 32, 2)
 
 
-def test_decoder_blocks_are_found_or_their_lack_is_said() -> None:
-    assert len(decoder_blocks(untrained_language_model(config=LLAMA))) == 2
-    other = AutoModelForCausalLM.from_config(load_gpt2())
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: its blocks are not found at base_model\.layers"):
-        decoder_blocks(other)
-
-
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
@@ -94,9 +85,3 @@ def test_decoder_blocks_are_found_or_their_lack_is_said() -> None:
 def test_what_can_not_be_built_is_said(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         untrained_language_model(**keywords)
-
-
-def load_gpt2() -> Any:
-    from transformers import GPT2Config
-
-    return GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)

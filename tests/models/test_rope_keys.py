@@ -164,6 +164,36 @@ def test_a_row_that_is_filled_up_beyond_the_known_positions_is_refused_too() -> 
         logits_of_row(model, [20])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 2.0}}, "must be one of default, linear.*found 'spiral'"),
+        ({"rope_scaling": {"type": "spiral", "factor": 2.0}}, "must be one of default, linear.*found 'spiral'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "must be one of .*found 'spiral'"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            r"\(linear\) needs factor to be .*found nothing|required keys .*factor",
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "needs factor to be a number from 1 .*found '2'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}, "needs factor to be a number from 1 .*found 0.0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            r"\(llama3\) needs low_freq_factor|required keys .*low_freq_factor",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": 1.0}},
+            "needs short_factor to be a list|required keys .*long_factor",
+        ),
+        ({"rope_theta": -1.0}, "needs rope_theta to be a number"),
+        ({"rope_theta": True}, "needs rope_theta to be a number"),
+    ],
+)
+def test_a_rope_of_which_no_frequencies_can_be_made_is_named(words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        build_language_model(config={**LLAMA, **words})
+    assert "\n" not in str(caught.value) and "KeyError" not in str(caught.value)
+
+
 @pytest.mark.skipif(TRANSFORMERS_MAJOR < 5, reason="transformers 4 has one RoPE for all layers")
 def test_layers_with_a_rope_of_their_own_are_looked_at_one_by_one() -> None:
     config = AutoConfig.for_model("llama", max_position_embeddings=KNOWN)

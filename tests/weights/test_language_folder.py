@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from attacks import PICKLES, write_zip
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from composer_path.models.attention import pack_attention
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.tensor_file import WeightsError
 
@@ -65,10 +67,16 @@ def test_code_of_a_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "must be a model's configuration; found AttributeError"),
-        ("{", "must be a model's configuration; found JSONDecodeError"),
+        ("[]", "must be one JSON object; found a list"),
+        ("{", "must be one JSON object; found expecting property name"),
         ("{}", "model_type must be one that transformers knows, found 'None'"),
         ('{"model_type": ["llama"]}', "model_type must be one that transformers knows"),
+        ('{"model_type": "llama", "model_type": "gpt2"}', "found the key 'model_type' twice"),
+        ('{"model_type": "llama", "rope_theta": NaN}', "found NaN, which is no number"),
+        ("[" * 3000, "must be one JSON object; found RecursionError|found expecting value"),
+        ('{"model_type": "llava"}', "must have a text_config"),
+        ('{"model_type": "llama", "vocab_size": "32000"}', "vocab_size must not be '32000'"),
+        ('{"model_type": "llama", "sliding_window": -1}', "sliding_window must be above 0"),
         ('{"model_type": "llama", "transformers_weights": "other.bin"}', "must not name other weights"),
     ],
 )
@@ -118,8 +126,8 @@ def test_what_can_not_be_built_is_said(keywords: dict[str, Any], message: str) -
 Tensors = dict[str, torch.Tensor]
 
 
-def under_module(tensors: Tensors) -> Tensors:
-    return {f"module.{name}": tensor for name, tensor in tensors.items()}
+def under(prefix: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def without(*names: str) -> Callable[[Tensors], Tensors]:
@@ -132,11 +140,39 @@ def with_nan(tensors: Tensors) -> Tensors:
 
 
 WRONG: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
-    "all names under module": (
-        under_module,
+    "an unknown prefix": (
+        under("student."),
         {},
-        r"missing \(21\): lm_head.*left over \(21\): (model\.)?module\.lm_head",
+        r"missing \(21\): lm_head.*left over \(21\): (model\.)?student\.lm_head",
     ),
+    "half of the names under a prefix": (
+        lambda tensors: {(f"module.{name}" if "layers.1" in name else name): value for name, value in tensors.items()},
+        {},
+        r"missing \(9\): model\.layers\.1.*left over \(9\): (model\.)?module\.model\.layers\.1",
+    ),
+    "an adapter that wasn't merged": (
+        lambda tensors: (
+            tensors | {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 32)}
+        ),
+        {},
+        r"must be a whole model's, found an adapter's; merge the adapter",
+    ),
+    "quantized tensors": (
+        lambda tensors: tensors | {"model.layers.0.self_attn.q_proj.qweight": torch.zeros(4, 32, dtype=torch.int32)},
+        {},
+        r"must not be quantized; take its weights in bf16",
+    ),
+    "8-bit floats": (
+        lambda tensors: {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()},
+        {},
+        r"must not be quantized, found float8_e4m3fn; take",
+    ),
+    "a tied head of its own": (
+        dict,
+        {"tie_word_embeddings": True},
+        r"tie_word_embeddings is true, but lm_head\.weight differs from model\.embed_tokens\.weight",
+    ),
+    "another type of model": (dict, {"model_type": "phi"}, r"missing \(\d+\): lm_head\.bias.*left over"),
     "no head": (without("lm_head.weight"), {}, r"missing \(1\): lm_head\.weight; take"),
     "a vision tower": (
         lambda tensors: tensors | {"model.vision_tower.x": torch.zeros(3)},
@@ -172,8 +208,100 @@ def test_weights_that_are_not_the_models_are_refused_with_a_list(folder: Path, t
 
 def test_quantized_weights_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     said = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(WeightsError, match="must not be quantized; take its weights in bf16"):
+    with pytest.raises(ValueError, match="must not be quantized; take its weights in bf16"):
         build_language_model(path=altered(folder, tmp_path, dict, said))
+
+
+PREFIXES: dict[str, Callable[[Tensors], Tensors]] = {
+    "module.": under("module."),
+    "_orig_mod.": under("_orig_mod."),
+    "module._orig_mod.": under("module._orig_mod."),
+    "base_model.model.": under("base_model.model."),
+    "module.base_model.model.": under("module.base_model.model."),
+    "language_model.": under("language_model."),
+    "model.": under("model."),
+    "model.model.": under("model.model."),
+    "model.language_model.": lambda tensors: {
+        name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()
+    },
+    "model. doubled": lambda tensors: {name.replace("model.", "model.model.", 1): t for name, t in tensors.items()},
+    "compiled inside": lambda tensors: {name.replace("model.", "model._orig_mod."): t for name, t in tensors.items()},
+    "decoder without prefix": lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_training_programs_are_read(folder: Path, tmp_path: Path, prefix: str, tied: bool) -> None:
+    leave = without("lm_head.weight") if tied else dict
+    expected = load_file(folder / "model.safetensors")
+    said = {"tie_word_embeddings": tied}
+    path = altered(folder, tmp_path, lambda tensors: PREFIXES[prefix](leave(tensors)), said)
+    read = build_language_model(path=path).state_dict()
+    if tied:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], value) for name, value in expected.items())
+
+
+def test_tensors_that_would_be_called_alike_are_refused(folder: Path, tmp_path: Path) -> None:
+    twice = altered(folder, tmp_path, lambda tensors: tensors | {"model._orig_mod.norm.weight": torch.zeros(32)}, {})
+    with pytest.raises(WeightsError, match=r"called alike in the model: model\._orig_mod\.norm\.weight, model\.norm"):
+        build_language_model(path=twice)
+
+
+TINY_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY_VISION |= {"image_size": 28, "patch_size": 14}
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "gemma3"])
+@pytest.mark.parametrize("old_names", [False, True])
+def test_the_language_model_of_a_vision_language_folder_is_read(tmp_path: Path, kind: str, old_names: bool) -> None:
+    text = {"llava": "llama", "llava_next": "mistral", "gemma3": "gemma3_text"}[kind]
+    sizes = {"model_type": text, **SIZES, "num_key_value_heads": 2, "head_dim": 8}
+    vision = TINY_VISION | {"model_type": "clip_vision_model" if kind.startswith("llava") else "siglip_vision_model"}
+    whole_config = AutoConfig.for_model(kind, text_config=sizes, vision_config=vision)
+    whole = AutoModelForImageTextToText.from_config(whole_config)
+    whole.save_pretrained(tmp_path)
+    if old_names:  # as llava-hf's folders have them
+        tensors = load_file(tmp_path / "model.safetensors")
+        again = {re.sub(r"^model\.language_model\.", "language_model.model.", name): t for name, t in tensors.items()}
+        again = {re.sub(r"^lm_head\.", "language_model.lm_head.", name): tensor for name, tensor in again.items()}
+        again = {re.sub(r"^model\.(vision|multi|image)", r"\1", name): tensor for name, tensor in again.items()}
+        save_file(again, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = build_language_model(path=str(tmp_path), attention="sdpa")
+    assert model.config.model_type == text
+    pack_attention(model)
+    ids = torch.arange(3, 14)[None]
+    alone = whole.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(model(input_ids=ids).logits, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../weights/model-1.safetensors", "must name files inside of it, found '../weights"),
+        ("/etc/passwd", "must name files inside of it, found '/etc/passwd'"),
+        ("link.safetensors", "must lie inside of its folder, found a link"),
+        (7, "must name files inside of it, found 7"),
+    ],
+)
+def test_an_index_names_files_of_its_folder_only(folder: Path, tmp_path: Path, name: Any, message: str) -> None:
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "link.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(WeightsError, match=message):
+        build_language_model(path=str(tmp_path))
+
+
+def test_a_snapshot_of_hugging_faces_cache_is_made_of_links_and_read(folder: Path, tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "0a1b", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, blobs / f"{name}-blob")
+        (snapshot / name).symlink_to(f"../../blobs/{name}-blob")
+    build_language_model(path=str(snapshot))
 
 
 def test_buffers_that_older_versions_wrote_are_left_out(folder: Path, tmp_path: Path) -> None:
@@ -187,7 +315,7 @@ def test_a_damaged_file_is_one_line(folder: Path, tmp_path: Path, content: bytes
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(WeightsError, match=r"the weights in .* can't be read: Error while deserializing header"):
+    with pytest.raises(WeightsError, match=r"the weights in .* can't be read: .*Error while deserializing header"):
         build_language_model(path=str(tmp_path))
 
 
@@ -195,11 +323,9 @@ def test_a_shard_that_is_another_ones_copy_is_noticed(tmp_path: Path) -> None:
     """Transformers 4 believes the index, and leaves what isn't in the shard random without a word."""
     build_language_model(config=LLAMA).save_pretrained(tmp_path, max_shard_size="20KB")
     first, second, *_ = sorted(tmp_path.glob("model-*.safetensors"))
-    names = sorted(load_file(second))
+    names_of_first = sorted(load_file(first))
     shutil.copy(first, second)
-    with pytest.raises(
-        WeightsError, match=rf"names what isn't there: {names[0]} in {second.name}.*; copy the whole folder"
-    ):
+    with pytest.raises(WeightsError, match=rf"holds tensors that another shard holds too: {names_of_first[0]}"):
         build_language_model(path=str(tmp_path))
     second.unlink()
     with pytest.raises(WeightsError, match=rf"names files that aren't there: {second.name}"):

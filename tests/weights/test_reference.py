@@ -202,7 +202,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path, config: dict[str, Any]) -> N
 def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    with pytest.raises(WeightsError, match="outside of the folder"):
+    with pytest.raises(WeightsError, match=r"must name files inside of it, found '\.\./a"):
         load_reference_model(tmp_path)
 
 

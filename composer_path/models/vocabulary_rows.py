@@ -1,0 +1,50 @@
+"""The rows of a language model's embedding and head: which of them are one tensor, and adding some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def tied_names(language_model: PreTrainedModel) -> tuple[str, str] | None:
+    """The names of head and embedding where they are one tensor."""
+    head: Any = language_model.get_output_embeddings()
+    embedding: Any = language_model.get_input_embeddings()
+    if head is None or not language_model.config.tie_word_embeddings:
+        return None
+    names = {id(module): name for name, module in language_model.named_modules()}
+    return f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
+
+
+def add_rows(language_model: PreTrainedModel, rows: int) -> int:
+    """Let embedding and head have so many rows at least; a new one is the mean of the old ones.
+
+    Returns:
+        How many were added.
+    """
+    embedding: Any = language_model.get_input_embeddings()
+    head: Any = language_model.get_output_embeddings()
+    added = rows - embedding.num_embeddings
+    if added <= 0:
+        return 0
+    tied = head.weight is embedding.weight
+    embedding.weight = _longer(embedding.weight, added)
+    head.weight = embedding.weight if tied else _longer(head.weight, added)
+    if getattr(head, "bias", None) is not None:
+        head.bias = _longer(head.bias, added)
+    embedding.num_embeddings = head.out_features = rows
+    language_model.config.vocab_size = rows
+    for module in language_model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module, "vocab_size"):
+            module.vocab_size = rows  # type: ignore[assignment]
+    return added
+
+
+def _longer(weight: nn.Parameter, added: int) -> nn.Parameter:
+    """A parameter with rows added to it: means, computed in fp32."""
+    mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
+    rows = torch.cat([weight.detach(), mean.expand(added, *weight.shape[1:])])
+    return nn.Parameter(rows, requires_grad=weight.requires_grad)
