@@ -9,9 +9,9 @@ from typing import Any
 
 from composer_path.batches.mixture import asking_template, check_streams, template_of
 from composer_path.config.types import hint
+from composer_path.encoders.table import ENCODERS
 from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
-from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
@@ -52,12 +52,14 @@ def _of_the_model(get: Get) -> Iterator[str]:
 def _patch_size(get: Get) -> int | None:
     """Side of a vision encoder's patches, pixels; None where neither keywords nor name tell."""
     name, size = str(get("model.vision_encoder.name")), get("model.vision_encoder.kwargs.patch_size")
+    if size is None and name in ENCODERS:
+        return ENCODERS[name].patch_size
     if size is None and name.startswith("open_clip/"):
         try:
             size = open_clip_vision_config(name.removeprefix("open_clip/"))[0].get("patch_size")
         except ValueError:  # no such model, which is already reported
             return None
-    if size is None and (by_name := re.search(r"patch(\d+)", COCA_VIT_L["name"] if name == "coca_vit-l" else name)):
+    if size is None and (by_name := re.search(r"patch(\d+)", name)):
         size = int(by_name[1])
     return size if isinstance(size, int) else None
 

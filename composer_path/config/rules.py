@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -10,14 +9,12 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import timm
 from composer.core import Time
 from streaming.base.util import bytes_to_int, number_abbrev_to_int
 from transformers import CONFIG_MAPPING
 
 from composer_path.config.types import nearest
 from composer_path.models.language_model import load_language_model_config
-from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.projector import REFERENCE_TYPE
 from composer_path.storage.places import is_remote
 
@@ -97,18 +94,6 @@ check_projector_type = _rule(
     "found '{}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity",
     REFERENCE_TYPE.fullmatch,
 )
-
-
-def check_vision_name(name: str) -> None:
-    """A vision encoder that there is."""
-    family, _, model = name.partition("/")
-    if family == "timm" and not timm.is_model(model):
-        near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=2)
-        raise ValueError(f"timm has no model '{model}'" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    if family == "open_clip":
-        open_clip_vision_config(model)
-    if name != "coca_vit-l" and (not model or family not in ("timm", "open_clip")):
-        raise ValueError(f"found '{name}'; it must be coca_vit-l, timm/<a timm ViT> or open_clip/<an open_clip model>")
 
 
 def check_language_model(config: dict[str, Any] | str) -> None:

@@ -26,7 +26,7 @@ from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
-from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
+from composer_path.models.vision_encoder import check_vision_keywords, check_vision_name, untrained_vision_encoder
 from composer_path.records.prompts import get_template
 from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
@@ -87,7 +87,7 @@ def _model() -> Section:
     decided |= {"attention": "use model.attention", "vocabulary": "leave it out; it is the tokenizer's"}
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), _from_1(10**5)))
     mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0, "at_most": 100}})
-    vision: dict[str, Any] = {"name": {"check": rules.check_vision_name}, "image_size": _from_1(10**4)}
+    vision: dict[str, Any] = {"name": {"check": check_vision_name}, "image_size": _from_1(10**4)}
     vision |= {"mean": {"check": rules.check_mean}, "std": {"check": rules.check_std}}
     vision["kwargs"] = {"check": check_vision_keywords}
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}

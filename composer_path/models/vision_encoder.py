@@ -1,32 +1,34 @@
 """The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it.
 
-Any ViT of timm or open_clip is here by its name. To add another kind: a branch of `untrained_vision_encoder`, and its
-name in `check_vision_name` of config/rules.py.
+Any ViT of timm or open_clip is here by its name, and public encoders by theirs (`encoders/table.py`). To add another
+kind: a branch of `untrained_vision_encoder`, and its name in `check_vision_name`.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import timm
-import timm.layers
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from composer_path.images.pixels import IMAGE_MEAN, IMAGE_STD
+from composer_path.encoders.table import ENCODERS, LEFT_OUT, encoder_meant
 from composer_path.models.open_clip_trunk import (
     OpenClipTrunk,
     build_open_clip_trunk,
     open_clip_normalization,
     open_clip_vision_config,
 )
+from composer_path.models.timm_trunk import build_timm_trunk, layer_name
+from composer_path.models.vision_facts import VisionFacts, facts_of
+
+log = logging.getLogger(__name__)
 
 Tokens = Literal["all", "patches", "cls_patches"]
-# The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
-COCA_VIT_L: dict[str, Any] = {"name": "vit_large_patch16_224", "image_size": 448, "kwargs": {"init_values": 1.0}}
 # Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files (so would open_clip's
 # that begin with one of FETCHING).
 RESERVED = {"num_classes", "img_size", "global_pool", "checkpoint_path", "cache_dir", "features_only"}
@@ -72,6 +74,7 @@ class VisionEncoder(nn.Module):
         if tokens == "cls_patches" and not has_class_token:
             raise ValueError("vision_encoder.tokens: 'cls_patches' needs a CLS token, found none; take 'patches'")
         self.num_prefix_tokens: int = trunk.num_prefix_tokens  # CLS, then registers
+        self.normalization_known = True  # not only a library's default for a name
         self.num_kept_prefix_tokens = {"all": self.num_prefix_tokens, "patches": 0, "cls_patches": 1}[tokens]
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images tokens dim"]:
@@ -104,6 +107,10 @@ class VisionEncoder(nn.Module):
             )
         return (height // patch) * (width // patch) + self.num_kept_prefix_tokens
 
+    def facts(self) -> VisionFacts:
+        """What of it no shape of its weights tells: heads, activation, epsilon."""
+        return facts_of(self.trunk)
+
     @property
     def blocks(self) -> nn.ModuleList:
         """Its transformer blocks: what FSDP and activation checkpointing wrap one by one."""
@@ -122,56 +129,85 @@ def untrained_vision_encoder(
     """A vision encoder by name, with random weights.
 
     Args:
-        name: `coca_vit-l` (the reference's), `timm/<name of a timm ViT>`, or `open_clip/<name of an open_clip model>`
-            (its visual tower; tokens before pooling, see `OpenClipTrunk`).
-        image_size: Side in pixels; by default the architecture's own (448 for `coca_vit-l`).
+        name: A public encoder (`uni2-h`, `coca_vit-l`; `composer-path encoders` lists them), `timm/<name of a timm
+            ViT>`, or `open_clip/<name of an open_clip model>` (its visual tower; tokens before pooling, see
+            `OpenClipTrunk`).
+        image_size: Side in pixels; by default the encoder's own.
         tokens: "all", "patches" or "cls_patches".
-        mean: Of the images; by default ImageNet's for `coca_vit-l`, else what timm or open_clip state for the name.
-            Pathology encoders in a timm architecture (UNI, Virchow, H-optimus) have their own: give theirs.
+        mean: Of the images; by default the encoder's, else what timm or open_clip state for the name.
         std: Likewise.
         kwargs: Further keywords of timm's ViT (`embed_dim`, `depth`, `reg_tokens`, `mlp_layer: SwiGLUPacked`,
-            `act_layer: SiLU`, ...; classes by their name) or of open_clip's `vision_cfg` (`layers`, `width`, ...).
+            `act_layer: SiLU`, ...; classes by their name), `norm_eps`, or keywords of open_clip's `vision_cfg`
+            (`layers`, `width`, ...). Beside a public encoder they win, and what differs from it is logged.
 
     Raises:
         ValueError: Unknown names or keywords, or a size that the patch size doesn't divide.
     """
-    kwargs = {key: _layer_name(value) for key, value in (kwargs or {}).items()}
+    kwargs = {key: layer_name(value) if key.endswith("_layer") else value for key, value in (kwargs or {}).items()}
     try:
         check_vision_keywords(kwargs)
     except ValueError as error:
         raise ValueError(f"vision_encoder.kwargs: {error}") from None
+    try:
+        check_vision_name(name)
+    except ValueError as error:
+        raise ValueError(f"vision_encoder.name: {error}") from None
+    recipe, size, architecture, base = ENCODERS.get(name), image_size, kwargs, name
+    if recipe is not None:
+        base, size, architecture = recipe.base, image_size or recipe.image_size, {**recipe.kwargs, **kwargs}
+        if changed := [key for key in kwargs if key in recipe.kwargs and kwargs[key] != recipe.kwargs[key]]:
+            words = ", ".join(f"{key} {kwargs[key]} (its own: {recipe.kwargs[key]})" for key in changed)
+            log.warning("vision_encoder: '%s' is built with other keywords than it has: %s", name, words)
+    family, _, model = base.partition("/")
     trunk: Any
-    library, _, model_name = name.partition("/")
-    if name == "coca_vit-l":
-        image_size = COCA_VIT_L["image_size"] if image_size is None else image_size
-        trunk = _build_timm_trunk(COCA_VIT_L["name"], image_size, {**COCA_VIT_L["kwargs"], **kwargs})
-        normalization: tuple[Sequence[float], Sequence[float]] = IMAGE_MEAN, IMAGE_STD
-    elif library == "timm":
-        trunk = _build_timm_trunk(model_name, image_size, kwargs)
-        normalization = trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"]
-    elif library == "open_clip":
-        vision, quick_gelu = open_clip_vision_config(model_name)
-        if vision.get("timm_model_name"):
-            trunk = _build_timm_trunk(vision["timm_model_name"], image_size or vision.get("image_size"), kwargs)
-        else:
-            image_size = vision.get("image_size", 224) if image_size is None else image_size
-            trunk = build_open_clip_trunk({**vision, **kwargs}, quick_gelu, image_size)
-        normalization = open_clip_normalization(model_name)
+    if family == "timm":
+        trunk = build_timm_trunk(model, size, architecture)
+        timm_config = timm.get_pretrained_cfg(model)  # what timm states; None for a name without weights
+        usual = (timm_config.mean, timm_config.std) if timm_config else ENCODERS["coca_vit-l"].normalization
+        stated = "." in model  # a tag of weights, whose own it is; else that of the first tag
     else:
-        raise ValueError(
-            f"vision_encoder.name: unknown name '{name}'; it must be 'coca_vit-l', 'timm/<timm ViT>' or "
-            "'open_clip/<open_clip model>'"
-        )
-    size: int = trunk.patch_embed.img_size[0] if image_size is None else image_size
+        vision, quick_gelu = open_clip_vision_config(model)
+        if vision.get("timm_model_name"):
+            trunk = build_timm_trunk(vision["timm_model_name"], size or vision.get("image_size"), architecture)
+        else:
+            size = vision.get("image_size", 224) if size is None else size
+            trunk = build_open_clip_trunk({**vision, **architecture}, quick_gelu, size)
+        usual, stated = open_clip_normalization(model), True
+    if recipe is not None:
+        usual, stated = recipe.normalization, True
+    size = trunk.patch_embed.img_size[0] if size is None else size
     patch_size: int = trunk.patch_size if isinstance(trunk, OpenClipTrunk) else trunk.patch_embed.patch_size[0]
     if size % patch_size:
         raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
     known: dict[str, Any] = {"image_size": size, "tokens": tokens}
-    for key, given, usual in (("mean", mean, normalization[0]), ("std", std, normalization[1])):
-        known[key] = tuple(map(float, usual if given is None else given))
+    for key, given, default in (("mean", mean, usual[0]), ("std", std, usual[1])):
+        known[key] = tuple(map(float, default if given is None else given))
         if len(known[key]) != 3:
             raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(known[key])}")
-    return VisionEncoder(trunk, patch_size=patch_size, **known, config={"name": name, **known, "kwargs": kwargs})
+        if recipe is not None and given is not None and known[key] != default:
+            log.warning("vision_encoder.%s: %s, where '%s' was made with %s", key, known[key], name, default)
+    encoder = VisionEncoder(trunk, patch_size=patch_size, **known, config={"name": name, **known, "kwargs": kwargs})
+    encoder.normalization_known = stated or (mean is not None and std is not None)
+    return encoder
+
+
+def check_vision_name(name: str) -> None:
+    """A vision encoder that there is; ValueError with the name that may have been meant."""
+    family, _, model = name.partition("/")
+    if family == "timm" and model:
+        if not timm.is_model(model):
+            near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=2)
+            raise ValueError(f"timm has no model '{model}'" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    elif family == "open_clip" and model:
+        open_clip_vision_config(model)
+    elif name not in ENCODERS:
+        meant = encoder_meant(name)
+        if meant in LEFT_OUT:
+            raise ValueError(f"'{meant}' is not in the table of encoders: {LEFT_OUT[meant]}")
+        raise ValueError(
+            f"unknown name '{name}'; it must be one of those that `composer-path encoders` lists, timm/<a timm ViT> "
+            "or open_clip/<an open_clip model>" + (f"; did you mean {meant}?" if meant else "")
+        )
 
 
 def check_vision_keywords(kwargs: Mapping[str, Any]) -> None:
@@ -181,40 +217,3 @@ def check_vision_keywords(kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{refused} can't be given here; sizes and weights have their own keys, and nothing is fetched"
         )
-
-
-def _build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    """A ViT of timm's without head and pooling, random weights."""
-    if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"vision_encoder.name: timm has no model '{name}'; nearest names: {nearest}")
-    settings = {key: _layer_class(value) if key.endswith("_layer") else value for key, value in kwargs.items()}
-    settings |= {} if image_size is None else {"img_size": image_size}
-    try:
-        trunk = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **settings)
-    except (TypeError, AssertionError) as error:  # an unknown keyword; sizes that timm asserts
-        raise ValueError(f"vision_encoder.kwargs: timm's '{name}' doesn't take {settings}: {error}") from error
-    lacking = [part for part in ("blocks", "num_prefix_tokens", "patch_embed", "embed_dim") if not hasattr(trunk, part)]
-    if lacking:
-        raise ValueError(
-            f"vision_encoder.name: timm's '{name}' isn't a ViT whose tokens can be taken (has no {lacking})"
-        )
-    return trunk
-
-
-def _layer_name(value: Any) -> Any:
-    """A layer of timm.layers or torch.nn as its name, so that the keywords can be written to a file."""
-    if not callable(value):
-        return value
-    for library in (timm.layers, nn):
-        for name, layer in vars(library).items():
-            if layer is value:  # by identity: timm's SwiGLUPacked is a partial, which has no name of its own
-                return name
-    raise ValueError(f"vision_encoder.kwargs: a layer must be one of timm.layers or torch.nn, found {value!r}")
-
-
-def _layer_class(value: Any) -> Any:
-    """A layer class from its name in timm.layers or torch.nn; other names are left for timm itself."""
-    if not isinstance(value, str):
-        return value
-    return getattr(timm.layers, value, None) or getattr(nn, value, None) or value

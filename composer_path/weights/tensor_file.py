@@ -16,7 +16,7 @@ from composer_path.weights.torch_file import TorchFileError, read_torch_file
 
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 # Under which training programs put the weights in their checkpoints.
-WRAPPERS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher")
 INDEX = "model.safetensors.index.json"
 # What a folder's weights begin with; the first that is there is taken, so safetensors come before pickles.
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin.index.json", "pytorch_model.bin")

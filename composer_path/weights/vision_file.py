@@ -1,40 +1,29 @@
-"""Vision weights files: timm's or open_clip's ViT names, with or without a prefix, at this or another image size."""
+"""Vision weights: a file or folder of any layout that is known, at this or another image size, into an encoder."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from composer_path.models.open_clip_trunk import OpenClipTrunk
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
-from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file
+from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file, some
+from composer_path.weights.vision_folder import check_what_a_folder_says, read_vision_folder
+from composer_path.weights.vision_layout import Found, find_vit
+from composer_path.weights.vision_names import from_open_clip, to_open_clip
+from composer_path.weights.vision_positions import resample_positions
 
 log = logging.getLogger(__name__)
 
-
-class VisionKeys(NamedTuple):
-    """How one library names the parts of its ViT."""
-
-    anchor: str  # a key that every file has; what stands before it in the file is the prefix of all keys
-    positions: str  # the position embeddings
-    behind: tuple[
-        str, ...
-    ]  # beginnings of keys behind the tokens (classifier, pooling): a file may have them, we don't
-
-
-TIMM = VisionKeys("patch_embed.proj.weight", "pos_embed", ("head.", "head_dist.", "fc_norm.", "attn_pool."))
-OPEN_CLIP = VisionKeys(
-    "conv1.weight", "positional_embedding", ("proj", "ln_post.", "attn_pool.", "attn_pool_contrastive.")
-)
+# Names of a gated MLP that the DINOv2 and DINOv3 repositories, EVA-02 and transformers have for SiLU only.
+GATED = re.compile(r"\.mlp\.(w12|w1|weights_in|gate_proj)\.")
 
 
 def build_vision_encoder(name: str, *, weights: str | None = None, **architecture: Any) -> VisionEncoder:
@@ -42,7 +31,7 @@ def build_vision_encoder(name: str, *, weights: str | None = None, **architectur
 
     Args:
         name: See `untrained_vision_encoder`.
-        weights: A file, see `load_vision_weights`.
+        weights: A file or folder, see `load_vision_weights`.
         **architecture: Further keywords of `untrained_vision_encoder`.
 
     Raises:
@@ -50,33 +39,131 @@ def build_vision_encoder(name: str, *, weights: str | None = None, **architectur
     """
     encoder = untrained_vision_encoder(name, **architecture)
     if weights is not None:
-        load_vision_weights(weights, encoder)
+        given = architecture.get("mean") is not None and architecture.get("std") is not None
+        load_vision_weights(weights, encoder, normalization_given=given)
     return encoder
 
 
-def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
-    """Load the weights of a `.safetensors` file or a torch pickle into a vision encoder, cast to its dtype.
+def load_vision_weights(path: str | Path, encoder: VisionEncoder, *, normalization_given: bool = True) -> None:
+    """Load the weights of a `.safetensors` file, a torch pickle or a folder into a vision encoder, cast to its dtype.
 
-    The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
-    removed. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
-    weights are left out, and so are the text tower and all else in a whole vision-language checkpoint (prefix with
-    `visual`); in any other file keys outside of the prefix are an error.
+    Layouts that are read are those of `vision_layout.LAYOUTS`. The prefix (`vision_tower.` in the reference's file,
+    `visual.trunk.` in CONCH's, `module.`, `teacher.backbone.`, none, ...) is found and removed. Position embeddings of
+    another image size are resampled as the file's library does. Classifier, pooling and mask token are left out, and
+    so are the text tower and all else in a whole vision-language checkpoint; what was left out is logged.
+
+    Args:
+        path: A folder is read with its `config.json`, `preprocessor_config.json` or `open_clip_config.json`.
+        encoder: Where they go.
+        normalization_given: Whether the user gave mean and std, so that a folder's own only earn a warning.
 
     Raises:
-        WeightsError: The file can't be read, no or several ViTs are in it, or keys and shapes differ (all listed).
+        WeightsError: It can't be read, no or several ViTs are in it, keys and shapes differ (all listed), or a
+            folder's configuration says another architecture or, where none is given, another normalisation.
     """
+    if Path(path).is_dir():
+        folder = read_vision_folder(Path(path))
+        check_what_a_folder_says(folder, encoder, normalization_given=normalization_given)
+        tensors = folder.tensors
+        said = folder.mean is not None
+    else:
+        tensors, said = read_tensor_file(path), False
+    if not (said or normalization_given or encoder.normalization_known):
+        log.warning(
+            "%s: mean %s and std %s are only the library's default for '%s', and the file says none; pathology "
+            "encoders have their own: give vision_encoder.mean and std",
+            path,
+            list(encoder.mean),
+            list(encoder.std),
+            encoder.config["name"],
+        )
     trunk = encoder.trunk
-    module, keys = (trunk.tower, OPEN_CLIP) if isinstance(trunk, OpenClipTrunk) else (trunk, TIMM)
+    module = trunk.tower if isinstance(trunk, OpenClipTrunk) else trunk
     expected = module.state_dict()
-    tensors = _behind_prefix(str(path), read_tensor_file(path), keys)
-    tensors = {key: value for key, value in tensors.items() if key in expected or not key.startswith(keys.behind)}
-    if keys.positions in tensors and keys.positions in expected:
-        num_prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
-        found, shape = tensors[keys.positions], expected[keys.positions].shape
-        grid = encoder.image_size // encoder.patch_size
-        tensors[keys.positions] = _resample(str(path), found, shape, num_prefix, grid)
+    found = find_vit(str(path), tensors)
+    tensors = fitted(str(path), found, encoder)
     check_tensors(str(path), expected, tensors)
     module.load_state_dict(tensors)
+
+
+def fitted(source: str, found: Found, encoder: VisionEncoder) -> dict[str, Tensor]:
+    """The tensors of a file by the names that the encoder's trunk has, positions at its size."""
+    layout, trunk = found.layout, encoder.trunk
+    into_open_clip = isinstance(trunk, OpenClipTrunk)
+    expected = (trunk.tower if into_open_clip else trunk).state_dict()
+    if into_open_clip:
+        expected = from_open_clip(dict(expected))
+    dropped = [key for key in found.tensors if re.match(layout.left_out, key)]
+    renamed = layout.to_timm({key: value for key, value in found.tensors.items() if key not in dropped})
+    pooled = [
+        key for key in renamed if key.startswith("norm.") and key not in expected and _norm_is_pooled(found, trunk)
+    ]
+    tensors = {key: value for key, value in renamed.items() if key not in pooled}
+    if left_out := sorted([*dropped, *pooled, *found.beside]):
+        log.info("%s (%s): %d tensors were left out: %s", source, layout.library, len(left_out), some(left_out, 8))
+    has = encoder.facts().activation
+    if has != "silu" and (gated := next((key for key in found.tensors if GATED.search(key)), None)):
+        raise WeightsError(
+            f"weights: '{source}' has a gated MLP of SiLU ('{gated}'), the model has {has}; give kwargs: "
+            "{mlp_layer: SwiGLUPacked, act_layer: SiLU}, or another name"
+        )
+    _place_class_and_registers(tensors, found, trunk)
+    _fill_biases(source, tensors, expected)
+    key = "pos_embed"
+    if key in tensors and key in expected:
+        num_prefix = 0 if getattr(trunk, "no_embed_class", False) else trunk.num_prefix_tokens
+        grid = encoder.image_size // encoder.patch_size
+        shape = tuple(expected[key].shape)
+        tensors[key] = resample_positions(source, tensors[key], shape, num_prefix, grid, layout.resampling)
+    return to_open_clip(tensors) if into_open_clip else tensors
+
+
+def _norm_is_pooled(found: Found, trunk: Any) -> bool:
+    """Whether a final norm that the trunk lacks belongs to what is pooled behind the tokens.
+
+    So it does in an open_clip tower that pools by attention, and in an EVA-02 as its pretraining left it (with a mask
+    token), whose norm timm makes its `fc_norm`.
+    """
+    lacks = isinstance(getattr(trunk, "norm", None), torch.nn.Identity)
+    return isinstance(trunk, OpenClipTrunk) or (lacks and "mask_token" in found.tensors)
+
+
+def _place_class_and_registers(tensors: dict[str, Tensor], found: Found, trunk: Any) -> None:
+    """Give CLS and registers the positions that timm's model has for them.
+
+    Elsewhere the first position is that of CLS, and registers have none. timm's models with `no_embed_class` have the
+    sum in the CLS token; its others want a position for each register, which is zero.
+    """
+    positions, class_token = tensors.get("pos_embed"), tensors.get("cls_token")
+    if not found.layout.class_in_positions or positions is None or class_token is None:
+        return
+    dim, registers = trunk.embed_dim, tensors.get("reg_token", torch.zeros(1, 0, 1))
+    if positions.ndim != 3 or registers.ndim != 3 or positions.shape[-1] != dim or class_token.numel() != dim:
+        return  # which is reported with all other shapes
+    if getattr(trunk, "no_embed_class", False):
+        tensors["cls_token"] = class_token.reshape(1, 1, -1) + positions[:, :1]
+        tensors["pos_embed"] = positions[:, 1:]
+    elif registers.shape[1]:
+        none = positions.new_zeros(len(positions), registers.shape[1], dim)
+        tensors["pos_embed"] = torch.cat([positions[:, :1], none, positions[:, 1:]], dim=1)
+
+
+def _fill_biases(source: str, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Zeros for the biases of EVA's and DINOv3's queries and values, where the file has none of them at all.
+
+    The other way round, biases that are all zero fall away where the model has none: DINOv3's are, and timm has models
+    with and without them.
+    """
+    for kind in (".attn.q_bias", ".attn.v_bias"):
+        wanted = {key for key in expected if key.endswith(kind)}
+        there = {key for key in tensors if key.endswith(kind)}
+        if wanted and not there:
+            log.warning("%s: has no '%s', which the model has; they are zero", source, kind[1:])
+            tensors |= {key: torch.zeros(expected[key].shape) for key in wanted}
+        elif there and not wanted and not any(tensors[key].any() for key in there):
+            log.info("%s: all its '%s' are zero, and the model has none", source, kind[1:])
+            for key in there:
+                del tensors[key]
 
 
 def weights_hash(encoder: VisionEncoder, weights: Mapping[str, Tensor] | None = None) -> str:
@@ -91,41 +178,3 @@ def weights_hash(encoder: VisionEncoder, weights: Mapping[str, Tensor] | None = 
         state.update(f"{name} {list(values.shape)}".encode())
         state.update(values.reshape(-1).view(torch.int16).numpy().data)  # hashed where it lies, not copied
     return state.hexdigest()[:16]
-
-
-def _behind_prefix(source: str, tensors: dict[str, Tensor], keys: VisionKeys) -> dict[str, Tensor]:
-    """The ViT's tensors with their prefix removed."""
-    prefixes = sorted(key.removesuffix(keys.anchor) for key in tensors if f".{key}".endswith(f".{keys.anchor}"))
-    if not prefixes:
-        raise WeightsError(
-            f"weights: '{source}' has no key that ends with '{keys.anchor}', so it holds no ViT of this kind; "
-            f"it begins with {sorted(tensors)[:5]}"
-        )
-    if len(prefixes) > 1:
-        raise WeightsError(f"weights: '{source}' holds several ViTs, under {prefixes}; save the one to use alone")
-    prefix = prefixes[0]
-    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    outside = sorted(key for key in tensors if not key.startswith(prefix))
-    if outside and "visual" not in prefix.split("."):
-        raise WeightsError(f"weights: '{source}' doesn't fit. Left over outside of '{prefix}': {outside[:40]}")
-    if outside:
-        log.info("%s: %d tensors of other parts than '%s' were left out", source, len(outside), prefix)
-    return inside
-
-
-def _resample(
-    source: str, positions: Float[Tensor, "*one positions dim"], shape: tuple[int, ...], num_prefix: int, grid: int
-) -> Float[Tensor, "*one new_positions dim"]:
-    """Position embeddings for a grid of `grid` x `grid` patches; those of CLS and registers stay as they are."""
-    if tuple(positions.shape) == tuple(shape):
-        return positions
-    num_patches = positions.shape[-2] - num_prefix
-    side = math.isqrt(max(num_patches, 0))
-    if side == 0 or side**2 != num_patches or positions.shape[-1] != shape[-1]:
-        raise WeightsError(
-            f"weights: '{source}' has position embeddings of shape {list(positions.shape)}: less {num_prefix} "
-            f"for CLS and registers that isn't a square of patches of width {shape[-1]}; the model has {list(shape)}"
-        )
-    log.info("%s: position embeddings resampled from %dx%d to %dx%d patches", source, side, side, grid, grid)
-    sizes = {"new_size": [grid, grid], "old_size": [side, side], "num_prefix_tokens": num_prefix}
-    return resample_abs_pos_embed(positions.reshape(1, *positions.shape[-2:]), **sizes).reshape(shape)

@@ -77,7 +77,7 @@ MISTAKES = [
     ("model.trainable=[projecter]", "model.trainable: found the text 'projecter'; did you mean projector?"),
     ("model.trainable=[]", "model.trainable: found an empty list; name what this stage trains"),
     ("model.vision_encoder.name=timm/vit_tiny_patch16_244", "did you mean vit_tiny_patch16_224"),
-    ("model.vision_encoder.name=uni", "model.vision_encoder.name: found 'uni'; it must be coca_vit-l, timm/"),
+    ("model.vision_encoder.name=unii", "model.vision_encoder.name: unknown name 'unii'; it must be one of"),
     ("model.vision_encoder.name=open_clip/ViT-Z", "model.vision_encoder.name: "),
     ("model.vision_encoder.tokens=cls", "model.vision_encoder.tokens: found the text 'cls'; "),
     (

@@ -203,7 +203,7 @@ def test_blocks_are_the_trunks_own_and_appear_once_in_the_state_dict() -> None:
     "arguments, message",
     [
         ({"name": "coca_vit-b"}, "unknown name 'coca_vit-b'"),
-        ({"name": "timm/vit_larg_patch16_224"}, "nearest names: .*vit_large_patch16_224"),
+        ({"name": "timm/vit_larg_patch16_224"}, "did you mean .*vit_large_patch16_224"),
         ({"name": "open_clip/ViT-B-15"}, "nearest names: .*ViT-B-16"),
         ({"name": "open_clip/RN50"}, "ResNet tower, which has no tokens"),
         ({"name": "timm/resnet18"}, "isn't a ViT"),
