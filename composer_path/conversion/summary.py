@@ -13,6 +13,7 @@ import numpy as np
 from composer_path import __version__
 from composer_path.conversion.partition import COUNTS, PartitionDone
 from composer_path.conversion.spill import SpilledRows
+from composer_path.images.plain_pixels import ODDITIES
 from composer_path.shards.columns import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
 from composer_path.shards.index import IMAGE_HASHES_NAME
 from composer_path.storage.places import Bucket, Folder
@@ -35,6 +36,7 @@ class ConvertSummary:
     repeated_images: int = 0  # that equal an earlier one byte for byte
     rejected: int = 0  # records left out
     rejected_by_rule: dict[str, int] = field(default_factory=dict)  # rule -> records that break it
+    oddities: dict[str, int] = field(default_factory=dict)  # what is odd about images -> how many
     unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nothing reads -> records that have it
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # source, "" for none -> the first seven counts
     shards: int = 0  # files
@@ -55,13 +57,23 @@ class ConvertSummary:
             into = self.sources.setdefault(source if known else "(others)", dict.fromkeys(COUNTS, 0))
             for name in COUNTS:
                 into[name] += counts.get(name, 0)
+        self.oddities = dict(Counter(self.oddities) + Counter(done.oddities))
         self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done.unknown_keys))
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
     def counts(self) -> dict[str, Any]:
         """Return what the data card holds of it."""
-        odd = ("repeated_images", "rejected", "rejected_by_rule", "unknown_keys", "sources", "shards", "bytes")
+        odd = (
+            "repeated_images",
+            "rejected",
+            "rejected_by_rule",
+            "oddities",
+            "unknown_keys",
+            "sources",
+            "shards",
+            "bytes",
+        )
         return {name: getattr(self, name) for name in (*COUNTS, *odd)}
 
     def __str__(self) -> str:
@@ -76,6 +88,7 @@ class ConvertSummary:
         }
         rows += [(name, count) for name, count in odd.items() if count]
         rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
+        rows += [(ODDITIES[name], count) for name, count in self.oddities.items()]
         rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
         rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
         rows += [("partitions taken over", self.resumed)] if self.resumed else []
