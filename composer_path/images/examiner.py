@@ -22,6 +22,7 @@ from typing import Any
 from composer_path.images.examining_process import seconds_for
 from composer_path.images.file import MAX_PIXELS
 from composer_path.images.memory import ImageMemory
+from composer_path.images.shared_bytes import SharedBytes
 from composer_path.images.stored_square import Square
 from composer_path.parallel import ProcessKilled
 from composer_path.records.rules import ImageError
@@ -32,7 +33,12 @@ _STILL_SECONDS = 300.0
 _LOOK_SECONDS = 5.0
 # How a decoder dies by its own fault.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS}
-_CODE = "import sys; sys.path[:] = {path!r}; from composer_path.images.examining_process import serve; serve({fd})"
+_CODE = """
+import sys
+sys.path[:] = {path!r}
+from composer_path.images.examining_process import serve
+serve({pipe}, {file})
+"""
 
 
 @dataclass(frozen=True)
@@ -117,23 +123,23 @@ class _Process:
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
+        self._bytes = SharedBytes.new()
         with theirs:
-            code = _CODE.format(path=sys.path, fd=theirs.fileno())
-            command = [sys.executable, "-c", code]
+            shared = theirs.fileno(), self._bytes.descriptor
+            command = [sys.executable, "-c", _CODE.format(path=sys.path, pipe=shared[0], file=shared[1])]
             quiet = subprocess.DEVNULL  # libraries complain there, and may quote the file
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=quiet, stdout=quiet, stderr=quiet
-            )
+            self._process = subprocess.Popen(command, pass_fds=shared, stdin=quiet, stdout=quiet, stderr=quiet)
         self._connection = Connection(ours.detach())
         self.used = False
 
     def ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         """Ask, and wait for the answer; `_Died` says that there is none."""
         try:
-            self._connection.send_bytes(json.dumps(request).encode())
-            self._connection.send_bytes(data)
+            self._bytes.write(data)
+            self._connection.send_bytes(json.dumps(request | {"num_bytes": len(data)}).encode())
             self._wait()
-            answer = json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
+            said = json.loads(self._connection.recv_bytes())
+            answer = said, self._bytes.read(said["num_bytes"])
         except (EOFError, OSError):
             raise _Died(self._process.wait()) from None
         self.used = True
@@ -142,6 +148,7 @@ class _Process:
     def end(self) -> None:
         """Kill it, whatever it does."""
         self._connection.close()
+        self._bytes.close()
         self._process.kill()
         self._process.wait()
 

@@ -1,7 +1,8 @@
 """The process in which untrusted pictures are parsed and decoded; it may die of one, and nothing else does.
 
-It is asked over a pipe, one picture after the other, by `composer_path.images.examiner`, and answers with JSON and
-bytes, so that nothing it says can be more than that. What it takes of memory and time is bounded for each picture.
+It is asked over a pipe, one picture after the other, by `composer_path.images.examiner`, and answers with JSON; files
+and what is stored of them lie in memory that both share. So nothing it says can be more than values and bytes. What it
+takes of memory and time is bounded for each picture.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import math
 import os
 import resource
 import signal
-import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image
 from composer_path.images.file import check_image, decode_picture, examine_image, memory_of, open_image, to_rgb
 from composer_path.images.fitting import fit_square, rgb_image
 from composer_path.images.plain_pixels import oddities
+from composer_path.images.shared_bytes import SharedBytes
 from composer_path.images.stored_square import Square, pack_square
 from composer_path.parallel import end_with_parent, keep_freed_memory
 from composer_path.records.rules import ImageError
@@ -45,21 +46,20 @@ def seconds_for(granted: int) -> int:
     return _SECONDS + int(granted / _BYTES_PER_SECOND)
 
 
-def serve(descriptor: int) -> None:
+def serve(pipe: int, file: int) -> None:
     """Answer until nobody asks any more."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the parent gets them too, and decides
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     end_with_parent()
     keep_freed_memory()
-    connection = Connection(descriptor)
+    connection, shared = Connection(pipe), SharedBytes(file)
     with suppress(EOFError, OSError):
         while connection.poll(_IDLE_SECONDS):
-            request, data = json.loads(connection.recv_bytes()), connection.recv_bytes()
-            answer, stored = _answer(request, data)
-            del data
-            connection.send_bytes(json.dumps(answer).encode())
-            connection.send_bytes(stored)
+            request = json.loads(connection.recv_bytes())
+            answer, stored = _answer(request, shared.read(request["num_bytes"]))
+            shared.write(stored)
+            connection.send_bytes(json.dumps(answer | {"num_bytes": len(stored)}).encode())
 
 
 def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -143,6 +143,3 @@ def _fitted(image: Image.Image, square: Square) -> bytes:
 
 
 _TASKS = {"check": _check, "examine": _examine, "region": _read_region}
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]))

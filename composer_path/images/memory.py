@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _UNITS = {"mb": 2**20, "gb": 2**30}
-IMAGE_MEMORY = "6gb"
+IMAGE_MEMORY = "8gb"
 _LEAST = 2**28
 
 
@@ -24,7 +24,7 @@ _LEAST = 2**28
 class ImageMemory:
     """A number of bytes, and how many processes share it."""
 
-    num_bytes: int = 6 * 2**30
+    num_bytes: int = 8 * 2**30
     num_processes: int = 1
 
     @property

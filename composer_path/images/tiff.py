@@ -95,6 +95,8 @@ def picture_of(data: bytes) -> TiffPicture:
     reader = _Reader(data)
     pages = reader.pages()
     page = _choose(pages)
+    if data.startswith(STARTS[3]):  # Pillow takes its places for those of a small one
+        raise _unsupported("of 64-bit places in big-endian order")
     if _NDPI in page.entries:
         fix = "name a region of it with x, y, width and height, or export it as PNG"
         raise ImageError("unsupported-image", "a Hamamatsu NDPI slide", fix)
