@@ -23,9 +23,20 @@ _PIXEL_TAGS = {_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, 266, 273, 274
 _PIXEL_TAGS |= {317, 320, _TILE_WIDTH, 323, 324, 325, 338, _SAMPLE_FORMAT, 347, 529, 530, 531, 532}
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
 _JPEG = 7
-_READ = (1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946)  # none, CCITT, LZW, JPEG, Deflate, PackBits, old Deflate
+_READ = (1, 5, _JPEG, 8, 32773, 32946)  # none, LZW, JPEG, Deflate, PackBits, old Deflate
+# Of damaged fax data libtiff makes pixels out of whatever lay in memory, and says nothing.
 _COMPRESSIONS = {
-    **{6: "old-style JPEG", 9: "JBIG", 10: "JBIG", 34661: "JBIG", 32809: "ThunderScan", 34676: "SGI Log"},
+    **{
+        2: "CCITT RLE",
+        3: "CCITT group 3",
+        4: "CCITT group 4",
+        6: "old-style JPEG",
+        9: "JBIG",
+        10: "JBIG",
+        34661: "JBIG",
+        32809: "ThunderScan",
+        34676: "SGI Log",
+    },
     **{33003: "JPEG 2000", 33004: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC"},
     **{34892: "lossy DNG JPEG", 34925: "LZMA", 34926: "Zstd", 50000: "Zstd", 34927: "WebP", 50001: "WebP"},
     **{50002: "JPEG XL", 52546: "JPEG XL", 22610: "JPEG XR", 34934: "JPEG XR", 32771: "CCITT RLE"},

@@ -185,6 +185,7 @@ TIFFS = {
     "float grey": ({"pixels": GRAY.astype(np.float32), "tags": {339: 3}}, "with floating-point samples"),
     "float RGB": ({"pixels": RGB.astype(np.float32), "tags": {339: [3, 3, 3]}}, "with floating-point samples"),
     "signed bytes": ({"pixels": GRAY.astype(np.int8), "tags": {339: 2}}, "with signed samples"),
+    "fax": ({"pixels": GRAY, "tags": {259: 4}}, "compressed with CCITT group 4"),
     "LERC": ({"pixels": GRAY, "tags": {259: 34887}}, "compressed with LERC"),
     "WebP": ({"pixels": RGB, "tags": {259: 50001}}, "compressed with WebP"),
     "an unknown method": ({"pixels": RGB, "tags": {259: 4711}}, "compressed with method 4711"),
