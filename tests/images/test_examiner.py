@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,3 +148,36 @@ def test_a_square_is_the_one_that_this_process_would_make() -> None:
         square = Examiner().examine(data, square=Square.of(32, "pad", (1, 2, 3))).data
         assert square == resize_image(data, 32, pad_color=(1, 2, 3))
     assert np.frombuffer(square, np.uint8).size == 16 + 3 * 32 * 32
+
+
+_CONVERT = """
+import resource, sys, psutil, threading, time
+from composer_path.conversion.convert import convert
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    me = psutil.Process()
+    while not done.wait(0.02):
+        total = 0
+        for one in [me, *me.children(recursive=True)]:
+            try: total += one.memory_info().rss
+            except psutil.NoSuchProcess: pass
+        peak = max(peak, total)
+thread = threading.Thread(target=watch); thread.start()
+print(convert(sys.argv[1] + "/data.json", sys.argv[1], sys.argv[1] + "/out", image_memory="5gb").images)
+done.set(); thread.join(); print(peak)
+"""
+
+
+@pytest.mark.slow
+def test_six_large_pictures_of_a_record_take_the_memory_of_one(tmp_path: Path) -> None:
+    large = encode(Image.new("RGB", (16384, 16384), (200, 150, 180)), "PNG")
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(large)
+    turns = [{"from": "human", "value": "<image>" * 6 + "What?"}, {"from": "gpt", "value": "Tissue."}]
+    records = [{"image": [f"{number}.png" for number in range(6)], "conversations": turns}] * 2
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    command = [sys.executable, "-c", _CONVERT, str(tmp_path)]
+    images, peak = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    assert int(images) == 12
+    assert int(peak) < 1.5e9, peak  # measured: see docs; 4 bytes a pixel are 1.07 GB
