@@ -10,14 +10,16 @@ import fcntl
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _UNITS = {"mb": 2**20, "gb": 2**30}
 IMAGE_MEMORY = "8gb"
 _LEAST = 2**28
+_here = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,13 @@ class ImageMemory:
     def alone(self) -> Iterator[None]:
         """While no other large picture is examined, here or in another process of this user."""
         path = Path(tempfile.gettempdir(), f"composer_path-{os.getuid()}.large-image")
-        # Each opening is a lock of its own, also for threads of one process; it ends with the process.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with ExitStack() as held:
+            held.enter_context(_here)
+            with suppress(OSError):  # somebody else's file lies there, or locks are unknown: this process alone, then
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                held.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # ends with the process
             yield
-        finally:
-            os.close(descriptor)
 
 
 def memory_bytes(text: str) -> int:
