@@ -94,7 +94,7 @@ def test_what_pip_audit_finds_must_be_reviewed_and_silence_is_not_called_an_answ
     ids=["psd", "fits", "gd", "mcidas", "pdf", "eps"],
 )
 def test_formats_of_advisories_are_opened_by_nobody(head: bytes) -> None:
-    with pytest.raises(ImageError, match="that are no known image format"):
+    with pytest.raises(ImageError, match=r"no known image format|\[unsupported-image\]"):
         open_image(head + bytes(4096))
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
+from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.rules import ImageError
-from composer_path.records.slide_region import SlideRegion, region_png
+from composer_path.records.slide_region import SlideRegion
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.weights.model_folder import PathMLLM
@@ -71,7 +72,10 @@ class Assistant:
         if not path.is_file():
             raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
         try:
-            return self.images.load(path.read_bytes() if region is None else region_png(path, region))
+            examiner = Examiner()  # what a conversion would store, and its answer to what it wouldn't
+            if region is None:
+                return self.images.load(examiner.examine(path.read_bytes(), self.images.max_pixels).data)
+            return self.images.load(examiner.region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 

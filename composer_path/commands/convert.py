@@ -30,6 +30,8 @@ OPTIONS = {
     "check": "full: decode every image once; header: only read its structure, faster, misses damaged pixels",
     "size_limit": "size of a shard; 8mb to 16mb for small sets",
     "max_pixels": "refuse images with more pixels, unread",
+    "image_memory": "bound of the memory that images take while they are decoded, all workers together",
+    "scale_levels": "take 16-bit grey whose levels stay below 4,096 for 12 bits, and scale it",
     "partition_size": "records converted together (default: 256 to 8192, by number and kind)",
     "layout": "how the records are written down (docs/data.md, Layouts): auto looks at their keys",
     "caption_prompt": "question for sets that have only captions; give it several times to vary it",

@@ -16,12 +16,13 @@ from types import MappingProxyType
 import xxhash
 
 from composer_path.conversion.options import ConvertOptions
-from composer_path.images.file import check_image, sanitize_image
+from composer_path.images.examiner import Examined, Examiner
+from composer_path.images.file import stored_by_structure
 from composer_path.images.folder import check_name, name_of_any_ending, names_of_any_ending, resolve_image
-from composer_path.images.jpeg import is_jpeg
+from composer_path.images.memory import ImageMemory, memory_bytes
 from composer_path.images.stored_square import Square
-from composer_path.records.rules import RecordError
-from composer_path.records.slide_region import SlideRegion, mpp_of, region_png
+from composer_path.records.rules import ImageError, RecordError
+from composer_path.records.slide_region import SlideRegion
 from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 
 # One picture is often asked about in several records in a row: it is read and decoded once.
@@ -38,14 +39,18 @@ class StoredImage:
     data: bytes  # an image file free of metadata, or a finished square
     hash: int  # xxh64 of `data`, by which equal images are counted
     mpp: float | None = None  # micrometres per pixel as a slide's file says it
+    oddities: tuple[str, ...] = ()  # see `plain_pixels.ODDITIES`
 
 
 class ImageSource:
-    """The image folder of a conversion, or its address in a bucket."""
+    """The image folder of a conversion, or its address in a bucket; read by so many threads of each process."""
 
-    def __init__(self, images: str, options: ConvertOptions) -> None:
+    def __init__(self, images: str, options: ConvertOptions, threads: int = 1) -> None:
         self._images, self._max_pixels = images, options.max_pixels
-        self._decode, self._resized = options.check == "full", options.resized
+        self._decode, self._scale_levels = options.check == "full", options.scale_levels
+        self._square = None if options.resized is None else Square.of(**options.resized)
+        self._memory = ImageMemory(memory_bytes(options.image_memory), options.workers * threads)
+        self._examiner = Examiner(self._memory)
         self._bucket = Bucket(images) if is_remote(images) else None
         self._stored: OrderedDict[str, StoredImage | RecordError] = OrderedDict()
         self._num_bytes = 0
@@ -91,24 +96,36 @@ class ImageSource:
         return b"%d %d\n" % (status.st_size, status.st_mtime_ns)
 
     def _load(self, image: str | SlideRegion, data: bytes | None = None) -> StoredImage | RecordError:
-        mpp = None
         try:
             if isinstance(image, SlideRegion):
                 with self._slide(image.file) as path:
-                    data, mpp = region_png(path, image, self._max_pixels), mpp_of(path, image.level)
-            elif data is None:
-                data = self._read(image)
-            if self._resized is not None:
-                from composer_path.images.pixels import ImagePreparation  # imports torch, which nothing else here needs
-
-                if self._decode and is_jpeg(data):  # decoding alone doesn't find data that end early
-                    check_image(data, self._max_pixels)
-                data = ImagePreparation.of_square(Square.of(**self._resized), self._max_pixels).resize(data)
-            elif not isinstance(image, SlideRegion):
-                data = sanitize_image(data, self._max_pixels, decode=self._decode)
+                    found = self._examiner.region(path, image, self._max_pixels, self._square)
+            elif self._is_large(self._size_of(image) if data is None else len(data)):
+                with self._memory.alone():
+                    found = self._examine(self._read(image) if data is None else data, alone=True)
+            else:
+                found = self._examine(self._read(image) if data is None else data)
         except RecordError as error:
             return error
-        return StoredImage(data, xxhash.xxh64_intdigest(data), mpp)
+        return StoredImage(found.data, xxhash.xxh64_intdigest(found.data), found.mpp, tuple(found.oddities))
+
+    def _examine(self, data: bytes, alone: bool = False) -> Examined:
+        if not self._decode and self._square is None:
+            stored = stored_by_structure(data, self._max_pixels)
+            if stored is not None:
+                return Examined(stored)
+        shape = self._max_pixels, self._scale_levels, self._square
+        return self._examiner.examine(data, *shape, complete=self._decode, alone=alone)
+
+    def _size_of(self, name: str) -> int:
+        """Bytes of an image's file; 0 in a bucket, which says so only while it is read."""
+        return 0 if self._bucket is not None else resolve_image(name, self._images).stat().st_size
+
+    def _is_large(self, size: int) -> bool:
+        """Whether a file of so many bytes is decoded while no other is."""
+        if 2 * size > self._memory.largest:
+            raise ImageError("too-large", f"a file of {size // 2**20} MB", "crop it, or raise --image-memory")
+        return size > self._memory.share
 
     def _read(self, name: str) -> bytes:
         if self._bucket is not None:

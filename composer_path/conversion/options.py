@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, no_type_check
 
 from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.file import MAX_PIXELS
+from composer_path.images.memory import IMAGE_MEMORY, memory_bytes
 from composer_path.layouts.condition import ConditionError
 from composer_path.layouts.reading import CAPTION_PROMPT, Reading
 from composer_path.layouts.registry import LAYOUT_NAMES, SET_NAMES
@@ -43,6 +44,9 @@ class ConvertOptions:
             object store.
         hashes: Checksums kept in the index; xxh64 is the cheapest.
         max_pixels: Images with more pixels than this are refused unread (decompression bombs).
+        image_memory: Bound of the memory that images take while they are examined, all workers together, with its unit;
+            one image may take half of it.
+        scale_levels: 16-bit grey whose levels stay below 4,096 is taken for 12 bits, and scaled.
         check: `full` decodes every image once; `header` reads its structure only, and misses damaged pixels.
         resized: `{image_size, fit, pad_color}` stores finished squares in place of the files.
         rejected: Where to list what is wrong with each record, with its id: by default `rejected.jsonl` beside the
@@ -68,6 +72,8 @@ class ConvertOptions:
     size_limit: int | str = "64mb"
     hashes: Sequence[str] = ("xxh64",)
     max_pixels: int = MAX_PIXELS
+    image_memory: str = IMAGE_MEMORY
+    scale_levels: bool = False
     check: Check = "full"
     resized: Mapping[str, Any] | None = None
     rejected: str | Path | None = None
@@ -90,9 +96,19 @@ class ConvertOptions:
                 raise ConvertError(f"--{name.replace('_', '-')}: must be {known[0]!r} or {known[1]!r}, found {value!r}")
         if unknown := [name for name in self.hashes if name not in HASHES]:
             raise ConvertError(f"hashes: must be checksums such as xxh64 or sha256, found {unknown}")
-        for option, number in (("--workers", self.workers), ("--partition-size", self.partition_size)):
+        for option, number in (
+            ("--workers", self.workers),
+            ("--partition-size", self.partition_size),
+            ("--max-pixels", self.max_pixels),
+        ):
             if number is not None and number < 1:
                 raise ConvertError(f"{option}: must be 1 or more, found {number}")
+        try:
+            memory_bytes(self.image_memory)
+        except ValueError as error:
+            raise ConvertError(f"--image-memory: {error}") from None
+        if self.scale_levels and self.check == "header":
+            raise ConvertError("--scale-levels and --check header: must not both be given; levels must be decoded")
         if self.resized is not None and not 1 <= self.resized["image_size"] <= 65535:
             raise ConvertError(f"--resize: must be 1 to 65535 pixels, found {self.resized['image_size']}")
         if self.resume and self.overwrite:
@@ -154,6 +170,7 @@ class ConvertOptions:
             "size_limit",
             "hashes",
             "max_pixels",
+            "scale_levels",
             "check",
             "resized",
             "on_error",

@@ -85,6 +85,7 @@ class PartitionDone(Part):
     stamp: str = ""  # hash of size and time of every image
     counts: dict[str, int] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # the same counts for the records of each source
+    oddities: dict[str, int] = field(default_factory=Counter)  # what is odd about images -> how many
     unknown_keys: dict[str, int] = field(default_factory=Counter)  # key that nothing reads -> records that have it
     left_out: dict[str, int] = field(default_factory=Counter)  # why a row isn't wanted -> rows
     unknown_turn_keys: dict[str, int] = field(default_factory=Counter)  # likewise of turns
@@ -156,7 +157,8 @@ class _Conversion:
 
     def __init__(self, job: ConvertJob, partition: Partition, place: Folder | Bucket, report: Report) -> None:
         self._job, self._partition, self._report = job, partition, report
-        self._images, self._stamps = ImageSource(job.images, job.options), xxhash.xxh64()
+        self._threads = max(job.threads, _BUCKET_THREADS) if is_remote(job.images) else job.threads
+        self._images, self._stamps = ImageSource(job.images, job.options, self._threads), xxhash.xxh64()
         self._hashed = KeyedHashes(job.key) if job.key is not None else None
         shape = COLUMNS, job.options.size_bytes, job.options.hashes
         self._writer = writer = ShardWriter(place, partition.name, *shape, partial(require_own, place, job.fingerprint))
@@ -170,8 +172,7 @@ class _Conversion:
     def run(self) -> PartitionResult:
         job, writer = self._job, self._writer
         try:
-            threads = max(job.threads, _BUCKET_THREADS) if is_remote(job.images) else job.threads
-            for loaded in in_threads(self._load, _records(job, self._partition), threads):
+            for loaded in in_threads(self._load, _records(job, self._partition), self._threads):
                 self._add(*loaded)
             written = job.writes_on(self._problems)
             if written:
@@ -242,6 +243,9 @@ class _Conversion:
             for name, count in zip(COUNTS, counted, strict=True):
                 counts[name] += count
         self._image_hashes += [image.hash for image in stored]
+        for image in stored:
+            for oddity in image.oddities:
+                done.oddities[oddity] += 1
         self._report(1, num_bytes)
 
     def _count_keys(self, record: object, ignored: Iterable[str]) -> None:

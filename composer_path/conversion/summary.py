@@ -14,6 +14,7 @@ from composer_path import __version__
 from composer_path.conversion.identifiers import MAX_KEYS, OTHER_KEYS
 from composer_path.conversion.partition import COUNTS, KEY_COUNTS, PartitionDone
 from composer_path.conversion.spill import SpilledRows
+from composer_path.images.plain_pixels import ODDITIES
 from composer_path.shards.columns import COLUMN_MEANINGS, COLUMNS, FORMAT_VERSION
 from composer_path.shards.index import IMAGE_HASHES_NAME
 from composer_path.storage.places import Bucket, Folder
@@ -39,6 +40,7 @@ class ConvertSummary:
     left_out: dict[str, int] = field(default_factory=dict)  # why a row isn't wanted -> rows
     rejected: int = 0  # records left out
     rejected_by_rule: dict[str, int] = field(default_factory=dict)  # rule -> records that break it
+    oddities: dict[str, int] = field(default_factory=dict)  # what is odd about images -> how many
     unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nothing reads -> records that have it
     unknown_turn_keys: dict[str, int] = field(default_factory=dict)  # likewise of turns -> records
     kept_meta_keys: dict[str, int] = field(default_factory=dict)  # key in `meta` that is stored as given -> records
@@ -68,13 +70,14 @@ class ConvertSummary:
                 counts[key if key in counts or len(counts) < MAX_KEYS else OTHER_KEYS] += count
             setattr(self, name, dict(counts))
         self.left_out = dict(Counter(self.left_out) + Counter(done.left_out))
+        self.oddities = dict(Counter(self.oddities) + Counter(done.oddities))
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
     def counts(self) -> dict[str, Any]:
         """Return what the data card holds of it."""
-        odd = ("repeated_images", "left_out", "rejected", "rejected_by_rule", *KEY_COUNTS, "sources", "shards", "bytes")
-        return {name: getattr(self, name) for name in (*COUNTS, *odd)}
+        odd = ("repeated_images", "left_out", "rejected", "rejected_by_rule", "oddities", *KEY_COUNTS)
+        return {name: getattr(self, name) for name in (*COUNTS, *odd, "sources", "shards", "bytes")}
 
     def __str__(self) -> str:
         """One line for each figure; those about oddities only when there are any."""
@@ -88,6 +91,7 @@ class ConvertSummary:
         }
         rows += [(name, count) for name, count in odd.items() if count]
         rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
+        rows += [(ODDITIES[name], count) for name, count in self.oddities.items()]
         rows += [(f"left out by {why}", f"{count} rows") for why, count in self.left_out.items()]
         for name, words in KEY_COUNTS.items():
             keys = Counter(getattr(self, name)).most_common()

@@ -1,15 +1,16 @@
 """An image file's bytes: check them, decode them to plain pixels, and strip all metadata for storage.
 
-Whatever reads a picture goes through `open_image`, so the rules are the same at conversion, in training and
-when a model is asked. What a file holds besides pixels (EXIF with a patient's name, XMP, comments, colour
-profiles, thumbnails, bytes after the end) is never stored and never shown in an error.
+Whatever reads a picture goes through here, so the rules are the same at conversion, in training and when a model is
+asked. Headers are read first, by code of ours; the decoder gets what makes pixels and nothing else. What a file holds
+besides (EXIF with a patient's name, XMP, comments, colour profiles, thumbnails, bytes after the end) is never stored
+and never shown in an error. Three answers are kept apart: damaged, unsupported, too large.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,10 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from composer_path.images import bmp, jpeg2000, kinds, png, tiff, webp
 from composer_path.images.jpeg import Jpeg, is_jpeg
+from composer_path.images.jpeg_frame import frame_of
+from composer_path.images.plain_pixels import TINY, oddities, plain_pixels, scale_to_8_bit
 from composer_path.records.rules import ImageError
 
 # 16,384 px a side: 8 mm of a slide at 20x (0.5 um a pixel), far more than a region that is shown to a model,
@@ -30,17 +34,6 @@ from composer_path.records.rules import ImageError
 MAX_PIXELS = 2**28
 # A longer strip is no field of view; its shorter side resized to the model's, it may not fit in memory.
 MAX_ASPECT_RATIO = 256
-
-# Only formats whose decoders are meant for untrusted pixels: Pillow would hand PostScript to an interpreter.
-_FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
-    ("JPEG", is_jpeg, JpegImageFile),
-    ("PNG", lambda head: head.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
-    ("TIFF", lambda head: head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
-    ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", WebPImageFile),
-    ("BMP", lambda head: head.startswith(b"BM"), BmpImageFile),
-    ("GIF", lambda head: head.startswith((b"GIF87a", b"GIF89a")), GifImageFile),
-    ("JPEG 2000", lambda head: head.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")), Jpeg2KImageFile),
-)
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -53,100 +46,174 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# PNG: what pixels are made of. Everything else (text, eXIf, iCCP, tIME, gAMA, animation) is left out.
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-# Where an orientation may stand. Pillow finds it by decoding, so a file without these words is not asked.
-_PNG_MAY_BE_TURNED = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+
+@dataclass(frozen=True)
+class _Header:
+    """What is known of a file before its decoder sees it."""
+
+    data: bytes  # what the decoder gets
+    size: tuple[int, int] | None = None  # None: the decoder's own reading of the header says it, and takes no memory
+    inverted: bool = False  # white is 0
+    further: bool = False  # there are other pages or frames
+    bytes_per_pixel: int = 12  # memory while it is examined and stored: decoded twice, and encoded
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """What is stored of an image, and what is odd about it (see `ODDITIES`)."""
+
+    data: bytes
+    oddities: list[str] = field(default_factory=list)
+
+
+def _jpeg_header(data: bytes) -> _Header:
+    frame = frame_of(data)
+    cost = 8 if not frame.scalable else 6 if frame.progressive else 1  # of progressive ones all coefficients are kept
+    return _Header(data, (frame.width, frame.height), bytes_per_pixel=cost)
+
+
+def _png_header(data: bytes) -> _Header:
+    light = png.pixel_chunks(data, turning=True)
+    size = int.from_bytes(light[16:20]), int.from_bytes(light[20:24])
+    return _Header(light, size, further=png.is_animated(data), bytes_per_pixel=8)
+
+
+def _tiff_header(data: bytes) -> _Header:
+    picture = tiff.picture_of(data)
+    return _Header(picture.data, picture.size, picture.inverted, picture.num_others > 0)
+
+
+def _webp_header(data: bytes) -> _Header:
+    light, size, further = webp.pixel_chunks(data)
+    return _Header(light, size, further=further, bytes_per_pixel=16)
+
+
+def _bmp_header(data: bytes) -> _Header:
+    bmp.check_bmp(data)
+    return _Header(data)
+
+
+def _jpeg2000_header(data: bytes) -> _Header:
+    return _Header(data, jpeg2000.size_of(data), bytes_per_pixel=20)
+
+
+# Only formats whose decoders are meant for untrusted pixels: Pillow would hand PostScript to an interpreter.
+_FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile], Callable[[bytes], _Header]], ...] = (
+    ("JPEG", is_jpeg, JpegImageFile, _jpeg_header),
+    ("PNG", lambda head: head.startswith(png.SIGNATURE), PngImageFile, _png_header),
+    ("TIFF", lambda head: head.startswith(tiff.STARTS), TiffImageFile, _tiff_header),
+    ("WebP", lambda head: head[:4] == b"RIFF" and head[8:12] == b"WEBP", WebPImageFile, _webp_header),
+    ("BMP", lambda head: head.startswith(b"BM"), BmpImageFile, _bmp_header),
+    ("GIF", lambda head: head.startswith((b"GIF87a", b"GIF89a")), GifImageFile, _Header),
+    ("JPEG 2000", lambda head: head.startswith(jpeg2000.STARTS), Jpeg2KImageFile, _jpeg2000_header),
+)
+READABLE = ", ".join(name for name, _, _, _ in _FORMATS)
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Read an image's header and check that it has no more than `max_pixels`; no pixel is decoded yet.
 
     Raises:
-        ImageError: `unreadable-image`, `too-many-pixels` or `too-narrow`.
+        ImageError: `unreadable-image`, `unsupported-image`, `too-many-pixels` or `too-narrow`.
     """
-    data = bytes(data)
-    for name, accepts, image_class in _FORMATS:
-        if not accepts(data[:16]):
-            continue
-        try:
-            # The class itself rather than Image.open: no other plugin sees the bytes, and Pillow's
-            # process-wide limit neither warns nor refuses before ours is asked.
-            image = image_class(io.BytesIO(data))
-        except Exception as error:  # a damaged header can raise anything; its message may quote the file
-            raise _unreadable(name, data, error) from None
-        _check_size(image.width, image.height, max_pixels)
-        return image
-    fix = f"store it as one of {', '.join(name for name, _, _ in _FORMATS)}"
-    raise ImageError("unreadable-image", f"{len(data)} bytes that are no known image format", fix)
+    return _open(bytes(data), max_pixels)[0]
 
 
-def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def memory_of(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
+    """Bytes that it takes at most to examine an image; raises as `open_image`."""
+    image, header = _open(bytes(data), max_pixels)
+    return header.bytes_per_pixel * image.width * image.height + 3 * len(data)
+
+
+def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> Image.Image:
     """Decode an image to upright pixels of mode "L", "RGB" or "I;16" (16-bit grey; `to_rgb` scales it).
 
     EXIF orientation is applied, transparency is composited on white, palette, CMYK and the rest become RGB. Of a file
-    with several frames or pages the first is taken. Colour profiles are not applied (nor does the reference).
+    with several frames or pages the first is taken, of a TIFF file the first that is no thumbnail. Colour profiles are
+    not applied (nor does the reference). `scale_levels` takes 16-bit levels below 4,096 for 12 bits.
 
     Raises:
         ImageError: As `open_image`, and for data that can't be decoded in full.
     """
-    image = open_image(data, max_pixels)
-    _load(image, data)
-    return _in_plain_mode(_upright(image))
+    return decode_picture(data, max_pixels, scale_levels)[0]
+
+
+def decode_picture(
+    data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False
+) -> tuple[Image.Image, list[str]]:
+    """What `decode_pixels` gives, and what is odd about it."""
+    image, header = _open(bytes(data), max_pixels)
+    return _decoded(image, header, data, scale_levels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Make 8-bit RGB of what `decode_pixels` gives; of 16-bit grey, 65535 becomes white and 0 black."""
     if image.mode == "I;16":
-        image = Image.fromarray(_scale_to_8_bit(np.asarray(image)))
+        image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Check that an image can be decoded in full, as fast as its format allows.
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> list[str]:
+    """Check that an image can be decoded in full, as fast as its format allows; returns its oddities.
 
     A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made. One whose data end
     early is found, though decoders take it (see `Jpeg.complete`). Raises as `decode_pixels`.
     """
-    image = open_image(data, max_pixels)
-    if isinstance(image, JpegImageFile):
-        _check_jpeg(image, Jpeg(bytes(data)), data)
-    else:
-        _load(image, data)
-        _in_plain_mode(image)
+    data = bytes(data)
+    image, header = _open(data, max_pixels)
+    if isinstance(image, JpegImageFile) and frame_of(data).scalable:
+        return _checked_jpeg(image, data)[1]
+    return _decoded(image, header, data)[1]
 
 
 def sanitize_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
-    """Make the bytes that are stored in a shard: the same pixels, and nothing else.
+    """The bytes of `examine_image`; without `decode`, where that does, those of `stored_by_structure`."""
+    stored = None if decode else stored_by_structure(data, max_pixels)
+    return examine_image(data, max_pixels).data if stored is None else stored
 
-    1. Upright JPEG: metadata segments and whatever follows its end are dropped; coded data stay bit for bit.
-    2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
-    3. Anything else (EXIF-rotated, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the decoded pixels.
 
-    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. With `decode` also what is kept bit for
-    bit is decoded, which finds damage inside its compressed data; without, only the structure is read, from the header
-    to the end marker. Raises as `check_image`.
+def stored_by_structure(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes | None:
+    """What `examine_image` stores of a file that is kept bit for bit, decoding no pixel; None if that doesn't do.
+
+    Damage inside of compressed data is missed. A file without an end marker is decoded instead, so that the answer is
+    the same. Raises as `open_image`.
     """
     data = bytes(data)
-    image = open_image(data, max_pixels)
-    if isinstance(image, JpegImageFile):
-        jpeg = Jpeg(data, whole=not decode)
-        upright = orientation_of(image) == 1
-        stored = _check_jpeg(image, jpeg, data) if decode or not upright else jpeg.stripped()
+    image, header = _open(data, max_pixels)
+    if isinstance(image, JpegImageFile) and frame_of(data).scalable and orientation_of(image) == 1:
+        jpeg = Jpeg(data)
+        return jpeg.stripped() if jpeg.ended else None
+    if isinstance(image, PngImageFile) and png.has_end(data):
+        stored = png.pixel_chunks(data)
+        return stored if stored == header.data else None
+    return None
+
+
+def examine_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> StoredPicture:
+    """Decode an image, and make the bytes that are stored in a shard: the same pixels, and nothing else.
+
+    1. Upright JPEG of DCT and Huffman codes: metadata segments and whatever follows its end are dropped; coded data
+       stay bit for bit.
+    2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
+    3. Anything else (EXIF-rotated, lossless JPEG, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the pixels.
+
+    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. Raises as `check_image`.
+    """
+    data = bytes(data)
+    image, header = _open(data, max_pixels)
+    upright = orientation_of(image) == 1
+    if isinstance(image, JpegImageFile) and frame_of(data).scalable:
+        stored, odd = _checked_jpeg(image, data)
         if upright:
-            return stored
-        image = open_image(data, max_pixels)  # not at an eighth
-    if not decode and isinstance(image, PngImageFile) and not any(word in data for word in _PNG_MAY_BE_TURNED):
-        return _strip_png(data, whole=True)
-    _load(image, data)
-    pixels = _in_plain_mode(_upright(image)).copy()  # a plain picture, which knows nothing of its file
-    if isinstance(image, PngImageFile) and orientation_of(image) == 1:
-        return _strip_png(data)
+            return StoredPicture(stored, odd)
+        image, header = _open(data, max_pixels)  # not at an eighth
+    pixels, odd = _decoded(image, header, data, scale_levels)
+    if isinstance(image, PngImageFile) and upright and not (scale_levels and "levels_below_4096" in odd):
+        return StoredPicture(png.pixel_chunks(data), odd)
     file = io.BytesIO()
     pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile
     pixels.save(file, "PNG")
-    return file.getvalue()
+    return StoredPicture(file.getvalue(), odd)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -156,6 +223,24 @@ def orientation_of(image: Image.Image) -> int:
     except Exception:  # damaged EXIF is common in the wild and says nothing about the pixels
         return 1
     return orientation if orientation in _UPRIGHT else 1
+
+
+def _open(data: bytes, max_pixels: int) -> tuple[ImageFile, _Header]:
+    for name, accepts, image_class, read_header in _FORMATS:
+        if not accepts(data[:16]):
+            continue
+        header = read_header(data)
+        if header.size is not None:
+            _check_size(*header.size, max_pixels)
+        try:
+            # The class itself rather than Image.open: no other plugin sees the bytes, and Pillow's
+            # process-wide limit neither warns nor refuses before ours is asked.
+            image = image_class(io.BytesIO(header.data))
+        except Exception as error:  # a damaged header can raise anything; its message may quote the file
+            raise _unreadable(name, data, error) from None
+        _check_size(image.width, image.height, max_pixels)
+        return image, header
+    raise kinds.refused(data, READABLE)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -171,79 +256,40 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("too-narrow", f"{size}: its square would hold {longer**2} pixels", fix)
 
 
-def _unreadable(name: str, data: bytes, error: Exception) -> ImageError:
+def _unreadable(name: str, data: bytes, error: Exception) -> Exception:
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return MemoryError()  # says nothing of the file
+    if name == "TIFF" and isinstance(error, SyntaxError):  # the directory was whole: its pixels are of another kind
+        return ImageError("unsupported-image", tiff.layout_of(data), "save it as 8-bit RGB or 16-bit grey")
     found = f"a {name} file of {len(data)} bytes that is truncated or damaged ({type(error).__name__})"
     return ImageError("unreadable-image", found, "replace the file")
 
 
-def _load(image: ImageFile, data: bytes) -> None:
+def _decoded(
+    image: ImageFile, header: _Header, data: bytes, scale_levels: bool = False
+) -> tuple[Image.Image, list[str]]:
+    """Plain upright pixels and their oddities."""
     try:
+        further = header.further or (isinstance(image, GifImageFile) and image.is_animated)
         image.load()
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and more
         raise _unreadable(image.format or "image", data, error) from None
+    # Pillow turns a TIFF itself while loading, and then no longer reports an orientation.
+    orientation = orientation_of(image)
+    upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+    pixels, odd = plain_pixels(upright, scale_levels, header.inverted)
+    return pixels, [*odd, *(["further_pages"] if further else [])]
 
 
-def _check_jpeg(image: JpegImageFile, jpeg: Jpeg, data: bytes) -> bytes:
-    """The file without metadata, if all its pixels are there."""
+def _checked_jpeg(image: JpegImageFile, data: bytes) -> tuple[bytes, list[str]]:
+    """The file without metadata, if all its pixels are there, and its oddities."""
+    size = image.size
     try:
-        return jpeg.complete(image)
+        stored = Jpeg(data).complete(image)
     except ImageError:
         raise
     except Exception as error:
         raise _unreadable("JPEG", data, error) from None
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Pillow turns a TIFF itself while loading, and then no longer reports an orientation.
-    orientation = orientation_of(image)
-    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
-
-
-def _in_plain_mode(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ImageError("unsupported-image", "floating-point pixels", "convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _plain_16_bit(image)
-    try:
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-        mode = "L" if image.mode in ("1", "L") else "RGB"
-        return image if image.mode == mode else image.convert(mode)
-    except (ValueError, OSError):
-        found = f"pixels of mode {image.mode}"
-        raise ImageError("unsupported-image", found, "convert it to 8-bit RGB or 16-bit grey") from None
-
-
-def _plain_16_bit(image: Image.Image) -> Image.Image:
-    levels = np.asarray(image)
-    low, high = int(levels.min()), int(levels.max())
-    if low < 0 or high > 65535:
-        found = f"grey levels from {low} to {high}"
-        raise ImageError("unsupported-image", found, "convert it to 16 bits (0 to 65535) or 8 bits")
-    levels = levels.astype(np.uint16)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # PNG names one grey level as see-through
-        return Image.fromarray(np.where(levels == transparent, 255, _scale_to_8_bit(levels)).astype(np.uint8))
-    return Image.fromarray(levels)
-
-
-def _scale_to_8_bit(levels: np.ndarray) -> np.ndarray:
-    return ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # rounded; 65535 = 257 * 255
-
-
-def _strip_png(data: bytes, whole: bool = False) -> bytes:
-    kept = [_PNG_SIGNATURE]
-    position = len(_PNG_SIGNATURE)
-    while position + 12 <= len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        chunk = data[position : position + 12 + length]
-        position += len(chunk)
-        if kind in _PNG_PIXEL_CHUNKS:
-            kept.append(chunk)
-        if kind == b"IEND":
-            whole = False
-            break
-    if whole:
-        raise ImageError("unreadable-image", f"a PNG file of {len(data)} bytes that has no end", "replace the file")
-    return b"".join(kept)
+    image.tile = []  # an eighth of its pixels are there, and no more shall be read
+    odd = [one for one in oddities(image) if one != "tiny"]
+    return stored, [*(["tiny"] if min(size) < TINY else []), *odd]

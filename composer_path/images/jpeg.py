@@ -6,7 +6,6 @@ also take one that lost the last scans of a progressive file. Neither is trained
 
 from __future__ import annotations
 
-import re
 import struct
 from typing import Any
 
@@ -14,19 +13,18 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from composer_path.images.jpeg_frame import EOI, FRAMES, MARKER, SOS, STAND_ALONE, Frame, damaged, read_frame
 from composer_path.records.rules import ImageError
 
-# A marker is 0xFF (any number of them) and a byte that is neither 0 nor 0xFF. In the entropy-coded data of a scan
-# 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of the data (ITU-T T.81, B.1.1).
-_MARKER = re.compile(rb"\xff\xff*([^\x00\xff])")  # \xff\xff* is searched twice as fast as \xff+
+# In the entropy-coded data of a scan 0xFF00 is a stuffed data byte and 0xFFD0 to D7 restart the decoder, both part of
+# the data (ITU-T T.81, B.1.1).
 _SCAN_CHUNK = 2**18  # a progressive file has many short scans
-_EOI, _SOS, _DRI, _APP0, _APP14 = 0xD9, 0xDA, 0xDD, 0xE0, 0xEE
-_STAND_ALONE = frozenset({0x01, 0xD8, *range(0xD0, 0xD8)})  # TEM, SOI, RSTn: no segment follows
+_DRI, _APP0, _APP14 = 0xDD, 0xE0, 0xEE
+# Encoders write about ten; each makes every decoder go over the whole picture once more.
+_MAX_SCANS = 100
 # Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
-_CODING = frozenset({*range(0xC0, 0xD0), _SOS, 0xDB, 0xDC, _DRI})
+_CODING = frozenset({*range(0xC0, 0xD0), SOS, 0xDB, 0xDC, _DRI})
 _METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn, comments
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_HUFFMAN, _PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC2}), frozenset({0xC2, 0xCA})
 # Version 1.1, square pixels, no thumbnail.
 _PLAIN_JFIF = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
 
@@ -42,24 +40,23 @@ def is_jpeg(data: bytes) -> bool:
 class Jpeg:
     """The structure of a JPEG file; metadata, and whatever follows its end marker, is passed over.
 
-    Args:
-        data: The file's bytes.
-        whole: Its end marker must be there; decoders do without it if the pixels are complete.
+    `ended` says whether its end marker is there; decoders do without it if the pixels are complete.
 
     Raises:
-        ImageError: `unreadable-image`: a segment, a scan or the end is missing.
+        ImageError: `unreadable-image`: a segment or a scan is missing; `unsupported-image`.
     """
 
-    def __init__(self, data: bytes, whole: bool = False) -> None:
-        self._data, self._frame = data, 0
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._frame: Frame | None = None
         self._parts: list[bytes | memoryview] = [b"\xff\xd8"]
         self._num_scans = 0
         # For each component the position of the lowest bit that was sent of its 64 coefficients; 255 for none.
         self._lowest_bits: dict[int, np.ndarray] = {}
         self._restarts = False
-        ended = self._read() or not whole
-        if not ended:
-            raise self._refused("has no end")
+        self.ended = self._read()
+        if self._frame is None or not self._num_scans:
+            raise self._refused("has no pixels")
         if any(lowest.any() for lowest in self._lowest_bits.values()):
             raise self._refused("lacks some of its scans")
 
@@ -75,11 +72,9 @@ class Jpeg:
         than the last two blocks of 8 x 8 pixels, and a progressive file cut exactly at one of its restart markers.
         `header` is the file, opened but not loaded.
         """
+        assert self._frame is not None and self._frame.scalable
         stripped = self.stripped()
-        header.draft(None, (1, 1))
-        if self._frame not in _HUFFMAN:  # arithmetic codes may end early by rule
-            header.load()
-            return stripped
+        header.draft(None, (1, 1))  # asked of a lossless file, libjpeg writes beyond its memory
         header.load_prepare()
         decoder = Image._getdecoder(header.mode, "jpeg", header.tile[0][3], header.decoderconfig)
         decoder.setimage(header.im, header.tile[0][1])
@@ -108,11 +103,11 @@ class Jpeg:
     def _read(self) -> bool:
         """Collect what is kept; whether there was an end marker."""
         position = 2
-        while match := _MARKER.search(self._data, position):
+        while match := MARKER.search(self._data, position):
             marker, position = match[1][0], match.end()
-            if marker == _EOI:
+            if marker == EOI:
                 return True
-            if marker in _STAND_ALONE:
+            if marker in STAND_ALONE:
                 continue
             segment = self._data[position : position + 2]
             length = struct.unpack(">H", segment)[0] if len(segment) == 2 else 0
@@ -127,7 +122,7 @@ class Jpeg:
                 self._parts.append(_color_segment(marker, segment[2:]))
             else:  # nor does any decoder
                 raise self._refused("holds a segment of no known kind")
-            if marker == _SOS:
+            if marker == SOS:
                 end = self._end_of_scan(position)
                 self._parts.append(memoryview(self._data)[position:end])  # not copied twice
                 position = end
@@ -137,14 +132,18 @@ class Jpeg:
         """Note which coefficients and bits of which components the scans bring."""
         if marker == _DRI:
             self._restarts = any(segment[:2])
-        elif marker in _FRAMES and len(segment) >= 6:
-            self._frame = marker
-            num_coefficients = 64 if marker in _PROGRESSIVE else 1
+        elif marker in FRAMES:
+            if self._frame is not None:
+                raise self._refused("has two frames")
+            self._frame = read_frame(marker, segment, len(self._data))
+            num_coefficients = 64 if self._frame.progressive else 1
             self._lowest_bits = {name: np.full(num_coefficients, 255) for name in segment[6::3][: segment[5]]}
-        elif marker == _SOS and segment and len(segment) >= 4 + 2 * segment[0]:
+        elif marker == SOS and segment and len(segment) >= 4 + 2 * segment[0]:
             self._num_scans += 1
+            if self._num_scans > _MAX_SCANS:
+                raise ImageError("unsupported-image", f"a JPEG of more than {_MAX_SCANS} scans", "save it again")
             first, last, bits = segment[1 + 2 * segment[0] :][:3]
-            if self._frame not in _PROGRESSIVE:
+            if self._frame is None or not self._frame.progressive:
                 first, last, bits = 0, 0, 0
             for name in segment[1 : 1 + 2 * segment[0] : 2]:
                 if name in self._lowest_bits:
@@ -169,7 +168,7 @@ class Jpeg:
         return len(data)
 
     def _refused(self, how: str) -> ImageError:
-        return ImageError("unreadable-image", f"a JPEG file of {len(self._data)} bytes that {how}", "replace the file")
+        return damaged(how, len(self._data))
 
 
 def _color_segment(marker: int, payload: bytes) -> bytes:

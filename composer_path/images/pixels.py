@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
-from composer_path.images.file import MAX_PIXELS, decode_pixels, open_image, orientation_of, to_rgb
+from composer_path.images.file import MAX_PIXELS, open_image
+from composer_path.images.fitting import fit_square, is_plain_jpeg, resized_size, rgb_image
 from composer_path.images.jpeg_pixels import jpeg_pixels
 from composer_path.images.stored_square import Fit, Square, is_square, pack_square, unpack_square
 from composer_path.records.rules import ImageError
@@ -91,14 +90,10 @@ class ImagePreparation:
         Raises:
             ImageError: The picture is unreadable, too large or of an unsupported kind.
         """
-        header = open_image(data, self.max_pixels)
-        plain = header.format == "JPEG" and header.mode in ("L", "RGB") and orientation_of(header) == 1
-        if plain and self.decoder == "torchvision" and self._makes_smaller(*header.size):
+        if self.decoder == "torchvision" and self._is_made_smaller(data):
             return self._fit_with_torchvision(_decode_jpeg(data))
-        pixels = jpeg_pixels(data, "RGBX") if plain else None  # as Pillow lays them in memory
-        if pixels is None:
-            return self._fit_with_pil(to_rgb(decode_pixels(data, self.max_pixels)))
-        return self._fit_with_pil(Image.frombytes("RGB", header.size, pixels, "raw", "RGBX"))  # type: ignore[arg-type]
+        image = rgb_image(data, self.max_pixels)
+        return torch.from_numpy(fit_square(image, self.image_size, self.fit, self.pad_color))
 
     def load_stored(self, data: bytes | memoryview) -> Pixels:
         """Load an image of a shard, be it a file or a finished square; a square holds the `pil` decoder's pixels.
@@ -115,18 +110,11 @@ class ImagePreparation:
         """Make the finished square that `--resize` stores in place of the file."""
         return pack_square(self.load(data).numpy(), self.square)
 
-    def _fit_with_pil(self, image: Image.Image) -> Pixels:
-        if self.fit == "pad" and image.width != image.height:
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), self.pad_color)
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        image = image.resize(_resized_size(*image.size, self.image_size), Image.Resampling.BICUBIC)
-        # One after the other numpy lays out colours twice as fast as torch does.
-        return _center(torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C")), self.image_size)
-
-    def _makes_smaller(self, width: int, height: int) -> bool:
-        """Whether a picture of this size isn't enlarged; with torchvision that would be 2 levels off."""
+    def _is_made_smaller(self, data: bytes) -> bool:
+        """Whether a file is an ordinary JPEG that isn't enlarged; with torchvision that would be 2 levels off."""
+        width, height = open_image(data, self.max_pixels).size
+        if not is_plain_jpeg(data, self.max_pixels):
+            return False
         return (max(width, height) if self.fit == "pad" else min(width, height)) >= self.image_size
 
     def _fit_with_torchvision(self, pixels: UInt8[Tensor, "3 height width"]) -> Pixels:
@@ -139,7 +127,7 @@ class ImagePreparation:
             top, left = (side - height) // 2, (side - width) // 2
             square[:, top : top + height, left : left + width] = pixels
             pixels, width, height = square, side, side
-        width, height = _resized_size(width, height, self.image_size)
+        width, height = resized_size(width, height, self.image_size)
         return _center(resize(pixels, [height, width], InterpolationMode.BICUBIC, antialias=True), self.image_size)
 
 
@@ -167,13 +155,6 @@ def normalize_image(
     constants = torch.tensor([[255.0] * 3, list(mean), list(std)], dtype=torch.float32)
     white, center, scale = constants.to(images.device, non_blocking=True)[:, :, None, None]
     return images.to(torch.float32).div_(white).sub_(center).div_(scale)
-
-
-def _resized_size(width: int, height: int, image_size: int) -> tuple[int, int]:
-    """Width and height once the shorter side is `image_size`; the longer is cut to an integer."""
-    if width <= height:
-        return image_size, int(image_size * height / width)
-    return int(image_size * width / height), image_size
 
 
 def _decode_jpeg(data: bytes) -> UInt8[Tensor, "3 height width"]:

@@ -62,6 +62,7 @@ RULES = {
     "unreadable-image": "an image must decode",
     "unsupported-image": "an image must have pixels of a kind that can be shown",
     "too-many-pixels": "an image must not have more pixels than the limit",
+    "too-large": "an image must fit in the memory that it may take",
     "too-narrow": "the sides of an image must not differ too much",
     "unknown-level": "a region's level must be one of its slide's",
     "region-outside": "a region must lie on its slide, in part at least",

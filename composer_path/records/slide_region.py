@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from composer_path.images.file import MAX_PIXELS
+from composer_path.images.tiff import is_in_strips
 from composer_path.records.rules import ImageError
 
 if TYPE_CHECKING:
@@ -65,6 +68,16 @@ class SlideRegion:
         return f"{self.file}#x={self.x},y={self.y},width={self.width},height={self.height},level={self.level}"
 
 
+def require_openslide() -> None:
+    """Raise `OpenSlideMissing` where it is."""
+    try:
+        import openslide  # noqa: F401
+    except ImportError as error:
+        raise OpenSlideMissing(
+            "slide regions are read with OpenSlide, which isn't installed here; pip install 'composer_path[wsi]'"
+        ) from error
+
+
 def read_region(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a rectangle of the slide at `path`, once it has no more than `max_pixels`: OpenSlide's on white, as RGB.
 
@@ -96,8 +109,13 @@ def read_region(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIX
 
 def region_png(path: str | Path, region: SlideRegion, max_pixels: int = MAX_PIXELS) -> bytes:
     """Read a region as a PNG file of its pixels alone, free of metadata; raises as `read_region`."""
+    return png_of(read_region(path, region, max_pixels))
+
+
+def png_of(region: Image.Image) -> bytes:
+    """A region as it is stored."""
     file = io.BytesIO()
-    read_region(path, region, max_pixels).save(file, "PNG")
+    region.save(file, "PNG")
     return file.getvalue()
 
 
@@ -125,12 +143,9 @@ def _downsample(slide: OpenSlide, level: int) -> float:
 
 def _with_slide(path: str | Path, read: Callable[[OpenSlide], Result]) -> Result:
     """Call `read` with the open slide; OpenSlide's errors, which may quote the file, become ours."""
-    try:
-        from openslide import OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
-    except ImportError as error:
-        raise OpenSlideMissing(
-            "slide regions are read with OpenSlide, which isn't installed here; pip install 'composer_path[wsi]'"
-        ) from error
+    require_openslide()
+    from openslide import OpenSlide, OpenSlideError, OpenSlideUnsupportedFormatError
+
     try:
         status = os.stat(path)
         try:
@@ -143,12 +158,25 @@ def _with_slide(path: str | Path, read: Callable[[OpenSlide], Result]) -> Result
             with OpenSlide(path) as slide:
                 return read(slide)
     except OpenSlideUnsupportedFormatError:
-        found, fix = "a file that OpenSlide doesn't know as a slide", "name an SVS, TIFF or DICOM file, or leave x out"
+        found, fix = _no_slide(path)
     except OpenSlideError:
         found, fix = "a slide that is truncated or damaged", "replace the file"
     except OSError as error:
         found, fix = error.strerror or "a read error", "check the file's rights"
     raise ImageError("unreadable-image", found, fix)
+
+
+def _no_slide(path: str | Path) -> tuple[str, str]:
+    """What a file is that OpenSlide doesn't open, and what to do."""
+    # Nothing can be mapped of an empty file, and a folder isn't opened.
+    with suppress(ValueError, OSError), open(path, "rb") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            in_strips = is_in_strips(data)
+        if in_strips:
+            found = "a TIFF file in strips, and OpenSlide reads tiled ones"
+            fix = "make it tiled (vips tiffsave IN OUT --tile --pyramid --compression jpeg --Q 90), or leave x out"
+            return found, fix
+    return "a file that OpenSlide doesn't know as a slide", "name an SVS, TIFF or DICOM file, or leave x out"
 
 
 @lru_cache(maxsize=_NUM_OPEN_SLIDES)

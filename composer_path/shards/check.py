@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer_path.images.examiner import Examiner
 from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.images.features import FeaturesError, FeatureSet, features_in_index, is_features, unpack_features
-from composer_path.images.file import check_image
 from composer_path.images.stored_square import ResizedMismatch, Square, is_square, square_of
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
@@ -211,6 +211,9 @@ def _check_samples(
             result.problems.append(Problem(name, "template", str(error), position))
 
 
+_EXAMINER = Examiner()  # a stranger's set may hold what kills a decoder
+
+
 def _image_problem(data: bytes, wanted: Square | None, features: FeatureSet | None) -> tuple[str, str] | None:
     """Rule and finding, if an image doesn't decode or isn't of the kind that index and data card speak of."""
     try:
@@ -220,10 +223,10 @@ def _image_problem(data: bytes, wanted: Square | None, features: FeatureSet | No
         if is_features(data):
             return "features", "features, of which the index says nothing"
         if features is not None:
-            check_image(data)
+            _EXAMINER.check(data)
             return "features", "an image file in a set of features; encode the set again"
         if not is_square(data):
-            check_image(data)
+            _EXAMINER.check(data)
             return None if wanted is None else ("not-resized", f"an image file, the data card says {wanted}")
         found = square_of(data)
     except FeaturesError as error:

@@ -79,7 +79,7 @@ def test_every_option_reaches_the_conversion(arguments: list[str], tmp_path: Pat
     resized = {"image_size": 8, "fit": "pad", "pad_color": [1, 2, 3]}
     assert info["resized"] == info["options"].pop("resized") == resized
     expected = {"ids": "keep", "size_limit": "10kb", "hashes": ["xxh64"], "max_pixels": 64, "check": "header"}
-    expected |= {"duplicate_ids": "keep", "image_tags": "read"}
+    expected |= {"duplicate_ids": "keep", "image_tags": "read", "scale_levels": False}
     assert info["options"] == {**expected, "on_error": "skip", "partition_size": 1}
     assert (tmp_path / "r.jsonl").exists()
     assert not (tmp_path / "k.key").exists()  # identifiers that are kept need no key

@@ -262,7 +262,7 @@ def test_other_formats_lose_their_metadata_too() -> None:
 
 def test_unusable_files_are_refused_before_storing() -> None:
     jpeg = encode(picture())
-    for data in (b"", b"GIF89a", jpeg[:-40], jpeg[:200], encode(picture(), "PNG")[:-30], b"%!PS-Adobe-3.0 EPSF-3.0"):
+    for data in (b"", b"GIF89a", jpeg[:-40], jpeg[:200], encode(picture(), "PNG")[:-30], b"no picture"):
         for use in (sanitize_image, check_image):
             with pytest.raises(ImageError) as error:
                 use(data)

@@ -19,11 +19,11 @@ from torch import Tensor
 from torchvision.transforms.functional import resize
 
 from composer_path.images.file import check_image
+from composer_path.images.fitting import resized_size
 from composer_path.images.pixels import (
     IMAGE_MEAN,
     IMAGE_STD,
     PAD_COLOR,
-    _resized_size,
     load_image,
     normalize_image,
     pad_color_of,
@@ -98,7 +98,7 @@ def test_torchvision_decoder_is_really_used_for_plain_jpegs(monkeypatch: pytest.
     def refuse(*_args: object) -> None:
         raise AssertionError("Pillow decoded the pixels")
 
-    monkeypatch.setattr("composer_path.images.pixels.decode_pixels", refuse)
+    monkeypatch.setattr("composer_path.images.fitting.decode_pixels", refuse)
     load_image(encode(picture(200, 150), "JPEG"), 96, "pad", "torchvision")
     with pytest.raises(AssertionError):
         load_image(encode(picture(200, 150), "PNG"), 96, "pad", "torchvision")
@@ -351,4 +351,4 @@ def test_normalization_on_the_device_is_bit_exact_and_does_not_wait() -> None:
 
 @pytest.mark.parametrize("size", [(100, 151), (151, 100), (64, 65), (333, 100)])
 def test_the_longer_side_is_cut_to_an_integer_as_torchvision_does(size: tuple[int, int]) -> None:
-    assert _resized_size(*size, 64) == resize(Image.new("RGB", size), [64]).size
+    assert resized_size(*size, 64) == resize(Image.new("RGB", size), [64]).size

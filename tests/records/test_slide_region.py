@@ -282,3 +282,12 @@ def test_a_conversion_without_openslide_ends_at_once(tmp_path: Path, monkeypatch
     with pytest.raises(OpenSlideMissing):  # even when bad records are to be skipped
         convert(tmp_path / "data.json", tmp_path, tmp_path / "out", on_error="skip")
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_tiff_in_strips_is_no_slide_and_the_message_says_how_to_make_one(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "Miller.tif")
+    with pytest.raises(
+        ImageError, match=r"a TIFF file in strips, and OpenSlide reads tiled ones; make it tiled"
+    ) as error:
+        read_region(tmp_path / "Miller.tif", SlideRegion("Miller.tif", 0, 0, 8, 8))
+    assert "Miller" not in str(error.value)
