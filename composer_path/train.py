@@ -83,10 +83,11 @@ def guarded_train(
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
-    from composer_path.run.parts import build_named, build_parts, trainer_keywords
+    from composer_path.run.parts import build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
+    from composer_path.run.schedule import build_schedule
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
     from composer_path.run.trainer import StepTrainer
@@ -128,7 +129,7 @@ def guarded_train(
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
         optimizers=build_optimizer(model, **settings["optimizer"]),
-        schedulers=build_named("scheduler", **settings["scheduler"]),
+        schedulers=build_schedule(**settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
             guards,

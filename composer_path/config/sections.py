@@ -32,6 +32,7 @@ from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+from composer_path.run.schedule import build_schedule
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
@@ -58,7 +59,9 @@ def _from_1(most: int) -> dict[str, Any]:
 @cache
 def config_schema() -> Section:
     """The whole YAML."""
-    schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    schedules = {
+        name: section_of(build_schedule, cls, leave_out=("name",)) for name, cls in named_classes("scheduler").items()
+    }
     no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
