@@ -11,6 +11,7 @@ from composer_path.batches.mixture import asking_template, check_streams, templa
 from composer_path.config.types import hint
 from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
+from composer_path.models.pattern import modules_of
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
@@ -70,6 +71,9 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         return
     if twice := [name for i, name in enumerate(trainable) if name in trainable[:i]]:
         yield f"model.trainable: found {twice[0]} twice; name each once"
+    if not all(isinstance(pattern, str) for pattern in trainable):
+        return  # already reported
+    trainable = modules_of(trainable)
     rates = rates if isinstance(rates, Mapping) else trainable
     for name in [name for name in rates if name not in trainable]:
         fix = hint(name, trainable, f"there are {', '.join(map(str, trainable))}")

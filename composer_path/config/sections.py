@@ -25,6 +25,7 @@ from composer_path.guards.guards import Guards
 from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
+from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
 from composer_path.records.prompts import get_template
@@ -102,6 +103,7 @@ def _model() -> Section:
         ),
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
+    parts["trainable"] = {"check": check_pattern}
     return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,11 @@ from transformers import PreTrainedModel
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import decoder_blocks
+from composer_path.models.pattern import pick
 from composer_path.models.projector import Projector
 from composer_path.models.rope_keys import check_rope_supported
 from composer_path.models.vision_encoder import VisionEncoder
 
-ModuleName = Literal["vision_encoder", "projector", "language_model"]
-MODULES: tuple[ModuleName, ...] = get_args(ModuleName)
 Images = Float[Tensor, "images 3 height width"]  # normalised already
 Pixels = UInt8[Tensor, "images 3 height width"] | Images
 Features = Float[Tensor, "images vision_tokens vision_dim"]
@@ -197,13 +196,33 @@ class PathMLLM(nn.Module):
         generate: Any = self.language_model.generate
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
-    def trainable(self, modules: Sequence[ModuleName]) -> PathMLLM:
-        """Train the named modules only; the others lose their gradients."""
-        if unknown := sorted(set(modules) - set(MODULES)):
-            raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")
-        for name in MODULES:
-            getattr(self, name).requires_grad_(name in modules)
+    def trainable(self, patterns: Sequence[str]) -> PathMLLM:
+        """Train what these name (`pattern.py`: modules, or parts of them) and nothing else.
+
+        Raises:
+            ValueError: One of them names nothing, or nothing more than those before it.
+        """
+        picked: set[str] = set()
+        for pattern in patterns:
+            new = pick(self, pattern, "model.trainable")
+            if new <= picked:
+                raise ValueError(f"model.trainable: '{pattern}' adds nothing to what the others name; remove it")
+            picked |= new
+        self.requires_grad_(False)
+        named = dict(self.named_parameters(remove_duplicate=False))
+        for name in picked:
+            named[name].requires_grad_(True)
         return self
+
+    def cast_frozen_units(self, dtype: torch.dtype) -> None:
+        """Hold in `dtype` what is frozen, in whole FSDP units: one with anything trained in it stays as it is."""
+        taken: set[nn.Parameter] = set()
+        for unit in reversed([self, *(module for module in self.modules() if self.fsdp_wrap_fn(module))]):
+            own = [parameter for parameter in unit.parameters() if parameter not in taken]
+            taken.update(own)
+            if not any(parameter.requires_grad for parameter in own):
+                for parameter in own:
+                    parameter.data = parameter.data.to(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.

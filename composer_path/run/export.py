@@ -20,6 +20,7 @@ from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
+from composer_path.models.pattern import modules_of
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.place import with_local_weights
@@ -156,7 +157,7 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)
-    if "projector" in settings["model"]["trainable"]:
+    if "projector" in modules_of(settings["model"]["trainable"]):
         vision = part_of(weights, "vision_encoder")
         origin = origin_of(model.projector, model.vision_encoder, text.template.to_json(), weights=vision)
         write_projector(folder, model, weights, origin)

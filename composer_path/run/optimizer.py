@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from composer_path.models.path_mllm import MODULES, PathMLLM
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.pattern import MODULES
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
 
@@ -78,12 +79,16 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
 
 
 def describe_parameters(model: PathMLLM) -> str:
-    """One line on what is trained and what is frozen, with the numbers of weights and how frozen ones are held."""
+    """One line on what is trained and what is frozen, with the numbers of weights and how frozen ones are held.
+
+    A module of which a part is trained says how many of its weights are.
+    """
     words: dict[str, list[str]] = {"trained": [], "frozen": []}
     for name in MODULES:
         parameters = list(getattr(model, name).parameters())
         trained = any(p.requires_grad for p in parameters)
         held = "" if trained else ", " + "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        count = sum(p.numel() for p in parameters)
+        count, learning = (sum(p.numel() for p in parameters if p.requires_grad or all_of) for all_of in (True, False))
+        held = f", {learning:,} of them trained" if 0 < learning < count else held
         words["trained" if trained else "frozen"].append(f"{name} ({count:,} weights{held})")
     return "; ".join(f"{state}: {', '.join(names) or 'nothing'}" for state, names in words.items())
