@@ -11,7 +11,7 @@ from composer_path.batches.mixture import asking_template, check_streams, templa
 from composer_path.config.types import hint
 from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
-from composer_path.models.pattern import modules_of
+from composer_path.models.pattern import MODULES, module_of, modules_of
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
@@ -80,6 +80,7 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         yield f"optimizer.lr.{name}: is not trained; {fix}"
     for name in [name for name in trainable if name not in rates]:
         yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+    yield from _of_the_groups(get, trainable)
     if get("execution.frozen_weights") is not None:
         if "language_model" in trainable:
             yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {FROZEN_ONLY}"
@@ -89,6 +90,20 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"
+
+
+def _of_the_groups(get: Get, trained: list[str]) -> Iterator[str]:
+    groups = get("optimizer.groups")
+    for at, group in enumerate(groups if isinstance(groups, list) else ()):
+        where, match = f"optimizer.groups[{at}]", group.get("match") if isinstance(group, Mapping) else None
+        if not isinstance(match, str) or module_of(match) not in MODULES:
+            continue  # already reported
+        if module_of(match) not in trained:
+            yield f"{where}.match: found '{match}', which is not trained; there are {', '.join(trained)}"
+        if group.get("t_warmup") is not None and get("scheduler.t_warmup") is None:
+            yield f"{where}.t_warmup: '{get('scheduler.name')}' has no warm-up; take one with_warmup, or remove this"
+        elif group.get("t_warmup") is not None and get("scheduler.reference_timing") is False:
+            yield f"{where}.t_warmup: needs scheduler.reference_timing; leave that true, or remove this"
 
 
 def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:

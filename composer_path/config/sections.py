@@ -149,6 +149,8 @@ def _loader(default: Any) -> Section:
 def _optimizer() -> Choice:
     changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
     changes["betas"] = {"check": rules.check_beta}
+    changes["groups"] = {"annotation": list[dict[str, Any]] | None, "check": rules.check_own_rate}
+    changes["layer_wise_lr_decay"] = {"check": rules.check_share}
     # What torchao's signature doesn't say.
     types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
     types["bf16_stochastic_round"] = bool

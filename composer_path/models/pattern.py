@@ -71,12 +71,20 @@ def pick(model: nn.Module, pattern: str, where: str) -> set[str]:
         choices.append(numbers or [text])
     for words in itertools.product(*choices):
         one = "".join(words)
-        expression = re.compile(".*".join(map(re.escape, one.split("*"))).removesuffix(r"\..*") + r"(\..*)?", re.DOTALL)
+        expression = _expression(one.removesuffix(".*"))
         picked = {name for name, shown in names.items() if any(map(expression.fullmatch, shown))}
         if not picked:
             raise ValueError(f"{where}: {_nowhere(pattern, one, names)}")
         found |= picked
     return found
+
+
+def _expression(text: str) -> re.Pattern[str]:
+    """What stands between stars is taken where it first comes (atomic groups): no number of stars takes long."""
+    first, *rest = map(re.escape, text.split("*"))
+    middle = "".join(f"(?>.*?{part})" for part in rest[:-1])
+    last = f".*{rest[-1]}" if rest else ""
+    return re.compile(rf"{first}{middle}{last}(\..*)?")
 
 
 def _pieces(pattern: str) -> list[tuple[Any, ...]]:
