@@ -10,8 +10,9 @@ from typing import Any
 from composer_path.batches.mixture import asking_template, check_streams, template_of
 from composer_path.config.types import hint
 from composer_path.models.execution import FROZEN_ONLY
+from composer_path.models.lora import NEEDED, has_peft
 from composer_path.models.open_clip_trunk import open_clip_vision_config
-from composer_path.models.pattern import MODULES, module_of, modules_of
+from composer_path.models.pattern import MODULES, learning_modules, module_of, modules_of
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
@@ -65,15 +66,21 @@ def _patch_size(get: Get) -> int | None:
 
 def _of_what_is_trained(get: Get) -> Iterator[str]:
     trainable, rates = get("model.trainable"), get("optimizer.lr")
-    if trainable == []:
+    lora = get("model.lora") if isinstance(get("model.lora"), Mapping) else {}
+    lora = {name: own for name, own in lora.items() if isinstance(own, Mapping)}
+    if lora and not has_peft():
+        yield f"model.lora: {NEEDED}"
+    if trainable == [] and not lora:
         yield "model.trainable: found an empty list; name what this stage trains, as in [projector]"
-    if not isinstance(trainable, list) or not trainable:
+    if not isinstance(trainable, list) or not (trainable or lora):
         return
     if twice := [name for i, name in enumerate(trainable) if name in trainable[:i]]:
         yield f"model.trainable: found {twice[0]} twice; name each once"
     if not all(isinstance(pattern, str) for pattern in trainable):
         return  # already reported
-    trainable = modules_of(trainable)
+    for name in sorted({*lora} & {*modules_of(trainable)}):
+        yield f"model.lora.{name}: stands beside weights that stay frozen; take {name} out of model.trainable, or this"
+    trainable = learning_modules({"trainable": trainable, "lora": lora})
     rates = rates if isinstance(rates, Mapping) else trainable
     for name in [name for name in rates if name not in trainable]:
         fix = hint(name, trainable, f"there are {', '.join(map(str, trainable))}")

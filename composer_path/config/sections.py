@@ -25,6 +25,7 @@ from composer_path.guards.guards import Guards
 from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
+from composer_path.models.lora import add_lora
 from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
@@ -104,6 +105,9 @@ def _model() -> Section:
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
     parts["trainable"] = {"check": check_pattern}
+    numbers: dict[str, Any] = {"r": _from_1(10**4), "lora_alpha": ABOVE_0, "lora_dropout": {"check": rules.check_beta}}
+    adapters = section_of(add_lora, leave_out=("module", "blocks", "where"), changes=numbers)
+    parts["lora"] = Section({"vision_encoder": adapters, "language_model": adapters})
     return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
 
 

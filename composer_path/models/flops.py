@@ -69,7 +69,7 @@ class FlopCounter:
         learns_before = learns_before or embedding.weight.requires_grad
         self.language_passes, self.attention_passes = _passes_of_blocks(blocks, before=learns_before)
         learns_before = learns_before or any(p.requires_grad for p in blocks.parameters())
-        self.head_passes = _passes(head.weight.requires_grad, before=learns_before)
+        self.head_passes = 1 + head.weight.requires_grad + learns_before
         first = any(p.requires_grad for name, p in vision.named_parameters() if "patch_embed" in name or p.ndim == 4)
         self.vision_passes = _passes_of_blocks(vision.blocks, before=first)
         self.patch_passes = 2 if first else 1
@@ -114,11 +114,13 @@ def _passes_of_blocks(blocks: nn.ModuleList, before: bool) -> tuple[float, float
     """The same of a stack of blocks, some of which may learn: over their matrices, and over their attention."""
     entries = matrices = attention = 0.0
     for block in blocks:
-        own = [p for p in block.parameters() if p.ndim >= 2]
-        before = before or any(p.requires_grad for p in block.parameters())
-        entries += sum(p.numel() for p in own)
-        matrices += sum(p.numel() * _passes(p.requires_grad, before) for p in own)
-        attention += 3 if before else 1
+        named = list(block.named_parameters())
+        attention += 3 if before or any(p.requires_grad for name, p in named if "attn" in name) else 1
+        for _, p in named:
+            if p.ndim >= 2:
+                entries += p.numel()
+                matrices += p.numel() * (1 + p.requires_grad + before)  # forward, of the weight, of the input
+            before = before or p.requires_grad
     return matrices / max(entries, 1), attention / max(len(blocks), 1)
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import decoder_blocks
+from composer_path.models.lora import adapter_units
 from composer_path.models.pattern import pick
 from composer_path.models.projector import Projector
 from composer_path.models.rope_keys import check_rope_supported
@@ -46,6 +47,7 @@ class PathMLLM(nn.Module):
         self.recomputes_blocks = False
         self.loss_chunk: int | None = None
         self.row_multiple: int | None = None
+        self.adapters: tuple[nn.Module, ...] = ()  # units of their own
 
     def forward(
         self,
@@ -214,6 +216,10 @@ class PathMLLM(nn.Module):
             named[name].requires_grad_(True)
         return self
 
+    def find_adapters(self) -> None:
+        """Note LoRA's adapters, once they are there."""
+        self.adapters = tuple(adapter_units(self))
+
     def cast_frozen_units(self, dtype: torch.dtype) -> None:
         """Hold in `dtype` what is frozen, in whole FSDP units: one with anything trained in it stays as it is."""
         taken: set[nn.Parameter] = set()
@@ -225,12 +231,12 @@ class PathMLLM(nn.Module):
                     parameter.data = parameter.data.to(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.
+        """Composer asks it which submodules are FSDP units: each block and adapter, the vision encoder, the projector.
 
         Embeddings, final norm and head stay in the root, tied or not; no unit mixes dtypes.
         """
         blocks = (*decoder_blocks(self.language_model), *self.vision_encoder.blocks)
-        return any(module is unit for unit in (self.vision_encoder, self.projector, *blocks))
+        return any(module is unit for unit in (self.vision_encoder, self.projector, *blocks, *self.adapters))
 
     def param_init_fn(self, module: nn.Module) -> None:
         """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""

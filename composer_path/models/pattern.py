@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -30,6 +30,11 @@ def module_of(pattern: str) -> str:
 def modules_of(patterns: Iterable[str]) -> list[str]:
     """The modules that patterns touch, in the order in which they are named."""
     return list(dict.fromkeys(map(module_of, patterns)))
+
+
+def learning_modules(model: Mapping[str, Any]) -> list[str]:
+    """The modules of a YAML's `model` section in which something learns: its weights, or adapters beside them."""
+    return modules_of([*model["trainable"], *(name for name, own in (model.get("lora") or {}).items() if own)])
 
 
 def check_pattern(pattern: str) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from composer_path.models.attention import AttentionBackend, kernel_in_words, resolve_attention
-from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
+from composer_path.models.language_model import (
+    cast_parameters,
+    decoder_blocks,
+    empty_parameters,
+    load_language_model_config,
+)
+from composer_path.models.lora import add_lora
 from composer_path.models.pattern import MODULES, modules_of
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.model_folder import PathMLLM
@@ -25,6 +31,7 @@ def assemble_model(
     projector: Mapping[str, Any],
     language_model: Mapping[str, Any],
     trainable: Sequence[str],
+    lora: Mapping[str, Mapping[str, Any] | None] | None = None,
     attention: AttentionBackend = "auto",
     seed: int = 17,
     frozen_dtype: torch.dtype = torch.float32,
@@ -40,13 +47,15 @@ def assemble_model(
         projector: Keywords of `build_projector`, whose widths are read from its neighbours.
         language_model: Keywords of `build_language_model`.
         trainable: What learns: modules, or parts of them by patterns (`composer_path.models.pattern`).
+        lora: Keywords of `add_lora` by module, `language_model` or `vision_encoder`, whose own weights stay frozen.
         attention: See `composer_path.models.attention.resolve_attention`.
         seed: Of random weights.
         frozen_dtype: What is frozen is held in, in whole FSDP units; the others are fp32.
         empty: Parameters without storage, for a rank that receives them.
     """
     log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
-    touched = modules_of(trainable)
+    chosen = {name: dict(keywords) for name, keywords in (lora or {}).items() if keywords is not None}
+    touched = modules_of([*trainable, *(name for name, keywords in chosen.items() if keywords.get("use_dora"))])
     dtypes = {name: torch.float32 if name in touched else frozen_dtype for name in MODULES}
     if empty:  # only the rank that holds weights reads their files
         vision_encoder = {**vision_encoder, "weights": None}
@@ -63,5 +72,13 @@ def assemble_model(
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)
-    model.trainable(trainable).cast_frozen_units(frozen_dtype)
+    model.trainable(trainable)
+    for at, name in enumerate(sorted(chosen)):
+        part: Any = getattr(model, name)
+        blocks = decoder_blocks(part) if name == "language_model" else part.blocks
+        with torch.random.fork_rng(devices=[]), empty_parameters(enabled=empty):
+            torch.manual_seed(seed + 3 + at)
+            add_lora(part, blocks, where=f"model.lora.{name}", **chosen[name])
+    model.find_adapters()
+    model.cast_frozen_units(frozen_dtype)
     return model
