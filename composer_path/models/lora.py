@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from composer_path.models.language_model import decoder_blocks
+
 ADAPTER = "default"  # peft's name of an only adapter, which stands in the names of its weights
 NEEDED = "needs the package peft (pip install composer_path[lora])"
 
@@ -20,6 +22,17 @@ NEEDED = "needs the package peft (pip install composer_path[lora])"
 def has_peft() -> bool:
     """Whether peft is installed."""
     return find_spec("peft") is not None
+
+
+def add_adapters(model: Any, chosen: Mapping[str, Mapping[str, Any]], seed: int) -> None:
+    """Put adapters into a `PathMLLM` whose trained weights are chosen: keywords of `add_lora` by module."""
+    for at, name in enumerate(sorted(chosen)):
+        part = getattr(model, name)
+        blocks = decoder_blocks(part) if name == "language_model" else part.blocks
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + at)
+            add_lora(part, blocks, where=f"model.lora.{name}", **chosen[name])
+    model.adapters = tuple(_units(model))
 
 
 def add_lora(
@@ -78,7 +91,7 @@ def is_adapter(name: str) -> bool:
     return any(part in name for part in (".lora_A.", ".lora_B.", ".lora_magnitude_vector."))
 
 
-def adapter_units(model: nn.Module) -> list[nn.Module]:
+def _units(model: nn.Module) -> list[nn.Module]:
     """Adapters as FSDP units of their own: a unit holds one dtype, and what they stand beside needn't be fp32.
 
     DoRA's read each other's weights, and stay in their block's unit.

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_model import decoder_blocks
-from composer_path.models.lora import adapter_units
 from composer_path.models.pattern import pick
 from composer_path.models.projector import Projector
 from composer_path.models.rope_keys import check_rope_supported
@@ -47,7 +46,7 @@ class PathMLLM(nn.Module):
         self.recomputes_blocks = False
         self.loss_chunk: int | None = None
         self.row_multiple: int | None = None
-        self.adapters: tuple[nn.Module, ...] = ()  # units of their own
+        self.adapters: tuple[nn.Module, ...] = ()  # LoRA's, see composer_path/models/lora.py
 
     def forward(
         self,
@@ -215,20 +214,6 @@ class PathMLLM(nn.Module):
         for name in picked:
             named[name].requires_grad_(True)
         return self
-
-    def find_adapters(self) -> None:
-        """Note LoRA's adapters, once they are there."""
-        self.adapters = tuple(adapter_units(self))
-
-    def cast_frozen_units(self, dtype: torch.dtype) -> None:
-        """Hold in `dtype` what is frozen, in whole FSDP units: one with anything trained in it stays as it is."""
-        taken: set[nn.Parameter] = set()
-        for unit in reversed([self, *(module for module in self.modules() if self.fsdp_wrap_fn(module))]):
-            own = [parameter for parameter in unit.parameters() if parameter not in taken]
-            taken.update(own)
-            if not any(parameter.requires_grad for parameter in own):
-                for parameter in own:
-                    parameter.data = parameter.data.to(dtype)
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Composer asks it which submodules are FSDP units: each block and adapter, the vision encoder, the projector.

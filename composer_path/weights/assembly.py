@@ -9,13 +9,9 @@ from typing import Any
 import torch
 
 from composer_path.models.attention import AttentionBackend, kernel_in_words, resolve_attention
-from composer_path.models.language_model import (
-    cast_parameters,
-    decoder_blocks,
-    empty_parameters,
-    load_language_model_config,
-)
-from composer_path.models.lora import add_lora
+from composer_path.models.execution import hold_frozen_units
+from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
+from composer_path.models.lora import add_adapters
 from composer_path.models.pattern import MODULES, modules_of
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.model_folder import PathMLLM
@@ -73,12 +69,7 @@ def assemble_model(
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)
     model.trainable(trainable)
-    for at, name in enumerate(sorted(chosen)):
-        part: Any = getattr(model, name)
-        blocks = decoder_blocks(part) if name == "language_model" else part.blocks
-        with torch.random.fork_rng(devices=[]), empty_parameters(enabled=empty):
-            torch.manual_seed(seed + 3 + at)
-            add_lora(part, blocks, where=f"model.lora.{name}", **chosen[name])
-    model.find_adapters()
-    model.cast_frozen_units(frozen_dtype)
+    with empty_parameters(enabled=empty):
+        add_adapters(model, chosen, seed + 3)
+    hold_frozen_units(model, frozen_dtype)
     return model

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from config_problems import problems_of
 from tiny_run import REPO_ROOT, Interrupted, Witness, convert_shards, load_tiny_config, run, weights_of
 
 from composer_path import PathMLLM
 from composer_path.models.lora import is_adapter, merged
+from composer_path.planning.plan import Machine, SampleSize, make_plan
 from composer_path.run.export import export_checkpoint, write_adapters
 from composer_path.weights.assembly import assemble_model
 
@@ -146,3 +148,40 @@ def test_a_run_of_adapters_goes_on_exactly_keeps_only_them_and_exports_the_merge
     assert all(torch.equal(left[name], exported[name]) for name in left)
     assert (tmp_path / "exported" / "adapters" / "language_model" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "stopped" / "finetune" / "adapters" / "vision_encoder" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.lora={language_model: {r: 4}}"], "model.lora.language_model: stands beside weights that stay frozen"),
+        (["model.lora={language_model: {rank: 4}}"], "model.lora.language_model.rank: unknown key"),
+        (["model.lora={projector: {r: 4}}"], "model.lora.projector: unknown key"),
+        (["model.lora={vision_encoder: {r: 0}}"], "model.lora.vision_encoder.r: found 0; it must be at least 1"),
+        (["model.lora={vision_encoder: {lora_dropout: 1.0}}"], "it must be at least 0 and below 1"),
+        (["model.trainable=[]", "model.lora={}"], "model.trainable: found an empty list"),
+        (
+            ["model.lora={vision_encoder: {r: 4}}", "optimizer.lr={projector: 1.0, language_model: 1.0}"],
+            "optimizer.lr.vision_encoder: is missing",
+        ),
+    ],
+)
+def test_what_a_yaml_says_of_adapters_is_checked(overrides: list[str], said: str) -> None:
+    problems = problems_of(REPO_ROOT / "yamls" / "demo" / "finetune.yaml", *overrides)
+    assert any(said in problem for problem in problems), problems
+
+
+def test_without_peft_a_yaml_with_adapters_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("composer_path.config.agreement.has_peft", lambda: False)
+    yaml = REPO_ROOT / "yamls" / "demo" / "finetune.yaml"
+    (problem,) = problems_of(yaml, "model.lora={vision_encoder: {r: 4}}")
+    assert problem.startswith("model.lora: needs the package peft")
+
+
+def test_a_run_of_adapters_can_be_planned(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    shards = convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
+    words = ["model.projector.weights=null", "model.trainable=[projector]"]
+    sizes = []
+    for lora in ("null", "{language_model: {r: 4}}", "{language_model: {r: 4, use_dora: true}}"):
+        config = load_tiny_config("finetune", shards, tmp_path, [*words, f"model.lora={lora}"])
+        sizes.append(make_plan(config, Machine(1, 80e9, 989e12), SampleSize(100, 20, 1)).standing.total)
+    assert sizes[0] < sizes[1] < sizes[2]
