@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -77,9 +78,17 @@ def add_lora(
     chosen = [name for name in linear if target_modules is None or name.rpartition(".")[2] in target_modules]
     if not chosen:
         raise ValueError(f"{where}: found no linear layer in the blocks; leave it out")
-    keywords = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora}
+    keywords: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+    }
     config = LoraConfig(**keywords, use_dora=use_dora, target_modules=chosen, bias="none")
-    inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    except ImportError as error:  # it knows other packages, and refuses some versions of theirs
+        raise ValueError(f"{where}: peft {version('peft')} refuses: {error}; take another version of peft") from None
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_adapter(name))
         if is_adapter(name):
