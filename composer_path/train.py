@@ -82,11 +82,12 @@ def guarded_train(
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer, num_ids
-    from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
-    from composer_path.run.parts import build_named, build_parts, trainer_keywords
+    from composer_path.run.optimizer import build_optimizer, count_parameters, describe_groups, describe_parameters
+    from composer_path.run.parts import build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
+    from composer_path.run.schedule import build_schedule
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
     from composer_path.run.trainer import StepTrainer
@@ -110,6 +111,11 @@ def guarded_train(
     check_vocabulary(tokenizer, model.num_embeddings())
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
+    optimizer = build_optimizer(model, **settings["optimizer"])
+    if dist.get_global_rank() == 0 and (
+        settings["optimizer"]["groups"] or settings["optimizer"]["layer_wise_lr_decay"]
+    ):
+        print(describe_groups(optimizer), file=sys.stderr)
     trained_only = TrainedOnly(model)
 
     train_loader: Any = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])
@@ -127,8 +133,8 @@ def guarded_train(
         model=ComposerPathMLLM(model),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
-        optimizers=build_optimizer(model, **settings["optimizer"]),
-        schedulers=build_named("scheduler", **settings["scheduler"]),
+        optimizers=optimizer,
+        schedulers=build_schedule(**settings["scheduler"]),
         algorithms=[*build_parts("algorithms", settings["algorithms"], of_the_run), *algorithms],
         callbacks=[
             guards,

@@ -40,7 +40,12 @@ CONVERSATIONS = (*range(18), 47, 63, 86, 118, 135, 138)  # the last six have no 
 
 # A run of steps only, where nothing else is looked at: no held-out data, no checkpoints.
 BARE = ["eval_loader=null", "trainer.save_interval=null", "trainer.autoresume=false"]
-TWO_STEPS = [*BARE, "algorithms=null", "trainer.max_duration=2ba"]  # clipping and AdamW both hide a gradient's scale
+TWO_STEPS = [
+    *BARE,
+    "algorithms=null",  # clipping and AdamW both hide a gradient's scale
+    "trainer.max_duration=2ba",
+    "scheduler.t_warmup=0dur",  # rounded up, its first step would have rate 0
+]
 
 
 def convert_shards(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.guards.guards import settle
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
-from composer_path.run.export import write_model, write_projector
+from composer_path.run.export import ADAPTERS, write_adapters, write_model, write_projector
 from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_origin import origin_of
 from composer_path.weights.tensor_file import WeightsError
@@ -81,6 +81,7 @@ class SaveWeights(Callback):
             if self.only_projector:
                 write_projector(self.run_folder, self.model, weights, self.origin)
             else:
+                write_adapters(self.run_folder / ADAPTERS, self.model, weights)
                 write_model(self.run_folder / "model", self.model, weights, *self.prepared, self.dtype)
         except WeightsError as error:
             raise CheckpointError(str(error)) from None

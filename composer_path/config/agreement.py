@@ -11,7 +11,9 @@ from composer_path.batches.mixture import asking_template, check_streams, templa
 from composer_path.config.types import hint
 from composer_path.encoders.table import ENCODERS
 from composer_path.models.execution import FROZEN_ONLY
+from composer_path.models.lora import NEEDED, has_peft
 from composer_path.models.open_clip_trunk import open_clip_vision_config
+from composer_path.models.pattern import MODULES, learning_modules, module_of, modules_of
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
@@ -66,18 +68,28 @@ def _patch_size(get: Get) -> int | None:
 
 def _of_what_is_trained(get: Get) -> Iterator[str]:
     trainable, rates = get("model.trainable"), get("optimizer.lr")
-    if trainable == []:
+    lora = get("model.lora") if isinstance(get("model.lora"), Mapping) else {}
+    lora = {name: own for name, own in lora.items() if isinstance(own, Mapping)}
+    if lora and not has_peft():
+        yield f"model.lora: {NEEDED}"
+    if trainable == [] and not lora:
         yield "model.trainable: found an empty list; name what this stage trains, as in [projector]"
-    if not isinstance(trainable, list) or not trainable:
+    if not isinstance(trainable, list) or not (trainable or lora):
         return
     if twice := [name for i, name in enumerate(trainable) if name in trainable[:i]]:
         yield f"model.trainable: found {twice[0]} twice; name each once"
+    if not all(isinstance(pattern, str) for pattern in trainable):
+        return  # already reported
+    for name in sorted({*lora} & {*modules_of(trainable)}):
+        yield f"model.lora.{name}: stands beside weights that stay frozen; take {name} out of model.trainable, or this"
+    trainable = learning_modules({"trainable": trainable, "lora": lora})
     rates = rates if isinstance(rates, Mapping) else trainable
     for name in [name for name in rates if name not in trainable]:
         fix = hint(name, trainable, f"there are {', '.join(map(str, trainable))}")
         yield f"optimizer.lr.{name}: is not trained; {fix}"
     for name in [name for name in trainable if name not in rates]:
         yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
+    yield from _of_the_groups(get, trainable)
     if get("execution.frozen_weights") is not None:
         if "language_model" in trainable:
             yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {FROZEN_ONLY}"
@@ -87,6 +99,20 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"
+
+
+def _of_the_groups(get: Get, trained: list[str]) -> Iterator[str]:
+    groups = get("optimizer.groups")
+    for at, group in enumerate(groups if isinstance(groups, list) else ()):
+        where, match = f"optimizer.groups[{at}]", group.get("match") if isinstance(group, Mapping) else None
+        if not isinstance(match, str) or module_of(match) not in MODULES:
+            continue  # already reported
+        if module_of(match) not in trained:
+            yield f"{where}.match: found '{match}', which is not trained; there are {', '.join(trained)}"
+        if group.get("t_warmup") is not None and get("scheduler.t_warmup") is None:
+            yield f"{where}.t_warmup: '{get('scheduler.name')}' has no warm-up; take one with_warmup, or remove this"
+        elif group.get("t_warmup") is not None and get("scheduler.reference_timing") is False:
+            yield f"{where}.t_warmup: needs scheduler.reference_timing; leave that true, or remove this"
 
 
 def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from composer_path.config.agreement import LOADERS
 from composer_path.images.features import FeaturesError, common_features
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.language_types import check_length_supported
+from composer_path.models.pattern import learning_modules
 from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
@@ -109,7 +110,7 @@ def _vocab_size(language_model: Settings) -> int | None:
 
 def _missing_weights(model: Settings) -> Iterator[str]:
     # Stage 1 has nothing before it that could have made a projector.
-    first = "give null to start from random weights" if model["trainable"] == ["projector"] else None
+    first = "give null to start from random weights" if learning_modules(model) == ["projector"] else None
     fixes = {"projector": first or "run stage 1 first, or give its projector.safetensors"}
     keys = [("vision_encoder", "weights"), ("projector", "weights"), ("projector", "pooler_weights")]
     for name, key in (*keys, ("language_model", "path")):
@@ -206,7 +207,7 @@ def _feature_problems(settings: Settings, name: str, loader: Settings) -> Iterat
         return
     if stored is None:
         return
-    if "vision_encoder" in settings["model"]["trainable"]:
+    if "vision_encoder" in learning_modules(settings["model"]):
         yield f"model.trainable: vision_encoder can't learn from {name}, which holds its features; train on images"
     for algorithm in settings["algorithms"] if name == "train_loader" else ():
         if getattr(named_classes("algorithms")[algorithm], "changes_images", False):

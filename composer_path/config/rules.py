@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,9 +14,11 @@ from composer.core import Time
 from streaming.base.util import bytes_to_int, number_abbrev_to_int
 from transformers import CONFIG_MAPPING
 
-from composer_path.config.types import nearest
+from composer_path.config.types import hint, nearest
 from composer_path.models.language_model import load_language_model_config
+from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import REFERENCE_TYPE
+from composer_path.run.optimizer import OwnRate
 from composer_path.storage.places import is_remote
 
 
@@ -64,6 +67,7 @@ check_seconds = _rule("found {}; it must be above 0 and at most 1e9 seconds", la
 check_mean = _rule("found {}; it must be between 0 and 1, as pixels are", lambda mean: 0 <= mean <= 1)
 check_std = _rule("found {}; it must be between 0.001 and 10: pixels are divided by it", lambda std: 0.001 <= std <= 10)
 check_beta = _rule("found {}; it must be at least 0 and below 1", lambda number: 0 <= number < 1)
+check_share = _rule("found {}; it must be above 0 and at most 1", lambda number: 0 < number <= 1)
 check_bytes = _rule(
     "found {}, which is no size or too small; give a number and a unit, as in 10gb",
     lambda size: bytes_to_int(size) >= 2**20,
@@ -94,6 +98,29 @@ check_projector_type = _rule(
     "found '{}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity",
     REFERENCE_TYPE.fullmatch,
 )
+
+
+def check_own_rate(group: dict[str, Any]) -> None:
+    """One of the optimizer's groups: keywords of `OwnRate`, checked like those of a section."""
+    known = [field.name for field in fields(OwnRate)]
+    for key in group:
+        if key not in known:
+            fix = hint(key, known, f"there are {', '.join(known)}")
+            raise ValueError(f"unknown key '{key}'; {fix}")
+    match = group.get("match")
+    if not isinstance(match, str):
+        raise ValueError(f"match: found {match}; it must be text: a module, or a pattern of its weights")
+    check_pattern(match)
+    if not any(value is not None for key, value in group.items() if key != "match"):
+        raise ValueError(f"found nothing for '{match}'; give lr, weight_decay or t_warmup")
+    for key in ("lr", "weight_decay"):
+        value = group.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0):
+            raise ValueError(f"{key}: found {value}; it must be a number, at least 0")
+    if (warmup := group.get("t_warmup")) is not None:
+        if not isinstance(warmup, str):
+            raise ValueError(f"t_warmup: found {warmup}; it must be text, a time such as 1ep or 500ba")
+        check_moment(warmup)
 
 
 def check_language_model(config: dict[str, Any] | str) -> None:

@@ -25,6 +25,8 @@ from composer_path.guards.guards import Guards
 from composer_path.guards.requests import seconds_of
 from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
+from composer_path.models.lora import add_lora
+from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, check_vision_name, untrained_vision_encoder
 from composer_path.records.prompts import get_template
@@ -32,6 +34,7 @@ from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+from composer_path.run.schedule import build_schedule
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
@@ -58,7 +61,9 @@ def _from_1(most: int) -> dict[str, Any]:
 @cache
 def config_schema() -> Section:
     """The whole YAML."""
-    schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    schedules = {
+        name: section_of(build_schedule, cls, leave_out=("name",)) for name, cls in named_classes("scheduler").items()
+    }
     no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
@@ -99,6 +104,10 @@ def _model() -> Section:
         ),
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
+    parts["trainable"] = {"check": check_pattern}
+    numbers: dict[str, Any] = {"r": _from_1(10**4), "lora_alpha": ABOVE_0, "lora_dropout": {"check": rules.check_beta}}
+    adapters = section_of(add_lora, leave_out=("module", "blocks", "where"), changes=numbers)
+    parts["lora"] = Section({"vision_encoder": adapters, "language_model": adapters})
     return section_of(
         assemble_model, leave_out=("seed", "frozen_dtype", "vocabulary", "empty"), changes=parts, default=REQUIRED
     )
@@ -146,6 +155,8 @@ def _loader(default: Any) -> Section:
 def _optimizer() -> Choice:
     changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
     changes["betas"] = {"check": rules.check_beta}
+    changes["groups"] = {"annotation": list[dict[str, Any]] | None, "check": rules.check_own_rate}
+    changes["layer_wise_lr_decay"] = {"check": rules.check_share}
     # What torchao's signature doesn't say.
     types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
     types["bf16_stochastic_round"] = bool

@@ -100,6 +100,17 @@ def choose_execution(
     return model
 
 
+def hold_frozen_units(model: PathMLLM, dtype: torch.dtype) -> None:
+    """Hold in `dtype` what is frozen, in whole FSDP units: one with anything trained in it stays as it is."""
+    taken: set[nn.Parameter] = set()
+    for unit in reversed([model, *(module for module in model.modules() if model.fsdp_wrap_fn(module))]):
+        own = [parameter for parameter in unit.parameters() if parameter not in taken]
+        taken.update(own)
+        if not any(parameter.requires_grad for parameter in own):
+            for parameter in own:
+                parameter.data = parameter.data.to(dtype)
+
+
 def _word(key: str, value: str | bool, choices: tuple[str, ...]) -> str:
     value = "off" if value is False else str(value)  # YAML reads a bare off as false
     if value not in choices:

@@ -65,8 +65,14 @@ class FlopCounter:
         self.vision_trained = trained["vision_encoder"]
         self.projector_passes = _passes(trained["projector"], before=self.vision_trained)
         learns_before = self.vision_trained or trained["projector"]
-        self.language_passes = _passes(trained["language_model"], before=learns_before)
-        self.attention_passes = 3 if trained["language_model"] or learns_before else 1
+        embedding: Any = model.language_model.get_input_embeddings()
+        learns_before = learns_before or embedding.weight.requires_grad
+        self.language_passes, self.attention_passes = _passes_of_blocks(blocks, before=learns_before)
+        learns_before = learns_before or any(p.requires_grad for p in blocks.parameters())
+        self.head_passes = 1 + head.weight.requires_grad + learns_before
+        first = any(p.requires_grad for name, p in vision.named_parameters() if "patch_embed" in name or p.ndim == 4)
+        self.vision_passes = _passes_of_blocks(vision.blocks, before=first)
+        self.patch_passes = 2 if first else 1
 
     def needed(
         self, lengths: Sequence[int], num_images: int, num_targets: int, *, causal_share: float = 0.5
@@ -78,14 +84,13 @@ class FlopCounter:
         """
         square = causal_share * self.attention * float(sum(length**2 for length in lengths))
         matrices = self.body * float(sum(lengths))
-        vision_passes, patch_passes = (3, 2) if self.vision_trained else (1, 1)
-        blocks = vision_passes * (self.vision_matrices + self.vision_attention)
+        blocks = self.vision_passes[0] * self.vision_matrices + self.vision_passes[1] * self.vision_attention
         per_image, once = self.pooled[0] + self.mlp, self.pooled[1]
         return PartFlops(
-            vision_encoder=num_images * (blocks + patch_passes * self.vision_patches),
+            vision_encoder=num_images * (blocks + self.patch_passes * self.vision_patches),
             projector=self.projector_passes * (num_images * per_image + once * (num_images > 0)),
             language_model=self.language_passes * matrices + self.attention_passes * square,
-            head=self.language_passes * self.head * num_targets,
+            head=self.head_passes * self.head * num_targets,
         )
 
     def recomputed(
@@ -103,6 +108,20 @@ class FlopCounter:
 def _passes(trained: bool, before: bool) -> int:
     """Forward-sized passes over a part's matrices."""
     return 3 if trained else 2 if before else 1
+
+
+def _passes_of_blocks(blocks: nn.ModuleList, before: bool) -> tuple[float, float]:
+    """The same of a stack of blocks, some of which may learn: over their matrices, and over their attention."""
+    entries = matrices = attention = 0.0
+    for block in blocks:
+        named = list(block.named_parameters())
+        attention += 3 if before or any(p.requires_grad for name, p in named if "attn" in name) else 1
+        for _, p in named:
+            if p.ndim >= 2:
+                entries += p.numel()
+                matrices += p.numel() * (1 + p.requires_grad + before)  # forward, of the weight, of the input
+            before = before or p.requires_grad
+    return matrices / max(entries, 1), attention / max(len(blocks), 1)
 
 
 def _matrix_entries(modules: Iterable[nn.Module], share_of_experts: float = 1.0) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
 from composer_path.models.language_types import check_length_supported, decoder_blocks, decoder_of, inputs_scale
+from composer_path.models.pattern import pick
 from composer_path.models.projector import Projector
 from composer_path.models.vision_encoder import VisionEncoder
 
-ModuleName = Literal["vision_encoder", "projector", "language_model"]
-MODULES: tuple[ModuleName, ...] = get_args(ModuleName)
 Images = Float[Tensor, "images 3 height width"]  # normalised already
 Pixels = UInt8[Tensor, "images 3 height width"] | Images
 Features = Float[Tensor, "images vision_tokens vision_dim"]
@@ -46,6 +45,7 @@ class PathMLLM(nn.Module):
         self.recomputes_blocks = False
         self.loss_chunk: int | None = None
         self.row_multiple: int | None = None
+        self.adapters: tuple[nn.Module, ...] = ()  # LoRA's, see composer_path/models/lora.py
 
     def forward(
         self,
@@ -196,21 +196,31 @@ class PathMLLM(nn.Module):
         generate: Any = self.language_model.generate
         return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
 
-    def trainable(self, modules: Sequence[ModuleName]) -> PathMLLM:
-        """Train the named modules only; the others lose their gradients."""
-        if unknown := sorted(set(modules) - set(MODULES)):
-            raise ValueError(f"model.trainable: unknown {unknown}; the modules are {', '.join(MODULES)}")
-        for name in MODULES:
-            getattr(self, name).requires_grad_(name in modules)
+    def trainable(self, patterns: Sequence[str]) -> PathMLLM:
+        """Train what these name (`pattern.py`: modules, or parts of them) and nothing else.
+
+        Raises:
+            ValueError: One of them names nothing, or nothing more than those before it.
+        """
+        picked: set[str] = set()
+        for pattern in patterns:
+            new = pick(self, pattern, "model.trainable")
+            if new <= picked:
+                raise ValueError(f"model.trainable: '{pattern}' adds nothing to what the others name; remove it")
+            picked |= new
+        self.requires_grad_(False)
+        named = dict(self.named_parameters(remove_duplicate=False))
+        for name in picked:
+            named[name].requires_grad_(True)
         return self
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Composer asks it which submodules are FSDP units: each block, the vision encoder, the projector.
+        """Composer asks it which submodules are FSDP units: each block and adapter, the vision encoder, the projector.
 
         Embeddings, final norm and head stay in the root, tied or not; no unit mixes dtypes.
         """
         blocks = (*decoder_blocks(self.language_model), *self.vision_encoder.blocks)
-        return any(module is unit for unit in (self.vision_encoder, self.projector, *blocks))
+        return any(module is unit for unit in (self.vision_encoder, self.projector, *blocks, *self.adapters))
 
     def param_init_fn(self, module: nn.Module) -> None:
         """FSDP1 asks for it on ranks that start empty; their weights then come from rank 0."""

@@ -26,6 +26,7 @@ from composer_path.images.features import (
 )
 from composer_path.images.pixels import ImagePreparation, normalize_image
 from composer_path.models.language_model import cast_parameters
+from composer_path.models.pattern import learning_modules
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.parallel import in_threads
 from composer_path.records.rules import ImageError
@@ -103,7 +104,7 @@ def build_feature_encoder(settings: Mapping[str, Any], device: str | None = None
     Raises:
         ValueError: The YAML trains the encoder, so its features would change.
     """
-    if "vision_encoder" in settings["model"]["trainable"]:
+    if "vision_encoder" in learning_modules(settings["model"]):
         raise ValueError("model.trainable: vision_encoder learns in this run, so its features can't be stored")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     trainer = dict(settings["trainer"])

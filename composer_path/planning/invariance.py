@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from composer_path.config.reading import load_config, plain
+from composer_path.models.pattern import learning_modules
 from composer_path.planning.one_step import Step, step_here, step_of_ranks
 from composer_path.run.precision import compute_dtype
 
@@ -75,7 +76,7 @@ def ways_of(settings: Mapping[str, Any], ranks: int) -> Iterator[Way]:
                 yield Way(f"checkpointing {kind}, fusion {fusion}", words)
     for key, value in (("loss_chunk", 16), ("row_multiple", 64)):
         yield Way(f"{key}: {value}", (f"execution.{key}={value}",))
-    if "vision_encoder" not in settings["model"]["trainable"]:
+    if "vision_encoder" not in learning_modules(settings["model"]):
         yield Way("vision_chunk: 1", ("execution.vision_chunk=1",))
     for workers in (0, 2):
         if workers != loader["num_workers"]:

@@ -25,7 +25,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from composer_path.config.reading import load_config, plain
-from composer_path.models.path_mllm import MODULES
+from composer_path.models.pattern import MODULES
 from composer_path.train import train
 from composer_path.weights.torch_file import read_torch_file
 

@@ -17,7 +17,8 @@ import torch
 from composer_path.config.reading import plain
 from composer_path.models.execution import Checkpointing, choose_execution
 from composer_path.models.flops import FlopCounter, PartFlops
-from composer_path.models.path_mllm import MODULES, PathMLLM
+from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.pattern import MODULES
 from composer_path.planning.gpu_share import (
     MOMENTS,
     Standing,

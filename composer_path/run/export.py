@@ -20,6 +20,8 @@ from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
+from composer_path.models.lora import merged, peft_config, peft_weights
+from composer_path.models.pattern import learning_modules
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
 from composer_path.run.place import with_local_weights
@@ -31,8 +33,9 @@ from composer_path.weights.folder import write_json
 from composer_path.weights.model_folder import PathMLLM, is_model_folder
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 from composer_path.weights.projector_origin import ProjectorOrigin, origin_of
-from composer_path.weights.tensor_file import check_tensors
+from composer_path.weights.tensor_file import check_tensors, write_tensors
 
+ADAPTERS = "adapters"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,6 +49,18 @@ def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
     save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
     write_json(folder / "config.json", model.config())
+
+
+def write_adapters(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]) -> None:
+    """Write LoRA's adapters, a folder for each module that has some, as peft reads them; nothing where there are none.
+
+    peft fits them to the module alone: `language_model` to the folder that the run's language model came from.
+    """
+    for name in ("language_model", "vision_encoder"):
+        if config := peft_config(getattr(model, name)):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / name / "adapter_model.safetensors", peft_weights(part_of(weights, name)), {})
+            write_json(folder / name / "adapter_config.json", config)
 
 
 def part_of(weights: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -76,6 +91,7 @@ def write_model(
             key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in weights.items()
         }
     check_replaceable(folder)
+    weights = merged(model, weights)
 
     def write(new: Path) -> None:
         save_tokenizer(tokenizer, new)
@@ -154,10 +170,12 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     trained = read_checkpoint(checkpoint, names)
     check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)
     weights |= trained
+    learned, weights = weights, merged(model, weights)
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)
-    if "projector" in settings["model"]["trainable"]:
+    write_adapters(folder / ADAPTERS, model, learned)
+    if "projector" in learning_modules(settings["model"]):
         vision = part_of(weights, "vision_encoder")
         origin = origin_of(model.projector, model.vision_encoder, text.template.to_json(), weights=vision)
         write_projector(folder, model, weights, origin)

@@ -25,7 +25,7 @@ _PLACES = re.compile(
 # What a resumed run must have as it began: random numbers, model, how its data are prepared. The order of samples
 # is compared by the stream, which takes another one where an epoch begins.
 _FIXED = re.compile(
-    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad)"
+    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad|layer_wise_lr_decay|groups(\.\d+\.match)?)"
     r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|decoder|streams(\..*)?)"
     r"|files\..*"
 )
@@ -97,6 +97,9 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping) and value:
         for key, member in value.items():
             yield from _flat(member, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(member, Mapping) for member in value):
+        for at, member in enumerate(value):
+            yield from _flat(member, f"{path}.{at}")
     else:
         yield path, value
 

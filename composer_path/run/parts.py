@@ -11,11 +11,6 @@ from composer_path.callbacks.step_line import StepLine
 from composer_path.run.names import named_classes
 
 
-def build_named(section: str, *, name: str, **keywords: Any) -> Any:
-    """An object of the class that a section of the YAML names, with its keywords."""
-    return named_classes(section)[name](**keywords)
-
-
 def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str, Any]) -> list[Any]:
     """The objects of `algorithms`, `callbacks` or `loggers`, from `snake_name: {keywords}`.
 

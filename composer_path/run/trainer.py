@@ -2,8 +2,9 @@
 
 Three things differ, none of them in a number: callbacks that do nothing at an event aren't called; a step's losses are
 read when they have come from the device, not before; and what only the host knows (how many samples, tokens, weights)
-isn't sent to the device and back to be added up over one rank. Several ranks still agree as Composer lets them. And a
-second `fit` goes on amid the epoch where the first one ended.
+isn't sent to the device and back to be added up over one rank. Several ranks still agree as Composer lets them. Rates
+are set when a step begins, where the schedule wants it (`schedule.py`), and a second `fit` goes on amid the epoch where
+the first one ended.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from composer_path.run.late_losses import LateLosses
+from composer_path.run.schedule import ReferenceTiming, set_rates
 
 
 class StepTrainer(Trainer):
@@ -34,6 +36,9 @@ class StepTrainer(Trainer):
         # The engine is Composer's own object, made and used in its __init__; ours differs in methods only.
         self.engine.__class__ = DirectEngine
         self._has_fitted = False
+        self._schedule, self._ssr = keywords.get("schedulers"), keywords.get("scale_schedule_ratio", 1.0)
+        if isinstance(self._schedule, ReferenceTiming):
+            self._scheduler_step_frequency: Any = None  # Composer then asks no schedule when a step ends
 
     def fit(self, *arguments: Any, **keywords: Any) -> None:
         """Train on; what was trained in an earlier call isn't read again to find the place, as Composer does it.
@@ -54,6 +59,8 @@ class StepTrainer(Trainer):
         Loggers with a method `log_losses` read them later; for others, and for who asks `state.total_loss_dict`, they
         are read at once.
         """
+        if isinstance(self._schedule, ReferenceTiming):
+            set_rates(self.state, self._schedule, self._ssr)
         losses = super()._train_batch(use_grad_scaling)
         world_size = dist.get_world_size()
         for loss in losses.values() if world_size > 1 else ():

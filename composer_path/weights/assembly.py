@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from composer_path.models.attention import AttentionBackend, kernel_in_words, resolve_attention
+from composer_path.models.execution import hold_frozen_units
 from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
-from composer_path.models.path_mllm import MODULES, ModuleName
+from composer_path.models.lora import add_adapters
+from composer_path.models.pattern import MODULES, modules_of
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import build_projector
@@ -24,7 +26,8 @@ def assemble_model(
     vision_encoder: Mapping[str, Any],
     projector: Mapping[str, Any],
     language_model: Mapping[str, Any],
-    trainable: Sequence[ModuleName],
+    trainable: Sequence[str],
+    lora: Mapping[str, Mapping[str, Any] | None] | None = None,
     attention: AttentionBackend = "auto",
     seed: int = 17,
     frozen_dtype: torch.dtype = torch.float32,
@@ -40,15 +43,18 @@ def assemble_model(
         vision_encoder: Keywords of `build_vision_encoder`.
         projector: Keywords of `build_projector`, whose widths are read from its neighbours.
         language_model: Keywords of `build_language_model`.
-        trainable: Names of the modules that learn.
+        trainable: What learns: modules, or parts of them by patterns (`composer_path.models.pattern`).
+        lora: Keywords of `add_lora` by module, `language_model` or `vision_encoder`, whose own weights stay frozen.
         attention: See `composer_path.models.attention.resolve_attention`.
         seed: Of random weights.
-        frozen_dtype: What frozen modules are held in; trained ones are fp32.
+        frozen_dtype: What is frozen is held in, in whole FSDP units; the others are fp32.
         vocabulary: How many ids the tokenizer has, for `resize_embeddings`; None adds no rows.
         empty: Parameters without storage, for a rank that receives them.
     """
     log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
-    dtypes = {name: torch.float32 if name in trainable else frozen_dtype for name in MODULES}
+    chosen = {name: dict(keywords) for name, keywords in (lora or {}).items() if keywords is not None}
+    touched = modules_of([*trainable, *(name for name, keywords in chosen.items() if keywords.get("use_dora"))])
+    dtypes = {name: torch.float32 if name in touched else frozen_dtype for name in MODULES}
     if empty:  # only the rank that holds weights reads their files
         vision_encoder = {**vision_encoder, "weights": None}
         projector = {**projector, "weights": None, "pooler_weights": None}
@@ -66,4 +72,7 @@ def assemble_model(
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)
     model.trainable(trainable)
+    with empty_parameters(enabled=empty):
+        add_adapters(model, chosen, seed + 3)
+    hold_frozen_units(model, frozen_dtype)
     return model

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_path.models.lora import plain_weights
 from composer_path.models.open_clip_trunk import OpenClipTrunk
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file, some
@@ -172,7 +173,7 @@ def weights_hash(encoder: VisionEncoder, weights: Mapping[str, Tensor] | None = 
     `weights`, by the encoder's names, are hashed in place of those that it holds.
     """
     state = hashlib.sha256()
-    for name, parameter in sorted(encoder.named_parameters()):
+    for name, parameter in sorted(plain_weights(dict(encoder.named_parameters())).items()):
         tensor = parameter if weights is None else weights[name]
         values = tensor.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
         state.update(f"{name} {list(values.shape)}".encode())

@@ -135,7 +135,10 @@ MISTAKES = [
     ("optimizer.lr={language_model: 1e-3}", "optimizer.lr.projector: is missing; give each trained module a rate"),
     ("optimizer.betas=[0.9]", "optimizer.betas: found a list of 1; it must be a list of 2: a number, a number"),
     ("optimizer.weight_decay=-0.1", "optimizer.weight_decay: found -0.1; it must be at least 0"),
-    ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; there are lr, weight_decay, betas"),
+    (
+        "optimizer.momentum=0.9",
+        "optimizer.momentum: unknown key; there are lr, weight_decay, groups",
+    ),
     (
         "scheduler.name=cosine_warmup",
         "scheduler.name: found the text 'cosine_warmup'; did you mean cosine_with_warmup?",

@@ -84,6 +84,23 @@ def test_the_count_is_within_1_percent_of_what_torch_counts(kind: str, trainable
     assert ours == pytest.approx(step(model), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        ["projector", "language_model.layers.1"],
+        ["language_model.layers.1.mlp"],
+        ["vision_encoder.blocks.1", "projector"],
+        ["language_model.lm_head"],
+    ],
+    ids="+".join,
+)
+def test_parts_that_learn_are_counted_as_torch_counts_them(trainable: list[str]) -> None:
+    """To 6 %: within the lowest block that learns, not every gradient of an input is needed."""
+    model = build(trainable)
+    ours = FlopCounter(model).needed(LENGTHS, NUM_IMAGES, NUM_TARGETS, causal_share=1.0).total
+    assert ours == pytest.approx(step(model), rel=0.06)
+
+
 def test_causal_attention_counts_half() -> None:
     counter = FlopCounter(build(["projector", "language_model"]))
     whole, half = (counter.needed([1000], 0, 0, causal_share=share).language_model for share in (1.0, 0.5))

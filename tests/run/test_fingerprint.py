@@ -38,7 +38,16 @@ def changed(settings: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 # What a run must have as it began, by the beginnings of the names; the rest can change at a resume.
 FIXED = (
-    *("seed", "tokenizer.", "model.", "optimizer.name", "optimizer.fused", "optimizer.amsgrad"),
+    *(
+        "seed",
+        "tokenizer.",
+        "model.",
+        "optimizer.name",
+        "optimizer.fused",
+        "optimizer.amsgrad",
+        "optimizer.groups",
+        "optimizer.layer_wise_lr_decay",
+    ),
     *(f"train_loader.dataset.{key}" for key in ("template", "max_seq_len", "image_position", "fit", "max_pixels")),
     *("train_loader.dataset.decoder", "train_loader.dataset.streams"),
 )
