@@ -12,10 +12,14 @@ from composer_path.records.slide_region import SlideRegion
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: `role` is 'human' or 'assistant'; `text` is as given, with its image tags."""
+    """One turn: `role` is 'human' or 'assistant'; `text` is as given, with its image tags.
+
+    Each token of an answer counts `weight` in the loss, from 0 (it is read, not learned) to 1.
+    """
 
     role: str
     text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,8 @@ class Conversation:
 
     def to_shard(self) -> dict[str, Any]:
         """What a shard's `conversation` column holds: turns and system message."""
-        return {"turns": [[turn.role, turn.text] for turn in self.turns], "system": self.system}
+        turns = [[turn.role, turn.text, *([] if turn.weight == 1 else [turn.weight])] for turn in self.turns]
+        return {"turns": turns, "system": self.system}
 
     @classmethod
     def from_shard(cls, data: Mapping[str, Any], num_images: int) -> Conversation:
@@ -81,7 +86,7 @@ class Conversation:
         Raises:
             ValueError: Tags and images differ in number, so the shard wasn't written by `convert`.
         """
-        turns = [Turn(role, text) for role, text in data["turns"]]
+        turns = [Turn(*turn) for turn in data["turns"]]
         num_tags = _num_tags(turns)
         if num_tags != num_images:
             raise ValueError(
