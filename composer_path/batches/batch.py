@@ -25,6 +25,7 @@ class Sample(TypedDict):
     sample_id: int  # its position in the stream; -1: none, this is a stand-in where a step has no sample for a rank
     input_ids: Int64[Tensor, " tokens"]
     labels: Int64[Tensor, " tokens"]  # not shifted
+    label_weights: NotRequired[Float32[Tensor, " tokens"]]  # what each label counts, not shifted; 1 if it isn't there
     pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
     image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
     is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
@@ -182,7 +183,8 @@ class PackedCollator:
         num_images = torch.tensor([len(sample["is_he"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
         source_weights = torch.tensor([sample.get("loss_weight", 1.0) for sample in ordered])
-        weights = target_weights(num_targets, self.loss_average) * source_weights.repeat_interleave(num_targets)
+        weights = target_weights(num_targets, self.loss_average, _label_weights(ordered, supervised_index))
+        weights *= source_weights.repeat_interleave(num_targets)
         row = {
             "input_ids": input_ids,
             "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()]),
@@ -215,14 +217,33 @@ def shift_labels(labels: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
     return torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
 
 
-def target_weights(num_targets: Int64[Tensor, " samples"], loss_average: LossAverage) -> Float32[Tensor, " targets"]:
-    """What each target counts in the loss, see `PackedCollator`."""
-    counts = num_targets.clamp(min=1).double()
+def target_weights(
+    num_targets: Int64[Tensor, " samples"],
+    loss_average: LossAverage,
+    label_weights: Float32[Tensor, " targets"] | None = None,
+) -> Float32[Tensor, " targets"]:
+    """What each target counts in the loss, see `PackedCollator`; a label of weight 0.5 is half a target throughout."""
+    counts = num_targets.double()
+    if label_weights is not None:
+        sample = torch.arange(len(num_targets)).repeat_interleave(num_targets)
+        counts = torch.zeros_like(counts).index_add(0, sample, label_weights.double())
+    counts = counts.where(counts > 0, 1.0)  # of a sample without a target
     if loss_average == "rank":
-        per_sample = torch.full_like(counts, 1.0 / max(1, int(num_targets.sum())))
+        total = num_targets.sum() if label_weights is None else label_weights.double().sum()
+        per_sample = torch.full_like(counts, 1.0 / (float(total) or 1.0))
     else:
         per_sample = {"token": torch.ones_like(counts), "sample": 1 / counts, "square": counts.rsqrt()}[loss_average]
-    return per_sample.repeat_interleave(num_targets).float()
+    weights = per_sample.repeat_interleave(num_targets).float()
+    return weights if label_weights is None else weights * label_weights
+
+
+def _label_weights(samples: Sequence[Sample], index: Int64[Tensor, " targets"]) -> Float32[Tensor, " targets"] | None:
+    """What the labels at these positions of the row count by their turns; None where each counts 1."""
+    if not any("label_weights" in sample for sample in samples):
+        return None
+    ones = (torch.ones(len(sample["labels"])) for sample in samples)
+    whole = [sample.get("label_weights", one).roll(-1) for sample, one in zip(samples, ones, strict=True)]
+    return torch.cat(whole)[index]
 
 
 def _per_sample(index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:

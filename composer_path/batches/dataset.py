@@ -126,6 +126,8 @@ class ConversationDataset(BalancedStreamingDataset):
             problem=problem,
             loss_weight=source.loss_weight,
         )
+        if tokens.weights is not None:
+            sample["label_weights"] = tokens.weights
         if self.features is None:
             size = self.images.image_size
             sample["pixel_values"] = _stacked(images, torch.empty((0, 3, size, size), dtype=torch.uint8))

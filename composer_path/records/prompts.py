@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -31,14 +32,11 @@ LLAVA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of text. Neighbours with the same mark are tokenized as one text.
-
-    A supervised piece of weight 0 is cut from its neighbours as an answer is, and not learned.
-    """
+    """A piece of text, part of an answer (supervised) or not; neighbours of one kind are tokenized as one text."""
 
     text: str
     supervised: bool = False
-    weight: float = 1.0
+    weight: float = 1.0  # what each token counts in the loss where it is supervised
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,11 @@ class PlainTemplate(PromptTemplate):
                 f"template 'plain' holds one question and its caption, found {len(questions)} questions; use "
                 "'llava_llama_2' or 'chat_template' for conversations"
             )
-        captions = [turn for turn in conversation.turns if turn.role == "assistant"]
+        captions = [
+            Text(turn.text + "\n", True, turn.weight) for turn in conversation.turns if turn.role == "assistant"
+        ]
         images = _image_row(questions[0].text.count(IMAGE_TAG))
-        return [*_bos(encoder), *images, *(Text(turn.text + "\n", True, turn.weight) for turn in captions)]
+        return [*_bos(encoder), *images, *captions]
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,14 @@ class ChatTemplate(PromptTemplate):
     Args:
         system: The system message of conversations that have none; without it the template's own default stands.
         date: What the template gets when it asks for today's date ("26 Jul 2024" or "2024-07-26").
+        thinking: Where an answer says `<think>` or `</think>`, these become the tokenizer's own tokens, supervised like
+            the answer; else they are spelled out. The empty block that such templates put before an answer without
+            thoughts is left out, so that the model itself decides.
     """
 
     system: str | None = None
     date: str | datetime.date = FIXED_DATE
+    thinking: bool = False
 
     name: ClassVar[str] = "chat_template"
     prefix_after_special: ClassVar[bool] = False
@@ -165,22 +169,29 @@ class ChatTemplate(PromptTemplate):
         if asking:
             # Cut where the answer would start: what is asked is then exactly the start of what was trained.
             turns.append(Turn("assistant", ""))
-        messages = [("user" if turn.role == "human" else "assistant", turn.text, turn.weight) for turn in turns]
+        messages = [("user" if turn.role == "human" else "assistant", turn) for turn in turns]
         if system is not None:
-            messages.insert(0, ("system", system, 0.0))
-        chunks, trims = render_around([role for role, _, _ in messages], encoder.tokenizer, self.date)
+            messages.insert(0, ("system", Turn("system", system)))
+        chunks, trims = render_around([role for role, _ in messages], encoder.tokenizer, self.date)
+        thoughts = _thought_ids(encoder) if self.thinking else {}
 
         segments: Segments = []
-        due: float | None = None  # weight of the answer before this chunk, whose end is supervised like it
-        for chunk, trim, (role, text, weight) in zip(chunks, trims, messages, strict=False):
-            answer = role == "assistant"
-            text = trimmed(text, trim)
-            if answer and chunk.endswith(" "):
-                chunk, text = chunk[:-1], " " + text
-            segments += _template_text(chunk, encoder, due)
-            due = weight if answer else None
-            segments += _question(text, image_position) if role == "user" else [_marked(text, due)]
-        return segments[:-1] if asking else segments + _template_text(chunks[-1], encoder, due)
+        before: Turn | None = None  # the answer that stands before a chunk, so that its end is supervised
+        for chunk, trim, (role, turn) in zip(chunks, trims, messages, strict=False):
+            text = trimmed(turn.text, trim)
+            if role == "assistant":
+                chunk = _NO_THOUGHT.sub("", chunk) if self.thinking else chunk
+                if chunk.endswith(" "):
+                    chunk, text = chunk[:-1], " " + text
+            segments += _template_text(chunk, encoder, before)
+            if role == "user":
+                segments += _question(text, image_position)
+            else:
+                segments += _answer(text, turn.weight, thoughts) if role == "assistant" else [Text(text)]
+            before = turn if role == "assistant" else None
+        if asking:  # the empty answer's text, which is all that there is of it
+            return segments[:-1]
+        return segments + _template_text(chunks[-1], encoder, before)
 
 
 TEMPLATES: dict[str, type[PromptTemplate]] = {
@@ -201,8 +212,9 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
     for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"template.{key}: {name!r} has no such setting (it has: {', '.join(allowed) or 'none'})")
-        if not isinstance(value, str | datetime.date | None):
-            raise ValueError(f"template.{key}: found {value!r}; it must be text, or null")
+        wanted, words = (bool, "true or false") if key == "thinking" else (str | datetime.date | None, "text, or null")
+        if not isinstance(value, wanted):
+            raise ValueError(f"template.{key}: found {value!r}; it must be {words}")
     return TEMPLATES[name](**settings)
 
 
@@ -225,21 +237,42 @@ def _image_row(num_images: int) -> Segments:
     return [ImageSlot() if index % 2 == 0 else Text("\n") for index in range(2 * num_images - 1)]
 
 
-def _marked(text: str, weight: float | None) -> Text:
-    """A text that is supervised with a weight, or (None) isn't."""
-    return Text(text) if weight is None else Text(text, True, weight)
+_THOUGHT = re.compile("(</?think>)")
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
 
 
-def _template_text(chunk: str, encoder: TextEncoder, due: float | None) -> Segments:
-    """What a chat template wrote itself; up to its first special token it belongs to the answer of weight `due`."""
+def _thought_ids(encoder: TextEncoder) -> dict[str, int]:
+    """The ids of the marks around a thought."""
+    marks = ("<think>", "</think>")
+    if lacking := [mark for mark in marks if mark not in encoder.special_tokens]:
+        raise ValueError(
+            f"template.thinking: the tokenizer must have {' and '.join(marks)} as tokens, it lacks "
+            f"{' and '.join(lacking)}; take a model that thinks, or leave thinking out"
+        )
+    return {mark: encoder.special_tokens[mark] for mark in marks}
+
+
+def _answer(text: str, weight: float, thoughts: Mapping[str, int]) -> Segments:
+    """An answer, its marks of thoughts as tokens where they are asked for."""
+    if not thoughts:
+        return [Text(text, True, weight)]
+    parts = _THOUGHT.split(text)  # a text before each mark, and one after the last
+    return [
+        SpecialToken(thoughts[part], True, weight) if part in thoughts else Text(part, True, weight) for part in parts
+    ]
+
+
+def _template_text(chunk: str, encoder: TextEncoder, answer: Turn | None) -> Segments:
+    """What a chat template wrote itself; supervised up to its first special token if an answer stands before it."""
     segments: Segments = []
     for part in encoder.split_special_tokens(chunk):
+        weight = 1.0 if answer is None else answer.weight
         if isinstance(part, int):
-            segments.append(SpecialToken(part) if due is None else SpecialToken(part, True, due))
-            due = None
+            segments.append(SpecialToken(part, answer is not None, weight))
+            answer = None
         else:
-            segments.append(_marked(part, due))
-    if due is not None:
+            segments.append(Text(part, answer is not None, weight))
+    if answer is not None:
         raise ValueError(
             "the tokenizer's chat template puts no special token after an answer, so a model could not learn to stop; "
             "add one (such as eos_token) to the template, or use 'llava_llama_2'"

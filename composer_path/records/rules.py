@@ -54,7 +54,6 @@ RULES = {
     "lookalike-tag": "the place of an image must be written as <image>",
     "contradicting-flags": "the flags of a turn must say the same",
     "loss-on-question": "only answers can be learned",
-    "fractional-weight": "a turn's weight must be 0 or 1",
     "nothing-learned": "an answer at least must be learned",
     "tag-count": "the human turns must hold as many <image> tags as the record has images",
     "path-outside-folder": "an image must lie inside the image folder",
@@ -230,8 +229,6 @@ def _flag_problems(turn: dict[str, Any], where: str) -> Iterator[RecordError]:
     elif said and isinstance(role, str) and ROLES.get(role) == "human" and max(said) > 0:
         fix = "set it to 0, or leave it out of questions"
         yield RecordError("loss-on-question", "a flag that asks for a question's loss", fix, where)
-    elif said and 0 < max(said) < 1:
-        yield RecordError("fractional-weight", f"{max(said):g}", "choose 0 or 1", where)
 
 
 def _turn_problems(record: dict[str, Any]) -> Iterator[RecordError]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from composer_path.records.conversation import Conversation, Turn
@@ -36,16 +36,18 @@ class TokenizedConversation:
 
     Attributes:
         input_ids: Token ids; an image stands as `num_image_tokens` times IMAGE_TOKEN_ID.
-        labels: The same ids where the model learns to write them (answers and their ends, of turns with a weight),
+        labels: The same ids where the model learns to write them (answers and their ends, but for turns of weight 0),
             IGNORE_INDEX elsewhere; not shifted.
         num_images: How many images were not cut away; always the first ones.
         truncated: Something was cut away at the end.
+        weights: What each label counts in the loss; None where all count 1.
     """
 
     input_ids: Int64[Tensor, " tokens"]
     labels: Int64[Tensor, " tokens"]
     num_images: int
     truncated: bool = False
+    weights: Float32[Tensor, " tokens"] | None = None
 
     @property
     def num_answer_tokens(self) -> int:
@@ -111,14 +113,16 @@ class TextPreparation:
         prefix_after_special = self.template.prefix_after_special or encoder.prefix_after_special
         input_ids: list[int] = []
         labels: list[int] = []
+        weights: list[float] = []
         num_images, truncated = 0, False
         prefix = True  # the next text starts a new piece
+        partial = any(turn.weight not in (0, 1) for turn in conversation.turns)
         for segment in segments:
             if isinstance(segment, ImageSlot):
-                ids, learned = [IMAGE_TOKEN_ID] * image_lengths[num_images], False
+                ids, weight = [IMAGE_TOKEN_ID] * image_lengths[num_images], 0.0
             else:
                 ids = [segment.id] if isinstance(segment, SpecialToken) else encoder.encode(segment.text, prefix)
-                learned = segment.supervised and segment.weight > 0
+                weight = segment.weight if segment.supervised else 0.0
             prefix = not isinstance(segment, Text) and prefix_after_special
             room = len(ids) if limit is None else limit - len(input_ids)
             truncated = len(ids) > room
@@ -127,12 +131,14 @@ class TextPreparation:
                 num_images += not truncated
             ids = ids[:room]
             input_ids += ids
-            labels += ids if learned else [IGNORE_INDEX] * len(ids)
+            labels += ids if weight else [IGNORE_INDEX] * len(ids)
+            weights += [weight] * len(ids) if partial else []
             if truncated:
                 break
         # Of lists numpy makes an array several times as fast as torch makes a tensor.
         ids_and_labels = torch.from_numpy(np.array([input_ids, labels], dtype=np.int64))
-        return TokenizedConversation(ids_and_labels[0], ids_and_labels[1], num_images, truncated)
+        counted = torch.tensor(weights, dtype=torch.float32) if partial else None
+        return TokenizedConversation(ids_and_labels[0], ids_and_labels[1], num_images, truncated, counted)
 
 
 def tokenize_conversation(
@@ -168,14 +174,22 @@ def _position(word: str) -> ImagePosition:
 
 
 def _joined(segments: list[Segment]) -> list[Segment]:
-    """Join neighbouring texts with the same mark, so that a tokenizer sees them as the one text they are."""
+    """Join neighbouring texts of one kind, so that a tokenizer sees them as the one text they are."""
     joined: list[Segment] = []
-    for mark, group in groupby(segments, lambda one: (one.supervised, one.weight) if isinstance(one, Text) else None):
-        if mark is None:
-            joined += group
-        elif text := "".join(segment.text for segment in group if isinstance(segment, Text)):
-            joined.append(Text(text, *mark))
+    for _, group in groupby(segments, _kind):
+        first, *others = group
+        if not isinstance(first, Text):
+            joined += [first, *others]
+        elif text := first.text + "".join(segment.text for segment in others if isinstance(segment, Text)):
+            joined.append(replace(first, text=text))
     return joined
+
+
+def _kind(segment: Segment) -> tuple[bool, float] | None:
+    """What neighbouring texts must share; a question's weight says nothing."""
+    if not isinstance(segment, Text):
+        return None
+    return segment.supervised, segment.weight if segment.supervised else 1.0
 
 
 def _image_lengths(num_image_tokens: NumImageTokens, num_images: int) -> list[int]:

@@ -151,6 +151,30 @@ def test_targets_weigh_what_the_loss_average_says(loss_average: str, weight_of: 
     assert batch.loss_weight == pytest.approx(total)
 
 
+@pytest.mark.parametrize(
+    ("loss_average", "weight_of"),
+    [
+        ("token", lambda own, total: 1.0),
+        ("sample", lambda own, total: 1 / own),
+        ("square", lambda own, total: own**-0.5),
+        ("rank", lambda own, total: 1 / total),
+    ],
+)
+def test_a_label_of_half_weight_is_half_a_target(loss_average: str, weight_of: Any) -> None:
+    plain, weighed = make_sample(0, 3, 4), make_sample(1, 2, 6)
+    weighed["label_weights"] = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25])
+    batch = PackedCollator(None, loss_average)([plain, weighed])
+    own = {0: [1.0] * 4, 1: [1.0, 1.0, 0.5, 0.5, 0.5, 0.25]}
+    total = sum(own[0]) + sum(own[1])
+    weights = batch.target_weights.split(batch.num_targets.tolist())
+    for sample_id, of_sample in zip(batch.sample_ids.tolist(), weights, strict=True):
+        factor = weight_of(sum(own[sample_id]), total)
+        assert of_sample.tolist() == pytest.approx([factor * one for one in own[sample_id]])
+    alone = PackedCollator(None, loss_average)([plain]).target_weights
+    if loss_average != "rank":
+        assert torch.equal(weights[batch.sample_ids.tolist().index(0)], alone)
+
+
 def test_an_unknown_loss_average_is_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as outside of tests
     with pytest.raises(ValueError, match="unknown 'tokens'; choose one of token, sample, square, rank"):

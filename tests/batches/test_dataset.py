@@ -15,6 +15,7 @@ from PIL import Image
 from streaming import MDSWriter
 
 from composer_path import IGNORE_INDEX, IMAGE_TOKEN_ID, Conversation, load_image, tokenize_conversation
+from composer_path.batches.batch import PackedCollator
 from composer_path.batches.dataset import ConversationDataset, is_hematoxylin_eosin
 from composer_path.conversion.convert import convert
 from composer_path.records.vocabulary import load_tokenizer
@@ -114,6 +115,22 @@ def test_a_text_only_sample_has_no_pixels(open_shards: Callable) -> None:
     assert sample["pixel_values"].shape == (0, 3, 28, 28)
     assert sample["pixel_values"].dtype == torch.uint8
     assert sample["is_he"].shape == (0,)
+
+
+def test_a_turns_weight_reaches_its_labels_through_shard_loader_and_row(
+    tokenizer: Any, open_shards: Callable, tmp_path: Path
+) -> None:
+    texts = ["Is it benign?", "No.", "Sure?", "Yes, quite."]
+    turns = [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, texts, strict=True)]
+    turns[1]["weight"] = 0.5
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "1", "conversations": turns}]), encoding="utf-8")
+    convert(data, tmp_path, tmp_path / "shards")
+    sample = open_shards(local=str(tmp_path / "shards"), template="llava_llama_2")[0]
+    row = PackedCollator()([sample])
+    answers = [len(tokenizer.encode(f" {text} ", add_special_tokens=False)) + 1 for text in texts[1::2]]
+    assert row.target_weights.tolist() == [0.5] * answers[0] + [1.0] * answers[1]
+    assert row.loss_weight == 0.5 * answers[0] + answers[1]
 
 
 def test_two_images_keep_their_order(open_shards: Callable, records: list, folder: Path) -> None:

@@ -84,6 +84,30 @@ def test_microbatch_losses_times_their_share_sum_to_the_weighted_mean(
     assert loss == pytest.approx(total / weights, rel=1e-5)
 
 
+def test_half_a_weight_is_half_the_loss_and_half_the_gradient(
+    adapter: ComposerPathMLLM, samples: list[dict[str, Any]]
+) -> None:
+    sample = dict(samples[1])  # with an image, so that the projector learns
+    answers = (sample["labels"] != -100).nonzero()[:, 0]
+    weights = torch.zeros(len(sample["labels"]))
+    weights[answers] = 1.0
+    weights[answers[0]] = 0.5
+    row = PackedCollator()([sample | {"label_weights": weights}])
+    whole = PackedCollator()([sample])
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        adapter.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+
+    found = gradient(adapter.loss(adapter(row), row))
+    losses = adapter(whole)
+    expected = gradient((0.5 * losses[0] + losses[1:].sum()) / (len(losses) - 0.5))
+    assert found.abs().sum() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    adapter.zero_grad()
+
+
 def test_a_microbatch_without_answers_has_loss_0_and_finite_gradients(
     adapter: ComposerPathMLLM, samples: list[dict[str, Any]]
 ) -> None:

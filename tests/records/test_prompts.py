@@ -219,9 +219,62 @@ def test_unknown_names_and_settings_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"template\.system: 'plain' has no such setting"):
         get_template({"name": "plain", "system": "S"})
     with pytest.raises(
-        ValueError, match=r"template\.sistem: 'chat_template' has no such setting \(it has: system, date\)"
+        ValueError, match=r"template\.sistem: 'chat_template' has no such setting \(it has: system, date, thinking\)"
     ):
         get_template({"name": "chat_template", "sistem": "S"})
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+)
+THOUGHTFUL = "<think>Rosettes.</think>Ependymoma."
+
+
+@pytest.fixture
+def thinker(byte_level):
+    tokenizer = copy.deepcopy(byte_level.tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = THINKING
+    return text_encoder(tokenizer)
+
+
+def test_thoughts_are_the_tokenizers_own_tokens_where_asked_for_and_in_answers_only(thinker):
+    chat = conversation("What do <think> and </think> say?", THOUGHTFUL)
+    marks = {thinker.special_tokens[mark] for mark in ("<think>", "</think>")}
+
+    def learned(template: ChatTemplate) -> list[object]:
+        return [
+            getattr(one, "id", None) or one.text for one in template.segments(chat, thinker, "front") if one.supervised
+        ]
+
+    asked = learned(ChatTemplate(thinking=True))
+    start, end = (thinker.special_tokens[mark] for mark in ("<think>", "</think>"))
+    assert asked[:5] == ["", start, "Rosettes.", end, "Ependymoma."] and asked[5] not in marks
+    assert THOUGHTFUL in learned(ChatTemplate())  # spelled out, as any text
+    segments = ChatTemplate(thinking=True).segments(chat, thinker, "front")
+    assert sum(isinstance(one, SpecialToken) and one.id in marks for one in segments) == 2  # the question's are text
+
+
+def test_a_model_that_thinks_is_asked_without_the_templates_empty_thought(thinker):
+    question = conversation("What is it?")
+    asked, trained = (
+        ChatTemplate(thinking=True).segments(one, thinker, "front")
+        for one in (question, conversation("What is it?", THOUGHTFUL))
+    )
+    assert "think" not in written(asked, thinker) and trained[: len(asked)] == asked
+    assert "<think>" in written(ChatTemplate().segments(question, thinker, "front"), thinker)
+
+
+def test_thinking_needs_a_tokenizer_that_has_its_marks(byte_level):
+    byte_level.tokenizer.chat_template = THINKING
+    with pytest.raises(
+        ValueError, match=r"template\.thinking: the tokenizer must have <think> and </think> as tokens, it la"
+    ):
+        ChatTemplate(thinking=True).segments(conversation("Q", "A"), byte_level, "front")
+    with pytest.raises(ValueError, match=r"template\.thinking: found 'yes'; it must be true or false"):
+        get_template({"name": "chat_template", "thinking": "yes"})
 
 
 def test_text_segments_know_whether_they_are_supervised():

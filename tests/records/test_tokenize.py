@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,34 @@ def test_labels_are_exactly_the_answers_and_their_ends(tokenizer, template, name
     assert len(ends) == len(chat.turns) // 2 and (template == "plain" or end_ids <= special)
     # No other special token is supervised: the model learns to stop, not to open the next turn.
     assert sum(label in special for label in tokenized.labels.tolist()) == (0 if template == "plain" else len(ends))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, indirect=True)
+def test_a_turns_weight_is_its_labels_weight_and_changes_no_token(tokenizer, template):
+    if template == "plain":
+        pytest.skip("has one answer")
+    texts = ("Is it benign?", "No idea.", "And now?", "A carcinoma.", "Sure?", "Yes.")
+    whole = tokenize_conversation(conversation(*texts), tokenizer, template, 3)
+    assert whole.weights is None
+    turns = list(conversation(*texts).turns)
+    turns[1], turns[5] = replace(turns[1], weight=0.0), replace(turns[5], weight=0.5)
+    weighed = tokenize_conversation(Conversation(tuple(turns)), tokenizer, template, 3)
+    assert torch.equal(weighed.input_ids, whole.input_ids)
+    assert answers_of(weighed, tokenizer) == ["A carcinoma.", "Yes."]
+    learned = weighed.labels != IGNORE_INDEX
+    assert torch.equal(weighed.labels[learned], whole.labels[learned])
+    counted = weighed.weights[learned].tolist()
+    assert sorted(set(counted)) == [0.5, 1.0] and counted == sorted(counted, reverse=True)
+    assert not weighed.weights[~learned].any()
+    half = tokenize_conversation(conversation(*texts[4:]), tokenizer, template, 3).num_answer_tokens
+    assert counted.count(0.5) == half
+
+
+def test_an_answer_of_weight_0_alone_leaves_nothing_to_learn(mistral):
+    unlearned = Conversation((Turn("human", "Q"), Turn("assistant", "A", weight=0.0)))
+    for template in ("plain", "llava_llama_2"):
+        tokens = tokenize_conversation(unlearned, mistral, template, 3)
+        assert tokens.num_answer_tokens == 0 and tokens.weights is None
 
 
 def check_ids_equal_the_tokenizers_own(texts: list[str], tokenizer) -> None:

@@ -21,6 +21,7 @@ def flagged(**flags: Any) -> dict[str, Any]:
 def test_every_flag_takes_a_turn_out_or_keeps_it(flag: str) -> None:
     for value in (False, 0, 0.0):
         assert Conversation.from_record(flagged(**{flag: value})).turns[1].weight == 0
+    assert Conversation.from_record(flagged(**{flag: 0.5})).turns[1].weight == 0.5
     for value in (True, 1, 1.0, None):
         assert Conversation.from_record(flagged(**{flag: value})).turns[1].weight == 1
 
@@ -35,7 +36,6 @@ def test_every_flag_takes_a_turn_out_or_keeps_it(flag: str) -> None:
         ({"weight": float("nan")}, "wrong-type"),
         ({"loss_mask": [1, 0]}, "wrong-type"),
         ({"loss": True, "weight": 0}, "contradicting-flags"),
-        ({"weight": 0.5}, "fractional-weight"),
     ],
 )
 def test_a_flag_that_says_nothing_clear_is_refused(flags: dict[str, Any], rule: str) -> None:
