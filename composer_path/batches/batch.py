@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from composer_path.batches.microbatches import add_cuts, agree_over_ranks, cap_bins, fewest_bins
 from composer_path.batches.sending import in_one_piece, pack, unpack
 from composer_path.records.tokenize import IGNORE_INDEX
+from composer_path.records.wording import Wording
 
 Pixels = UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
 LossAverage = Literal["token", "sample", "square", "rank"]
@@ -28,6 +29,8 @@ class Sample(TypedDict):
     pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
     image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
     is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
+    wording: NotRequired[Wording]  # what the text speaks of; nothing if it isn't there
+    repetition: NotRequired[int]  # how often the epoch had it before
     source: str  # the stream's name, or the record's own source
     problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
     loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
@@ -63,8 +66,12 @@ class Batch:
     image_features: Float[Tensor, "images image_tokens dim"] | None = field(default=None, metadata={"per": "image"})
     is_he: Bool[Tensor, " images"] = field(metadata={"per": "image"})
     image_sample_ids: Int64[Tensor, " images"] = field(metadata={"per": "image"})
-    # Of each sample: its id, counts, source, and why it can't be used.
+    # Of each image: whether its sample's text speaks of directions, or of sizes.
+    names_direction: Bool[Tensor, " images"] = field(metadata={"per": "image"})
+    names_size: Bool[Tensor, " images"] = field(metadata={"per": "image"})
+    # Of each sample: its id, how often the epoch had it before, counts, source, and why it can't be used.
     sample_ids: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
+    repetitions: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_images: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_targets: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_placeholders: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
@@ -181,6 +188,7 @@ class PackedCollator:
         image_index = (input_ids < 0).nonzero()[:, 0]
         num_images = torch.tensor([len(sample["is_he"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
+        spoken = torch.tensor([sample.get("wording", Wording(False, False)) for sample in ordered])
         source_weights = torch.tensor([sample.get("loss_weight", 1.0) for sample in ordered])
         weights = target_weights(num_targets, self.loss_average) * source_weights.repeat_interleave(num_targets)
         row = {
@@ -194,7 +202,9 @@ class PackedCollator:
             "image_index": image_index,
             "is_he": torch.cat([sample["is_he"] for sample in ordered]),
             "image_sample_ids": sample_ids.repeat_interleave(num_images),
+            **{name: spoken[:, at].repeat_interleave(num_images) for at, name in enumerate(Wording._fields)},
             "sample_ids": sample_ids,
+            "repetitions": torch.tensor([sample.get("repetition", 0) for sample in ordered]),
             "num_images": num_images,
             "num_targets": num_targets,
             "num_placeholders": _per_sample(image_index, lengths),
