@@ -169,6 +169,8 @@ def check_average(
     if interval.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH) or (half and half.unit != interval.unit):
         found = f"found a half_life of {half_life} and an update_interval of {interval.to_timestring()}"
         raise ValueError(f"{found}; both must be in ba, or both in ep")
+    if interval.value < 1 or (half and half.value < 1):
+        raise ValueError("found a half_life or an update_interval of nothing; both must be above 0")
     if smoothing is None:
         assert half is not None
         smoothing = float(2 ** -(interval.value / half.value))

@@ -55,7 +55,11 @@ class ImageAlgorithm(Algorithm):
 
     def draw(self, batch: Batch, state: State) -> Float[Tensor, "images draws"]:
         """Numbers from 0 up to 1 for each image."""
-        key = key_of(self.seed, state.timestamp.epoch.value, self.drawn_as)
+        return self.draw_in_epoch(batch, state.timestamp.epoch.value)
+
+    def draw_in_epoch(self, batch: Batch, epoch: int) -> Float[Tensor, "images draws"]:
+        """Likewise, where there is no run."""
+        key = key_of(self.seed, epoch, self.drawn_as)
         return draw_for_images(key, batch, self.num_draws, self.of_a_sample)
 
     @abstractmethod

@@ -17,7 +17,9 @@ from composer_path.algorithms.image_algorithm import ImageAlgorithm
 from composer_path.batches.batch import Batch
 
 _LMS = torch.tensor([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]], dtype=torch.float64)
-_AXES = torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]], dtype=torch.float64) * torch.tensor([3, 6, 2])[:, None] ** -0.5
+_AXES = (
+    torch.tensor([[1, 1, 1], [1, 1, -2], [1, -1, 0]], dtype=torch.float64) * torch.tensor([3, 6, 2])[:, None] ** -0.5
+)
 _TO = (_LMS.float(), _AXES.float())
 _BACK = (torch.linalg.inv(_AXES).float(), torch.linalg.inv(_LMS).float())
 _LOG2_OF_10 = 3.321928094887362

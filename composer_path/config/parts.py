@@ -7,8 +7,11 @@ from typing import Any
 
 from composer.core import Time, TimeUnit
 
-from composer_path.algorithms.ema import check_average
+from composer_path.config.check import check_keys
+from composer_path.config.schema import Section
+from composer_path.config.sections import config_schema
 from composer_path.config.types import hint
+from composer_path.run.names import named_classes
 from composer_path.run.verdicts import ON_GPUS, STOPPERS
 
 Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
@@ -17,8 +20,10 @@ Get = Callable[[str], Any]  # a value by its path; None where it isn't there or 
 def of_the_parts(get: Get) -> Iterator[str]:
     """Conditions of what is named in `algorithms` and `callbacks`."""
     algorithms, callbacks = ((value if isinstance(value := get(name), Mapping) else {}) for name in _SECTIONS)
-    if isinstance(ema := algorithms.get("ema"), Mapping):
-        yield from _of_ema(get, ema)
+    for name, keywords in algorithms.items():
+        yield from _of_ours(name, keywords or {})
+    if "ema" in algorithms and get("trainer.parallelism_config.fsdp.version") == 1:
+        yield "algorithms.ema: can't average what FSDP 1 has flattened; take fsdp.version 2, or null as fsdp for DDP"
     if isinstance(unfreeze := algorithms.get("unfreeze"), Mapping):
         yield from _of_unfreeze(get, unfreeze)
     for name in [name for name in ON_GPUS if name in callbacks and get("trainer.device") == "cpu"]:
@@ -31,14 +36,19 @@ def of_the_parts(get: Get) -> Iterator[str]:
 _SECTIONS = ("algorithms", "callbacks")
 
 
-def _of_ema(get: Get, ema: Mapping[str, Any]) -> Iterator[str]:
+def _of_ours(name: str, keywords: Any) -> Iterator[str]:
+    """What the constructor of one of our algorithms says, which costs nothing to ask."""
+    cls = named_classes("algorithms").get(name)
+    section = config_schema().keys["algorithms"]
+    node = section.keys.get(name) if isinstance(section, Section) else None
+    if cls is None or node is None or cls.__module__.partition(".")[0] != "composer_path":
+        return
+    if not isinstance(keywords, Mapping) or any(check_keys(keywords, node)):  # already reported
+        return
     try:
-        check_average(**ema)
-    except (ValueError, TypeError) as error:  # of a wrong type, or an unknown key, which is already reported
-        if isinstance(error, ValueError):
-            yield f"algorithms.ema: {error}"
-    if get("trainer.parallelism_config.fsdp.version") == 1:
-        yield "algorithms.ema: can't average what FSDP 1 has flattened; take fsdp.version 2, or null as fsdp for DDP"
+        cls(**keywords)
+    except ValueError as error:
+        yield f"algorithms.{name}: {str(error).removeprefix(f'{name}: ').removeprefix(f'{name}.')}"
 
 
 def _of_unfreeze(get: Get, moments: Mapping[str, Any]) -> Iterator[str]:

@@ -174,7 +174,7 @@ def _named_sections(name: str) -> Section:
         if key not in no_use:
             own = inspect.signature(cls).parameters if cls.__module__.startswith("composer_path.") else {}
             seed = {"seed": {"default": SEED, **SEEDS}} if "seed" in own else {}
-            said = changes.get(key, {}) | seed | getattr(cls, "rules", {})
+            said = changes.get(key, {}) | seed
             sections[key] = section_of(cls, leave_out=supplied, changes=said, default=ABSENT)
     known = {*named_classes(name), *FOUNDRY}
     return Section(sections, {}, {key: hint for key, hint in no_use.items() if key in known})

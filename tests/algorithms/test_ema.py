@@ -138,13 +138,16 @@ def test_a_checkpoint_amid_an_evaluation_holds_the_training_weights() -> None:
     ema._show(averages=True)
     assert not model.weight.any()
 
-    class Stub:
-        algorithms, optimizers = [ema], ()
+    class Stub(State):
+        algorithms, optimizers = [ema], ()  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            pass
 
         def state_dict(self) -> dict[str, Any]:
             return {"algorithms": [("EMA", ema.state_dict())], "model": {"weight": model.weight.detach().clone()}}
 
-    found = contents(Stub())["state"]  # type: ignore[arg-type]
+    found = contents(Stub())["state"]
     assert torch.equal(found["model"]["weight"], before)
     assert not found["algorithms"]["EMA"]["averages"]["weight"].any()
 

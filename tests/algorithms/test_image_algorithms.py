@@ -92,7 +92,7 @@ def test_two_algorithms_draw_independent_numbers() -> None:
 
 @pytest.mark.parametrize("kind", [Dihedral, ImageDropout, MppJitter, StainJitter])
 def test_a_share_out_of_range_is_refused(kind: Any) -> None:
-    with pytest.raises(ValueError, match="probability must lie between 0 and 1, found 1.5"):
+    with pytest.raises(ValueError, match=r"probability must lie between 0 and 1, found 1\.5"):
         kind(probability=1.5)
 
 
@@ -168,5 +168,7 @@ def test_a_repeated_sample_has_each_number_once_for_any_workers(tmp_path_factory
         return [sorted(pair) for pair in pairs]
 
     alone = steps(0)
-    assert sorted(sum(alone, [])) == [(sample_id, repetition) for sample_id in range(6) for repetition in range(3)]
+    assert sorted(pair for step in alone for pair in step) == [
+        (sample_id, repetition) for sample_id in range(6) for repetition in range(3)
+    ]
     assert steps(2) == alone

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from composer.core import Event, Timestamp
+from composer import ComposerModel
+from composer.core import Event, State
+from composer.devices import DeviceCPU
+from composer.loggers import Logger
 from tiny_samples import mixed_samples
 
 from composer_path.algorithms import Neftune
@@ -62,20 +64,34 @@ def test_it_is_made_in_pieces_without_a_difference(monkeypatch: pytest.MonkeyPat
     assert torch.equal(noise(row()), whole)
 
 
+class Speaker(ComposerModel):
+    """As much of the model as has an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.language_model = torch.nn.Module()
+        self.model.language_model.embed = torch.nn.Embedding(10, DIM)
+        self.model.language_model.get_input_embeddings = lambda: self.model.language_model.embed  # type: ignore
+
+    def forward(self, batch: Any) -> Any:
+        return None
+
+    def loss(self, outputs: Any, batch: Any) -> Any:
+        return None
+
+
 def test_the_embedding_is_noisy_in_a_training_pass_only() -> None:
-    embed = torch.nn.Embedding(10, DIM)
-    language_model = SimpleNamespace(get_input_embeddings=lambda: embed)
+    speaker = Speaker()
+    embed = speaker.model.language_model.embed
     batch = row()
-    state: Any = SimpleNamespace(
-        model=SimpleNamespace(model=SimpleNamespace(language_model=language_model)),
-        batch=batch,
-        timestamp=Timestamp(epoch=1),
-    )
+    state = State(model=speaker, rank_zero_seed=0, run_name="noise", device=DeviceCPU())
+    state.batch = batch
     ids = batch.input_ids.clamp(0, 9)
     clean, algorithm = embed(ids), Neftune(ALPHA)
-    algorithm.apply(Event.BEFORE_FORWARD, state, None)  # type: ignore[arg-type]
+    algorithm.apply(Event.BEFORE_FORWARD, state, Logger(state))
     assert not torch.equal(embed(ids), clean)
-    algorithm.apply(Event.AFTER_FORWARD, state, None)  # type: ignore[arg-type]
+    algorithm.apply(Event.AFTER_FORWARD, state, Logger(state))
     assert torch.equal(embed(ids), clean)
     assert algorithm.match(Event.AFTER_FORWARD, state) and not algorithm.match(Event.EVAL_BEFORE_FORWARD, state)
 

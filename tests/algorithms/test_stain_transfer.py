@@ -11,11 +11,13 @@ from PIL import Image
 
 from composer_path.algorithms.stain_transfer import StainTransfer, stain_statistics, transfer_stain
 
-IMAGES = sorted((Path(__file__).resolve().parents[2] / "test_data" / "imgs").iterdir())
+IMAGES = Path(__file__).resolve().parents[2] / "test_data" / "imgs"
+OURS = ("hgsc_nest_x0160_y0480_160.jpg", "hgsc_nest_x0640_y0000_160.jpg", "hgsc_stroma_x0640_y0480_160.jpg")
+THEIRS = ("cmu_x0640_y2800_160.jpg", "cmu_x0800_y2800_160.jpg", "cmu_x0960_y1600_160.jpg")
 
 
-def tiles(number: int) -> torch.Tensor:
-    found = [np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in IMAGES[:number]]
+def tiles(names: tuple[str, ...]) -> torch.Tensor:
+    found = [np.asarray(Image.open(IMAGES / name).convert("RGB").resize((64, 64))) for name in names]
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -39,17 +41,16 @@ def test_it_is_the_papers_formula() -> None:
 
 
 def test_an_images_own_statistics_change_nothing() -> None:
-    image = tiles(1)
+    image = tiles(OURS[:1])
     mean, std = stain_statistics([image])
     assert (transfer_stain(image, torch.tensor([mean, std])).int() - image.int()).abs().max() <= 2
 
 
 def test_the_references_statistics_are_met_on_real_histology() -> None:
-    reference = stain_statistics([tiles(8)[4:]])
-    moved = transfer_stain(tiles(4), torch.tensor(reference))
-    found = torch.tensor(stain_statistics([moved]))
-    assert (found - torch.tensor(reference)).abs().max() < 0.03  # colours that no screen has are cut
-    assert (torch.tensor(stain_statistics([tiles(4)])) - torch.tensor(reference)).abs().max() > 0.03
+    reference = torch.tensor(stain_statistics([tiles(THEIRS)]))
+    found = torch.tensor(stain_statistics([transfer_stain(tiles(OURS), reference)]))
+    before = torch.tensor(stain_statistics([tiles(OURS)]))
+    assert (found - reference).abs().max() < 0.3 * (before - reference).abs().max()  # colours beyond white are cut
 
 
 def test_glass_stays_as_it_is() -> None:
@@ -63,7 +64,7 @@ def test_a_reference_without_tissue_is_refused() -> None:
 
 
 def test_statistics_must_be_three_numbers_with_deviations_above_0() -> None:
-    with pytest.raises(ValueError, match="stain_transfer.std: must be three numbers .* above 0; found 0"):
+    with pytest.raises(ValueError, match=r"stain_transfer\.std: must be three numbers .* above 0; found 0"):
         StainTransfer([0.0, 0.0, 0.0], [1.0, 0.0, 1.0])
-    with pytest.raises(ValueError, match="stain_transfer.mean: must be three numbers .*; found 2 numbers"):
+    with pytest.raises(ValueError, match=r"stain_transfer\.mean: must be three numbers .*; found 2 numbers"):
         StainTransfer([0.0, 0.0], [1.0, 1.0, 1.0])
