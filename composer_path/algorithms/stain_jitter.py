@@ -8,15 +8,11 @@ again (Tellez et al., Medical Image Analysis 58, 2019). The matrix is Ruifrok an
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import replace
-
 import torch
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from composer_path.algorithms.image_algorithm import ImageAlgorithm
 from composer_path.batches.batch import Batch
 
 # Rows: haematoxylin, eosin, DAB (here: what the first two leave over). Columns: density in red, green, blue.
@@ -26,11 +22,6 @@ _STAINS = _STAINS / _STAINS.norm(dim=1, keepdim=True)
 _STAIN_PARTS = torch.einsum("is,so->sio", torch.linalg.inv(_STAINS), _STAINS).float()
 
 _LOG2_OF_10 = 3.321928094887362
-
-# SplitMix64's constants as signed 64-bit integers, torch's only 64-bit kind.
-_GOLDEN_GAMMA, _MIX_1, _MIX_2 = (
-    constant - (1 << 64) for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 
 
 def jitter_stain(
@@ -58,27 +49,8 @@ def jitter_stain(
     return jittered.neg_().add_(8).exp2_().sub_(1).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def draw_uniform(
-    key: int, sample_ids: Int64[Tensor, " images"], places: Int64[Tensor, " images"], num_draws: int
-) -> Float[Tensor, "images draws"]:
-    """Draw numbers from 0 up to 1 that depend on nothing but the arguments, the same on every kind of device.
-
-    A counter-based generator: counters are mixed by SplitMix64's finaliser (Steele et al., OOPSLA 2014) in
-    64-bit integers that wrap around; the upper 24 bits become the fraction. No state, no wait.
-    """
-    counters = torch.arange(num_draws, device=sample_ids.device)
-    mixed = _mix(_mix(_mix(sample_ids + key) + places)[:, None] + counters)
-    return _shift_right(mixed, 40).float() * 2.0**-24
-
-
-class StainJitter(Algorithm):
-    """Jitter the stains of H&E images, before each forward pass of training.
-
-    Runs on the device, on `state.batch.pixel_values` (uint8), for the images whose `is_he` is true; other stains and
-    images of unknown stain stay as they are. Evaluation is not touched. What an image gets depends on `seed`, the
-    epoch, its sample and its place in the sample alone: not on rank, worker, batch size or split. The batch is
-    replaced, never changed in place, so a microbatch that is run again after running out of memory is not jittered
-    twice.
+class StainJitter(ImageAlgorithm):
+    """Jitter the stains of H&E images; other stains and images of unknown stain stay as they are.
 
     Args:
         strength: Each stain's amount is multiplied by a factor from 1 - strength to 1 + strength: 0.1 is hardly seen,
@@ -89,59 +61,20 @@ class StainJitter(Algorithm):
         seed: Another seed gives another jitter.
     """
 
-    changes_images = True  # so it can't run on stored features
+    num_draws = 1 + 2 * len(_STAINS)
 
     def __init__(self, strength: float = 0.2, shift: float = 0.01, probability: float = 0.8, seed: int = 17) -> None:
-        for name, value in (("strength", strength), ("shift", shift), ("probability", probability)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"stain_jitter: {name} must lie between 0 and 1, found {value}")
-        self.strength, self.shift, self.probability, self.seed = strength, shift, probability, seed
+        super().__init__(seed, strength=strength, shift=shift, probability=probability)
+        self.strength, self.shift, self.probability = strength, shift, probability
 
-    def __repr__(self) -> str:
-        return f"StainJitter({', '.join(f'{name}={value}' for name, value in vars(self).items())})"
-
-    def match(self, event: Event, state: State) -> bool:
-        """Run before each microbatch's forward pass; evaluation has events of its own."""
-        return event == Event.BEFORE_FORWARD
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Replace the microbatch by one with jittered images."""
-        batch: Batch = state.batch
-        images = batch.pixel_values
-        assert images is not None  # a set of features is refused before the run
-        if not len(images):  # a text-only microbatch
-            return
-        places = _places_in_samples(batch.num_images, len(images))
-        key = _key(self.seed, state.timestamp.epoch.value)
-        draws = draw_uniform(key, batch.image_sample_ids, places, 1 + 2 * len(_STAINS))
+    def change(
+        self,
+        images: UInt8[Tensor, "images 3 height width"],
+        draws: Float[Tensor, "images draws"],
+        batch: Batch,
+    ) -> UInt8[Tensor, "images 3 height width"]:
+        """Jitter those that the first number chooses."""
         chosen = batch.is_he & (draws[:, 0] < self.probability)
         scales, shifts = (draws[:, 1:] * 2 - 1).split(len(_STAINS), dim=1)
         alpha, beta = 1 + self.strength * scales, self.shift * shifts
-        jittered = torch.where(chosen[:, None, None, None], jitter_stain(images, alpha, beta), images)
-        state.batch = replace(batch, pixel_values=jittered)
-
-
-def _places_in_samples(num_images_of_samples: Int64[Tensor, " samples"], num_images: int) -> Int64[Tensor, " images"]:
-    """Number the images inside each sample: 0, 1, …, 0, 1, … (a sample may occur twice in a row)."""
-    first = num_images_of_samples.cumsum(0) - num_images_of_samples
-    # With the total given, the device is not asked for it.
-    first_of_image = first.repeat_interleave(num_images_of_samples, output_size=num_images)
-    return torch.arange(num_images, device=first.device) - first_of_image
-
-
-def _key(seed: int, epoch: int) -> int:
-    """Fold seed and epoch into one number below 2**62, in plain integers."""
-    digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 2
-
-
-def _mix(values: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
-    values = values + _GOLDEN_GAMMA
-    values = (values ^ _shift_right(values, 30)) * _MIX_1
-    values = (values ^ _shift_right(values, 27)) * _MIX_2
-    return values ^ _shift_right(values, 31)
-
-
-def _shift_right(values: Int64[Tensor, "*shape"], bits: int) -> Int64[Tensor, "*shape"]:
-    """Shift without copies of the sign bit, which torch's shift of a signed integer brings in."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
+        return torch.where(chosen[:, None, None, None], jitter_stain(images, alpha, beta), images)

@@ -1,9 +1,9 @@
 """Balanced batches: an epoch's samples are exchanged inside each global batch until all ranks have equal work.
 
-An epoch is Streaming's array of sample ids `[nodes, ranks, workers, batches, batch_size]`. A rank takes its workers'
-batches in turn, so the global batch of step `s` is `[:, :, s % workers, s // workers]`. No sample leaves its global
-batch, so loss and gradients stay as they are, to rounding. Checkpoints say whether ranks were balanced: a resumed run
-goes on as it began.
+An epoch is Streaming's array of samples `[nodes, ranks, workers, batches, batch_size]`, each `numbered` (order.py). A
+rank takes its workers' batches in turn, so the global batch of step `s` is `[:, :, s % workers, s // workers]`. No
+sample leaves its global batch, so loss and gradients stay as they are, to rounding. Checkpoints say whether ranks were
+balanced: a resumed run goes on as it began.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from composer_path.shards.lengths import LengthsError
 from composer_path.stream.error import StreamError, of_all_ranks
 from composer_path.stream.guarded import GuardedStreamingDataset
+from composer_path.stream.order import sample_of
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def imbalance(work: Work, tokens: Tokens) -> float:
     1 is perfect; every rank waits for the fullest one. An epoch without a sample counts as 1.
     """
     steps = _across_nodes(_by_step(work))
-    loads = np.where(steps >= 0, tokens[steps], 0).sum(axis=2, dtype=np.int64)
+    loads = np.where(steps >= 0, tokens[np.maximum(sample_of(steps), 0)], 0).sum(axis=2, dtype=np.int64)
     mean = loads.mean(axis=1).sum()
     return float(loads.max(axis=1).sum() / mean) if mean else 1.0
 
@@ -192,9 +193,9 @@ def _deal(groups: Groups, tokens: Tokens) -> Groups:
     """The longest sample first, each to the rank with the fewest tokens that still has room; then some are swapped."""
     count, ranks, size = groups.shape
     flat = groups.reshape(count, ranks * size)
-    order = np.lexsort((flat, -tokens[flat].astype(np.int64)), axis=1)  # equally long ones by their ids
+    order = np.lexsort((flat, -tokens[sample_of(flat)].astype(np.int64)), axis=1)  # equally long ones by their ids
     ids = np.take_along_axis(flat, order, axis=1)
-    lengths = tokens[ids].astype(np.int64)
+    lengths = tokens[sample_of(ids)].astype(np.int64)
     dealt, rows = np.empty_like(groups), np.arange(count)
     loads, taken = np.zeros((count, ranks), np.int64), np.zeros((count, ranks), np.int64)
     for at in range(ranks * size):
@@ -214,7 +215,9 @@ def _swap(groups: Groups, tokens: Tokens, loads: Int64[np.ndarray, "groups ranks
     full, empty = loads.argmax(axis=1), loads.argmin(axis=1)
     gap = loads[rows, full] - loads[rows, empty]
     ours, theirs = groups[rows, full], groups[rows, empty]
-    moved = tokens[ours].astype(np.int64)[:, :, None] - tokens[theirs].astype(np.int64)[:, None, :]
+    moved = (
+        tokens[sample_of(ours)].astype(np.int64)[:, :, None] - tokens[sample_of(theirs)].astype(np.int64)[:, None, :]
+    )
     left = np.abs(gap[:, None, None] - 2 * moved).reshape(len(groups), -1)  # of the gap, after the swap
     best = left.argmin(axis=1)
     at = np.flatnonzero(left[rows, best] < gap)

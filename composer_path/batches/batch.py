@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from typing import Any, NotRequired, TypedDict, get_args
 
 import torch
 from jaxtyping import BFloat16, Bool, Float, Float32, Int, Int32, Int64, UInt8
@@ -13,10 +13,11 @@ from torch.utils.data import get_worker_info
 
 from composer_path.batches.microbatches import add_cuts, agree_over_ranks, cap_bins, fewest_bins
 from composer_path.batches.sending import in_one_piece, pack, unpack
+from composer_path.batches.target_weights import LossAverage, label_weights, target_weights
 from composer_path.records.tokenize import IGNORE_INDEX
+from composer_path.records.wording import Wording
 
 Pixels = UInt8[Tensor, "images 3 height width"] | Float[Tensor, "images 3 height width"]
-LossAverage = Literal["token", "sample", "square", "rank"]
 
 
 class Sample(TypedDict):
@@ -29,6 +30,8 @@ class Sample(TypedDict):
     pixel_values: NotRequired[UInt8[Tensor, "images 3 height width"]]
     image_features: NotRequired[BFloat16[Tensor, "images image_tokens dim"]]  # in their place, where a set holds them
     is_he: Bool[Tensor, " images"]  # haematoxylin and eosin, where the record says so
+    wording: NotRequired[Wording]  # what the text speaks of; nothing if it isn't there
+    repetition: NotRequired[int]  # how often the epoch had it before
     source: str  # the stream's name, or the record's own source
     problem: str | None  # why it can't be trained on; it then keeps its slot with weight 0
     loss_weight: NotRequired[float]  # of its source; 1 if it isn't there
@@ -64,8 +67,12 @@ class Batch:
     image_features: Float[Tensor, "images image_tokens dim"] | None = field(default=None, metadata={"per": "image"})
     is_he: Bool[Tensor, " images"] = field(metadata={"per": "image"})
     image_sample_ids: Int64[Tensor, " images"] = field(metadata={"per": "image"})
-    # Of each sample: its id, counts, source, and why it can't be used.
+    # Of each image: whether its sample's text speaks of directions, or of sizes.
+    names_direction: Bool[Tensor, " images"] = field(metadata={"per": "image"})
+    names_size: Bool[Tensor, " images"] = field(metadata={"per": "image"})
+    # Of each sample: its id, how often the epoch had it before, counts, source, and why it can't be used.
     sample_ids: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
+    repetitions: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_images: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_targets: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
     num_placeholders: Int64[Tensor, " samples"] = field(metadata={"per": "sample"})
@@ -182,8 +189,9 @@ class PackedCollator:
         image_index = (input_ids < 0).nonzero()[:, 0]
         num_images = torch.tensor([len(sample["is_he"]) for sample in ordered])
         sample_ids = torch.tensor([sample["sample_id"] for sample in ordered])
+        spoken = torch.tensor([sample.get("wording", Wording(False, False)) for sample in ordered])
         source_weights = torch.tensor([sample.get("loss_weight", 1.0) for sample in ordered])
-        weights = target_weights(num_targets, self.loss_average, _label_weights(ordered, supervised_index))
+        weights = target_weights(num_targets, self.loss_average, label_weights(ordered, supervised_index))
         weights *= source_weights.repeat_interleave(num_targets)
         row = {
             "input_ids": input_ids,
@@ -196,7 +204,9 @@ class PackedCollator:
             "image_index": image_index,
             "is_he": torch.cat([sample["is_he"] for sample in ordered]),
             "image_sample_ids": sample_ids.repeat_interleave(num_images),
+            **{name: spoken[:, at].repeat_interleave(num_images) for at, name in enumerate(Wording._fields)},
             "sample_ids": sample_ids,
+            "repetitions": torch.tensor([sample.get("repetition", 0) for sample in ordered]),
             "num_images": num_images,
             "num_targets": num_targets,
             "num_placeholders": _per_sample(image_index, lengths),
@@ -215,35 +225,6 @@ class PackedCollator:
 def shift_labels(labels: Int64[Tensor, " tokens"]) -> Int64[Tensor, " tokens"]:
     """The label of each position is the next token's; the last position predicts nothing."""
     return torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
-
-
-def target_weights(
-    num_targets: Int64[Tensor, " samples"],
-    loss_average: LossAverage,
-    label_weights: Float32[Tensor, " targets"] | None = None,
-) -> Float32[Tensor, " targets"]:
-    """What each target counts in the loss, see `PackedCollator`; a label of weight 0.5 is half a target throughout."""
-    counts = num_targets.double()
-    if label_weights is not None:
-        sample = torch.arange(len(num_targets)).repeat_interleave(num_targets)
-        counts = torch.zeros_like(counts).index_add(0, sample, label_weights.double())
-    counts = counts.where(counts > 0, 1.0)  # of a sample without a target
-    if loss_average == "rank":
-        total = num_targets.sum() if label_weights is None else label_weights.double().sum()
-        per_sample = torch.full_like(counts, 1.0 / (float(total) or 1.0))
-    else:
-        per_sample = {"token": torch.ones_like(counts), "sample": 1 / counts, "square": counts.rsqrt()}[loss_average]
-    weights = per_sample.repeat_interleave(num_targets).float()
-    return weights if label_weights is None else weights * label_weights
-
-
-def _label_weights(samples: Sequence[Sample], index: Int64[Tensor, " targets"]) -> Float32[Tensor, " targets"] | None:
-    """What the labels at these positions of the row count by their turns; None where each counts 1."""
-    if not any("label_weights" in sample for sample in samples):
-        return None
-    ones = (torch.ones(len(sample["labels"])) for sample in samples)
-    whole = [sample.get("label_weights", one).roll(-1) for sample, one in zip(samples, ones, strict=True)]
-    return torch.cat(whole)[index]
 
 
 def _per_sample(index: Int64[Tensor, " positions"], lengths: Int64[Tensor, " samples"]) -> Int64[Tensor, " samples"]:

@@ -20,10 +20,12 @@ from composer_path.batches.mixture import Source, Template, asking_template, bui
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
 from composer_path.images.pixels import Decoder, Fit, ImagePreparation
 from composer_path.records.conversation import Conversation
-from composer_path.records.prompts import ImagePosition, TemplateError
+from composer_path.records.prompts import TemplateError
 from composer_path.records.rules import ImageError
+from composer_path.records.segments import ImagePosition
 from composer_path.records.tokenize import IGNORE_INDEX, TextPreparation, TokenizedConversation
 from composer_path.records.vocabulary import text_encoder
+from composer_path.records.wording import wording_of
 from composer_path.shards.columns import COLUMNS, image_views
 from composer_path.shards.lengths import lengths_place, read_lengths
 from composer_path.stream.cache import INDEX
@@ -109,7 +111,9 @@ class ConversationDataset(BalancedStreamingDataset):
         """Make a sample of a shard's record; one that can't be used keeps its slot, with no label and the reason."""
         shard_id, _ = self._find(sample_id)
         source = self.sources[int(self.stream_per_shard[shard_id])]
-        return self._sample(sample_id, source, self._prepare(record, source.text), record["metadata"])
+        sample = self._sample(sample_id, source, self._prepare(record, source.text), record["metadata"])
+        sample["wording"], sample["repetition"] = wording_of(record["conversation"]), self.repetition()
+        return sample
 
     def stand_in(self) -> Sample:
         """In place of a sample that a step has for other ranks only; it weighs nothing and isn't counted."""

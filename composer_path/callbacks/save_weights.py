@@ -10,6 +10,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.algorithms.ema import averaged_weights
 from composer_path.checkpoints.folder import on_first_rank
 from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
@@ -65,7 +66,8 @@ class SaveWeights(Callback):
             settle(state)
             self.last_saved = state.timestamp.batch.value
             self.trained_only.check(state.optimizers)
-            self.save()
+            with averaged_weights(state):
+                self.save()
 
     def save(self) -> None:
         """Gather the weights on rank 0 and write them; every rank must call it.

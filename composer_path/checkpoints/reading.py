@@ -21,7 +21,7 @@ from composer_path.checkpoints.metadata_file import METADATA
 from composer_path.checkpoints.saver import contents
 
 # What a run can do without: it begins anew there. (Of more ranks than saved, random states are their own.)
-_MAY_BE_MISSING = ("state.callbacks.", "state.dataset_state.", "state.algorithms", "rng", "composer_path")
+_MAY_BE_MISSING = ("state.callbacks.", "state.dataset_state.", "state.algorithms.", "rng", "composer_path")
 # Hyperparameters of a newer torch; they come from the YAML anyway.
 _OF_THE_YAML = "param_groups"
 
@@ -137,7 +137,10 @@ def _fit(template: dict[str, Any], present: Mapping[str, Any]) -> None:
     if problems := [f"{word} {len(keys)} entries, such as {keys[0]}" for word, keys in parts.items() if keys]:
         raise CheckpointError(f"it {' and '.join(problems)}; this run trains other modules, or another model")
     for key in missing:
-        _drop(template, ".".join(key.split(".")[:3]) if key.startswith("state.callbacks.") else key)
+        of_a_part = key.startswith(("state.callbacks.", "state.algorithms."))
+        _drop(template, ".".join(key.split(".")[:3]) if of_a_part else key)
+    if not template["state"].get("algorithms", True):  # an earlier version wrote all of them as one entry, even none
+        del template["state"]["algorithms"]
 
 
 def _leaves(content: Any, path: str = "") -> Iterator[tuple[str, Any]]:

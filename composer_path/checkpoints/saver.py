@@ -210,7 +210,12 @@ def contents(state: State) -> dict[str, Any]:
         held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
         for weight in [weight for weight in optimizer.state if id(weight) not in held]:
             del optimizer.state[weight]
+    for algorithm in state.algorithms:
+        if hasattr(algorithm, "show_trained_weights"):  # of averages, amid an evaluation
+            algorithm.show_trained_weights()
     everything = state.state_dict()
+    # By name rather than in a list of pairs, of which torch would write one pickle, tensors included.
+    everything["algorithms"] = dict(everything["algorithms"])
     for unused in ("metadata", "integrations"):  # versions and the machine's name, which nothing reads
         everything.pop(unused, None)
     return {"composer_path": FORMAT, "state": everything, "rng": reproducibility.get_rng_state()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from composer_path.batches.mixture import asking_template, check_streams, template_of
+from composer_path.config.parts import of_the_parts
 from composer_path.config.types import hint
 from composer_path.encoders.table import ENCODERS
 from composer_path.models.execution import FROZEN_ONLY
@@ -33,6 +34,7 @@ def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterat
     yield from _of_the_model(get)
     yield from _of_what_is_trained(get)
     yield from _of_the_trainer(get, given)
+    yield from of_the_parts(get)
     for name in LOADERS:
         if isinstance(get(name), Mapping):
             yield from _of_a_loader(get, name)

@@ -36,6 +36,7 @@ from composer_path.run.names import named_classes
 from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
 from composer_path.run.schedule import build_schedule
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
+from composer_path.run.verdicts import FOUNDRY, refused
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
 from composer_path.stream.order import REFUSED, check_setting
@@ -173,20 +174,23 @@ def _optimizer() -> Choice:
 
 def _named_sections(name: str) -> Section:
     """`snake_name: {keywords}`; of an `is_run_object` the keyword-only arguments come from the run."""
-    trainers = {
-        "checkpoint_saver": "use trainer.save_interval and its neighbours",
+    no_use = refused(name) | {
         "console": "use trainer.log_to_console",
         "progress_bar": "use trainer.progress_bar",
     }
     clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
-    changes: dict[str, Any] = {"gradient_clipping": clipping, "stain_jitter": {"seed": {"default": SEED}}}
+    changes: dict[str, Any] = {"gradient_clipping": clipping}
     sections: dict[str, Node] = {}
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
         supplied = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        if key not in trainers:
-            sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), default=ABSENT)
-    return Section(sections, {}, {key: hint for key, hint in trainers.items() if key in named_classes(name)})
+        if key not in no_use:
+            own = inspect.signature(cls).parameters if cls.__module__.startswith("composer_path.") else {}
+            seed = {"seed": {"default": SEED, **SEEDS}} if "seed" in own else {}
+            said = changes.get(key, {}) | seed
+            sections[key] = section_of(cls, leave_out=supplied, changes=said, default=ABSENT)
+    known = {*named_classes(name), *FOUNDRY}
+    return Section(sections, {}, {key: hint for key, hint in no_use.items() if key in known})
 
 
 def _guards() -> Section:

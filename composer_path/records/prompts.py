@@ -10,51 +10,34 @@ from __future__ import annotations
 
 import datetime
 import difflib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from composer_path.records.chat_template import FIXED_DATE, TemplateError, read_date, render_around, trimmed
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.segments import (
+    NO_THOUGHT,
+    ImagePosition,
+    Segments,
+    SpecialToken,
+    Text,
+    answer_of,
+    bos,
+    image_row,
+    question_of,
+    template_text,
+    thought_ids,
+)
 from composer_path.records.vocabulary import TextEncoder
-
-ImagePosition = Literal["front", "inline"]  # of an image: in front of its turn's text, or where its tag stands
 
 # The system sentence that the reference's conversations start with (read from its token ids).
 LLAVA_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of text, part of an answer (supervised) or not; neighbours of one kind are tokenized as one text."""
-
-    text: str
-    supervised: bool = False
-    weight: float = 1.0  # what each token counts in the loss where it is supervised
-
-
-@dataclass(frozen=True)
-class SpecialToken:
-    """One special token, by id."""
-
-    id: int
-    supervised: bool = False
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class ImageSlot:
-    """Where the conversation's next image stands."""
-
-
-Segment = Text | SpecialToken | ImageSlot
-Segments = list[Segment]
 
 
 @dataclass(frozen=True)
@@ -101,8 +84,8 @@ class PlainTemplate(PromptTemplate):
         captions = [
             Text(turn.text + "\n", True, turn.weight) for turn in conversation.turns if turn.role == "assistant"
         ]
-        images = _image_row(questions[0].text.count(IMAGE_TAG))
-        return [*_bos(encoder), *images, *captions]
+        images = image_row(questions[0].text.count(IMAGE_TAG))
+        return [*bos(encoder), *images, *captions]
 
 
 @dataclass(frozen=True)
@@ -130,8 +113,8 @@ class LlavaLlama2Template(PromptTemplate):
         segments: Segments = []
         for turn in conversation.turns:
             if turn.role == "human":
-                question = _question(turn.text, image_position)
-                segments += [*_bos(encoder), Text(opening), *question, Text(" [/INST]")]
+                question = question_of(turn.text, image_position)
+                segments += [*bos(encoder), Text(opening), *question, Text(" [/INST]")]
                 opening = "[INST] "
             else:
                 # The space before the answer is its first token's, in any vocabulary: supervised like the answer.
@@ -173,25 +156,25 @@ class ChatTemplate(PromptTemplate):
         if system is not None:
             messages.insert(0, ("system", Turn("system", system)))
         chunks, trims = render_around([role for role, _ in messages], encoder.tokenizer, self.date)
-        thoughts = _thought_ids(encoder) if self.thinking else {}
+        thoughts = thought_ids(encoder) if self.thinking else {}
 
         segments: Segments = []
         before: Turn | None = None  # the answer that stands before a chunk, so that its end is supervised
         for chunk, trim, (role, turn) in zip(chunks, trims, messages, strict=False):
             text = trimmed(turn.text, trim)
             if role == "assistant":
-                chunk = _NO_THOUGHT.sub("", chunk) if self.thinking else chunk
+                chunk = NO_THOUGHT.sub("", chunk) if self.thinking else chunk
                 if chunk.endswith(" "):
                     chunk, text = chunk[:-1], " " + text
-            segments += _template_text(chunk, encoder, before)
+            segments += template_text(chunk, encoder, before)
             if role == "user":
-                segments += _question(text, image_position)
+                segments += question_of(text, image_position)
             else:
-                segments += _answer(text, turn.weight, thoughts) if role == "assistant" else [Text(text)]
+                segments += answer_of(text, turn.weight, thoughts) if role == "assistant" else [Text(text)]
             before = turn if role == "assistant" else None
         if asking:  # the empty answer's text, which is all that there is of it
             return segments[:-1]
-        return segments + _template_text(chunks[-1], encoder, before)
+        return segments + template_text(chunks[-1], encoder, before)
 
 
 TEMPLATES: dict[str, type[PromptTemplate]] = {
@@ -216,65 +199,3 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
         if not isinstance(value, wanted):
             raise ValueError(f"template.{key}: found {value!r}; it must be {words}")
     return TEMPLATES[name](**settings)
-
-
-def _bos(encoder: TextEncoder) -> Segments:
-    id = encoder.tokenizer.bos_token_id
-    return [] if id is None else [SpecialToken(id)]
-
-
-def _question(text: str, image_position: ImagePosition) -> Segments:
-    """A human turn with its images: in front of the text (one as in the reference, several line by line), or inline."""
-    parts = text.split(IMAGE_TAG)
-    if len(parts) == 1 or image_position == "inline":
-        return [Text(parts[0]), *(segment for part in parts[1:] for segment in (ImageSlot(), Text(part)))]
-    rest = "".join(parts).strip()
-    return [*_image_row(len(parts) - 1), *([Text("\n" + rest)] if rest else [])]
-
-
-def _image_row(num_images: int) -> Segments:
-    """Images in order with a newline between them."""
-    return [ImageSlot() if index % 2 == 0 else Text("\n") for index in range(2 * num_images - 1)]
-
-
-_THOUGHT = re.compile("(</?think>)")
-_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
-
-
-def _thought_ids(encoder: TextEncoder) -> dict[str, int]:
-    """The ids of the marks around a thought."""
-    marks = ("<think>", "</think>")
-    if lacking := [mark for mark in marks if mark not in encoder.special_tokens]:
-        raise ValueError(
-            f"template.thinking: the tokenizer must have {' and '.join(marks)} as tokens, it lacks "
-            f"{' and '.join(lacking)}; take a model that thinks, or leave thinking out"
-        )
-    return {mark: encoder.special_tokens[mark] for mark in marks}
-
-
-def _answer(text: str, weight: float, thoughts: Mapping[str, int]) -> Segments:
-    """An answer, its marks of thoughts as tokens where they are asked for."""
-    if not thoughts:
-        return [Text(text, True, weight)]
-    parts = _THOUGHT.split(text)  # a text before each mark, and one after the last
-    return [
-        SpecialToken(thoughts[part], True, weight) if part in thoughts else Text(part, True, weight) for part in parts
-    ]
-
-
-def _template_text(chunk: str, encoder: TextEncoder, answer: Turn | None) -> Segments:
-    """What a chat template wrote itself; supervised up to its first special token if an answer stands before it."""
-    segments: Segments = []
-    for part in encoder.split_special_tokens(chunk):
-        weight = 1.0 if answer is None else answer.weight
-        if isinstance(part, int):
-            segments.append(SpecialToken(part, answer is not None, weight))
-            answer = None
-        else:
-            segments.append(Text(part, answer is not None, weight))
-    if answer is not None:
-        raise ValueError(
-            "the tokenizer's chat template puts no special token after an answer, so a model could not learn to stop; "
-            "add one (such as eos_token) to the template, or use 'llava_llama_2'"
-        )
-    return segments

@@ -13,15 +13,8 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from composer_path.records.conversation import Conversation, Turn
-from composer_path.records.prompts import (
-    ImagePosition,
-    ImageSlot,
-    PromptTemplate,
-    Segment,
-    SpecialToken,
-    Text,
-    get_template,
-)
+from composer_path.records.prompts import PromptTemplate, get_template
+from composer_path.records.segments import ImagePosition, ImageSlot, Segment, SpecialToken, Text
 from composer_path.records.vocabulary import TextEncoder, Tokenizer, text_encoder
 
 IMAGE_TOKEN_ID = -200  # the reference's placeholder; never in a vocabulary

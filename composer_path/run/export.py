@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.algorithms.ema import AVERAGES
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
@@ -129,15 +130,17 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     """
     checkpoint = named(checkpoint).path
     prefix = "model."  # the ComposerModel's one child
+    wanted: dict[str, Tensor] = {}
     if checkpoint.is_dir():
         reader = GuardedReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
-        tensors = {
-            prefix + name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name in names
-            if isinstance(entry := stored.get(f"state.model.{prefix}{name}"), TensorStorageMetadata)
-        }
-        load_sharded({"state": {"model": tensors}}, reader, alone=True)
+        tensors = {}
+        for name in names:  # its average, where the run kept one
+            for key in (AVERAGES + name, f"state.model.{prefix}{name}"):
+                if prefix + name not in tensors and isinstance(entry := stored.get(key), TensorStorageMetadata):
+                    tensors[prefix + name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+                    wanted[key] = tensors[prefix + name]
+        load_sharded(wanted, reader, alone=True)
     else:
         content = read_pickle(checkpoint)
         state = content.get("state") if isinstance(content, dict) else None

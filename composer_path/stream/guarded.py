@@ -34,7 +34,15 @@ from composer_path.stream.cache import clear_left_overs, refresh_index, take_cac
 from composer_path.stream.error import FailureNote, StreamError, agree_on_failure
 from composer_path.stream.guarded_stream import PATIENCE, GuardedStream
 from composer_path.stream.open_shards import SampleReader
-from composer_path.stream.order import CHECKED, NOTHING, STAND_IN, check_setting, check_shares
+from composer_path.stream.order import (
+    CHECKED,
+    NOTHING,
+    STAND_IN,
+    check_setting,
+    check_shares,
+    repetition_of,
+    sample_of,
+)
 from composer_path.stream.resume import OrderedStreamingDataset
 from composer_path.stream.shared_prefix import prefix_picked_once
 
@@ -299,10 +307,16 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
         """This worker's share of an epoch, without the slot of a stand-in, which has no shard to prepare."""
-        ids = super()._get_work(epoch, sample_in_epoch)
+        entries = super()._get_work(epoch, sample_in_epoch)
+        ids, self._repetitions = sample_of(entries), repetition_of(entries)
         self._needs_stand_in = STAND_IN in ids
         ids[ids == STAND_IN] = NOTHING
         return ids
+
+    def repetition(self) -> int:
+        """How often the epoch had the sample before that this worker is reading; 0 where nothing is iterated."""
+        it = getattr(self, "_iterator", None)
+        return 0 if it is None or it.yield_index >= it.total else int(self._repetitions[it.yield_index])
 
     def stand_in(self) -> Any:
         """What a rank without a sample for the last slot that others have puts there; None: nothing."""

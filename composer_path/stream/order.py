@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of what is written here; 1 was Streaming's own partition
 NOTHING, STAND_IN = -1, -2  # in place of a sample's id: an empty slot, and one that its rank needs something for
+_ID_BITS = 40  # of an entry; the rest says which repetition of the sample it is
+_ID_MASK = (1 << _ID_BITS) - 1
 
 Ids = Int64[np.ndarray, " samples"]
+Entries = Int64[np.ndarray, "*shape"]
 Work = Int64[np.ndarray, "nodes ranks workers batches batch_size"]
 
 
@@ -150,6 +153,25 @@ def deal(ids: Ids, stretches: Ids, global_batch: int, world: World) -> Work:
     return np.ascontiguousarray(work.transpose(2, 3, 1, 0, 4))
 
 
+def numbered(ids: Ids) -> Ids:
+    """Entries of an order: above a sample's id stands how often it came before, so that repetitions differ."""
+    by_id = ids.argsort(kind="stable")
+    ordered = ids[by_id]
+    repetitions = np.empty_like(ids)
+    repetitions[by_id] = np.arange(len(ids)) - np.searchsorted(ordered, ordered)
+    return ids + (repetitions << _ID_BITS)
+
+
+def sample_of(entries: Entries) -> Entries:
+    """The samples' ids alone; what is in place of one stays."""
+    return np.where(entries < 0, entries, entries & _ID_MASK)
+
+
+def repetition_of(entries: Entries) -> Entries:
+    """How often the epoch had each sample before."""
+    return np.where(entries < 0, 0, entries >> _ID_BITS)
+
+
 def shuffled(dataset: OrderedStreamingDataset, epoch: int) -> tuple[Ids, Ids]:
     """An epoch's samples in order, and the stretch of each."""
     units, samples = dataset.resample_streams(epoch)
@@ -163,10 +185,10 @@ def shuffled(dataset: OrderedStreamingDataset, epoch: int) -> tuple[Ids, Ids]:
 
 
 def generate_work(dataset: OrderedStreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> Work:
-    """An epoch's order from a place on, in the shape in which Streaming's workers take it."""
+    """An epoch's order from a place on, in the shape in which Streaming's workers take it; entries are `numbered`."""
     ids, stretches = shuffled(dataset, epoch)
     todo = slice(sample_in_epoch, dataset.samples_per_epoch)
-    return deal(ids[todo], stretches[todo], dataset.batch_size * world.num_ranks, world)
+    return deal(numbered(ids)[todo], stretches[todo], dataset.batch_size * world.num_ranks, world)
 
 
 # Streaming looks a method up by its name in this table.

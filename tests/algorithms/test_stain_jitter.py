@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from composer_path.algorithms import StainJitter
-from composer_path.algorithms.stain_jitter import draw_uniform, jitter_stain
+from composer_path.algorithms.draws import draw_uniform
+from composer_path.algorithms.stain_jitter import jitter_stain
 from composer_path.batches.batch import Batch, PackedCollator, Sample, split_batch
 
 ONES, ZEROS = torch.ones(1, 3), torch.zeros(1, 3)

@@ -9,14 +9,12 @@ from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.prompts import (
     LLAVA_SYSTEM,
     ChatTemplate,
-    ImageSlot,
     LlavaLlama2Template,
     PlainTemplate,
-    SpecialToken,
     TemplateError,
-    Text,
     get_template,
 )
+from composer_path.records.segments import ImageSlot, SpecialToken, Text
 from composer_path.records.vocabulary import load_tokenizer, text_encoder
 
 
