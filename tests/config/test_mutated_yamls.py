@@ -154,7 +154,7 @@ def test_it_is_refused_before_anything_is_built(demo: Path, override: str, line:
 UNBUILT = [
     ("model.vision_encoder.kwargs={embed_dim: 30, num_heads: 7}", "dim should be divisible by num_heads"),
     ("model.vision_encoder.kwargs={depth: -1}", "model: can't be built of these sizes: RuntimeError"),
-    ("model.vision_encoder.kwargs={act_layer: nope}", "model: can't be built of these sizes: KeyError: 'nope'"),
+    ("model.vision_encoder.kwargs={act_layer: nope}", "act_layer must be one of timm.layers or torch.nn, found 'nope'"),
     ("model.vision_encoder.mean=[0.5,0.5]", "vision_encoder.mean: must be three numbers"),
     ("model.projector.pooler.num_heads=7", "projector.pooler: dim must be divisible by num_heads"),
     ("model.projector.mlp.depth=0", "projector.mlp: depth 0 (identity) can't change the width"),
