@@ -18,6 +18,7 @@ from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
 from composer_path.config.types import on_a_line
+from composer_path.own_parts.imports import ImportsError, located, source_of, use_imports, words_of
 
 NO_YAML = (YAMLError, OmegaConfBaseException, ValueError)  # the last: no Unicode, a number of 5,000 digits
 
@@ -31,13 +32,17 @@ class ConfigError(ValueError):
         super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, allowed_imports: Sequence[str] | None = None
+) -> DictConfig:
     """A YAML with overrides, complete, and checked before anything is built.
 
     Args:
         path: The YAML.
         overrides: `key=value` with dots between the levels; the value is read as YAML. A mapping is merged into what
             is there; `null` empties a key.
+        allowed_imports: The modules and files of the YAML's `imports` that may be run, with their places; None for all
+            that it names, beside what installed packages offer under names that it uses.
 
     Returns:
         The configuration with every key that a section may hold: what the YAML leaves out has the default of the
@@ -50,6 +55,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     problems: list[str] = []
     config = _read(path, overrides, problems)
     given: Any = OmegaConf.to_container(config, resolve=False)
+    _import(path, config, given, allowed_imports)
     problems += complete(config, config_schema())
     values = fill_in(config, problems)
     problems += check_keys(values, config_schema())
@@ -62,6 +68,27 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
 def plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as plain mappings and lists, with interpolations filled in."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _import(path: str | Path, config: DictConfig, given: dict[str, Any], allowed: Sequence[str] | None) -> None:
+    """Import what the YAML names, or of that what is allowed; files stand in the configuration with their places."""
+    names = given.get("imports") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name and "${" not in name for name in names):
+        fix = "it must be a list of modules and files, written out, as in [./my_parts.py]"
+        raise ConfigError(path, [f"imports: found {str(names)[:80]!r}; {fix}"])
+    folder = Path(path).resolve().parent
+    if allowed is not None:
+        places = {source_of(name): name for name in allowed}
+        if refused := [name for name in names if source_of(name) not in places]:
+            fix = "leave --no-imports away, or give --import with its place, if you trust it"
+            raise ConfigError(path, [f"imports: '{name}' is not to be run here; {fix}" for name in refused])
+        names, folder = [places[source_of(name)] for name in names], Path.cwd()
+    if names or "imports" in given:
+        config["imports"] = [located(name, folder) for name in names]
+    try:
+        use_imports(names, folder, () if allowed is not None else words_of(given))
+    except ImportsError as error:
+        raise ConfigError(path, error.problems) from error
 
 
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:

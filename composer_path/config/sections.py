@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache, partial
-from typing import Any, Literal, get_args
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 from composer import Trainer
 from composer.core import Precision
@@ -20,6 +20,7 @@ from composer_path.batches.loader import build_dataloader
 from composer_path.batches.mixture import build_stream
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.config import rules
+from composer_path.config.own_section import own_section
 from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
 from composer_path.guards.guards import Guards
 from composer_path.guards.requests import seconds_of
@@ -27,11 +28,14 @@ from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
+from composer_path.own_parts.registry import Kind, own_classes, version
 from composer_path.records.prompts import get_template
 from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run.names import named_classes
-from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+from composer_path.run.foreign_names import foreign_names
+from composer_path.run.optimizer import REFUSED as REFUSED_OPTIMIZERS
+from composer_path.run.optimizer import build_optimizer, known_optimizers, optimizer_class
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
 from composer_path.storage.places import check_readable
 from composer_path.stream.guarded import GuardedStreamingDataset
@@ -41,12 +45,16 @@ from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
+TOKEN_LOSS = "leave it out; an evaluation always has it, and a step its loss"
 SEED = "${seed}"  # of the whole run
 SEEDS: dict[str, Any] = {
     "at_least": 0,
     "at_most": 4_000_000_000,
 }  # NumPy's generators take 32 bits, and some are counted up from it
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
+# Of torch's optimizers: what would climb the loss, or needs a caller of another kind.
+NO_SWITCHES = dict.fromkeys(("maximize", "capturable", "differentiable"), "leave it out; training minimises a loss")
+OPTIMIZER_TYPES: dict[str, Any] = {}
 SECONDS = {"check": rules.check_seconds}
 
 
@@ -55,15 +63,25 @@ def _from_1(most: int) -> dict[str, Any]:
     return {"at_least": 1, "at_most": most}
 
 
-@cache
 def config_schema() -> Section:
-    """The whole YAML."""
-    schedules = {name: section_of(cls) for name, cls in named_classes("scheduler").items()}
+    """The whole YAML, with the parts of one's own that are known now."""
+    return _config_schema(version())
+
+
+@lru_cache(maxsize=2)
+def _config_schema(version: int) -> Section:
+    own_schedulers = own_classes("schedulers")
+    schedules = {
+        name: own_section(cls, default=None) if name in own_schedulers else section_of(cls)
+        for name, cls in named_classes("scheduler").items()
+    }
+    metrics = {name: own_section(cls) for name, cls in own_classes("metrics").items()}
     no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
             "version": Key(Literal[1]),
+            "imports": Key(list[str], []),
             "seed": Key(int, **SEEDS),
             "save_root": Key(str, check=rules.check_save_root),
             "variables": Section({}, {}, open=True),
@@ -72,6 +90,8 @@ def config_schema() -> Section:
             "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
             "train_loader": _loader(REQUIRED),
             "eval_loader": _loader(None),
+            "eval_loaders": Section({}, {}, members=_loader(None)),
+            **{name: Section(metrics, {}, {"token_loss": TOKEN_LOSS}) for name in ("eval_metrics", "train_metrics")},
             "optimizer": _optimizer(),
             "scheduler": Choice("name", schedules, REQUIRED),
             **{name: _named_sections(name) for name in ("algorithms", "callbacks", "loggers")},
@@ -93,13 +113,38 @@ def _model() -> Section:
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
     parts: dict[str, Any] = {
-        "vision_encoder": section_of(build_vision_encoder, untrained_vision_encoder, changes=vision, default=REQUIRED),
-        "projector": section_of(
-            build_projector, untrained_projector, refused=sizes, changes=projector, default=REQUIRED
+        "vision_encoder": _with_own(
+            "name",
+            "vision_encoders",
+            section_of(build_vision_encoder, untrained_vision_encoder, changes=vision, default=REQUIRED),
+            ("image_size",),
+        ),
+        "projector": _with_own(
+            "type",
+            "projectors",
+            section_of(
+                build_projector,
+                untrained_projector,
+                refused=sizes | {"kwargs": "they are of a projector of one's own; name its class as type"},
+                changes=projector,
+                default=REQUIRED,
+            ),
+            ("in_dim", "out_dim"),
         ),
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
     return section_of(assemble_model, leave_out=("seed", "frozen_dtype", "empty"), changes=parts, default=REQUIRED)
+
+
+def _with_own(selector: str, kind: Kind, usual: Section, supplied: tuple[str, ...]) -> Choice | Section:
+    """A part of the model that may be of a class of one's own, whose keywords are then `kwargs`."""
+    sections = {}
+    for name, cls in own_classes(kind).items():
+        common = ("weights", *(("image_size", "tokens", "mean", "std") if kind == "vision_encoders" else ()))
+        keys: dict[str, Node] = {key: usual.keys[key] for key in common}
+        keys["kwargs"] = own_section(cls, supplied, default={})
+        sections[name] = Section(keys, usual.default)
+    return Choice(selector, sections, usual.default, otherwise=usual) if sections else usual
 
 
 def _loader(default: Any) -> Section:
@@ -143,19 +188,23 @@ def _loader(default: Any) -> Section:
 
 def _optimizer() -> Choice:
     changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
-    changes["betas"] = {"check": rules.check_beta}
+    changes |= dict.fromkeys(("betas", "momentum", "rho", "alpha"), {"check": rules.check_beta})
     # What torchao's signature doesn't say.
     types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
     types["bf16_stochastic_round"] = bool
     changes_8bit = {**changes, **{key: {**changes.get(key, {}), "annotation": kind} for key, kind in types.items()}}
     sections = {}
-    for name in get_args(OptimizerName):
+    ours = ("model", "name", "params")
+    for name in known_optimizers():
         functions: list[Any] = [build_optimizer]
         with suppress(ValueError):  # its package isn't installed: said when it is built
             functions.append(optimizer_class(name))
-        said = changes_8bit if name == "adamw_8bit" else changes
-        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=said)
-    return Choice("name", sections, REQUIRED)
+        said = changes_8bit if name == "adamw_8bit" else changes | OPTIMIZER_TYPES.get(name, {})
+        sections[name] = section_of(*functions, leave_out=ours, refused=NO_SWITCHES, changes=said)
+    common = section_of(build_optimizer, leave_out=ours, changes=changes).keys
+    for name, cls in own_classes("optimizers").items():
+        sections[name] = Section({**own_section(cls, (*ours, *common)).keys, **common})
+    return Choice("name", sections, REQUIRED, refused=REFUSED_OPTIMIZERS)
 
 
 def _named_sections(name: str) -> Section:
@@ -168,12 +217,17 @@ def _named_sections(name: str) -> Section:
     clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
     changes: dict[str, Any] = {"gradient_clipping": clipping, "stain_jitter": {"seed": {"default": SEED}}}
     sections: dict[str, Node] = {}
+    own: Any = own_classes(name)  # type: ignore[arg-type]
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
         supplied = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        if key not in trainers:
+        if key in own:
+            sections[key] = own_section(cls, supplied)
+        elif key not in trainers:
             sections[key] = section_of(cls, leave_out=supplied, changes=changes.get(key), default=ABSENT)
-    return Section(sections, {}, {key: hint for key, hint in trainers.items() if key in named_classes(name)})
+    refused = {key: hint for key, hint in trainers.items() if key in named_classes(name)}
+    elsewhere = {key: fix for key, fix in foreign_names(name).items() if key not in own}
+    return Section(sections, {}, refused | elsewhere)
 
 
 def _guards() -> Section:
@@ -218,7 +272,7 @@ def _trainer() -> Section:
             "console_log_interval": {"check": rules.check_console_interval},
             "save_interval": {"annotation": str | int | None},  # null saves nothing
             "save_num_checkpoints_to_keep": {"check": rules.check_number_to_keep},
-            "best": {"annotation": Literal["heldout/token_loss"] | None},  # what an evaluation measures
+            "best": {"annotation": str | None},  # what an evaluation measures
             "progress_bar": {"annotation": bool | None, "default": None},  # null: where a terminal can draw it
             # Composer's own default on a GPU is fp16.
             "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "default": REQUIRED},

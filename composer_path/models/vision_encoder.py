@@ -1,7 +1,6 @@
 """The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it.
 
-Any ViT of timm or open_clip is here by its name. To add another kind: a branch of `untrained_vision_encoder`, and its
-name in `check_vision_name` of config/rules.py.
+Any ViT of timm or open_clip is here by its name. One of one's own is a `VisionTrunk` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from composer_path.models.open_clip_trunk import (
     open_clip_normalization,
     open_clip_vision_config,
 )
+from composer_path.models.trunk import VisionTrunk
+from composer_path.own_parts.registry import own_classes
 
 Tokens = Literal["all", "patches", "cls_patches"]
 # The reference's encoder: ViT-L/16 with LayerScale, run at 448 px instead of its native 224.
@@ -141,11 +142,16 @@ def untrained_vision_encoder(
     except ValueError as error:
         raise ValueError(f"vision_encoder.kwargs: {error}") from None
     trunk: Any
+    own = own_classes("vision_encoders").get(name)
     library, _, model_name = name.partition("/")
-    if name == "coca_vit-l":
+    if own is not None:
+        trunk = own(**({} if image_size is None else {"image_size": image_size}), **kwargs)
+        normalization: tuple[Sequence[float], Sequence[float]] = trunk.mean, trunk.std
+        image_size = trunk.image_size
+    elif name == "coca_vit-l":
         image_size = COCA_VIT_L["image_size"] if image_size is None else image_size
         trunk = _build_timm_trunk(COCA_VIT_L["name"], image_size, {**COCA_VIT_L["kwargs"], **kwargs})
-        normalization: tuple[Sequence[float], Sequence[float]] = IMAGE_MEAN, IMAGE_STD
+        normalization = IMAGE_MEAN, IMAGE_STD
     elif library == "timm":
         trunk = _build_timm_trunk(model_name, image_size, kwargs)
         normalization = trunk.pretrained_cfg["mean"], trunk.pretrained_cfg["std"]
@@ -163,7 +169,8 @@ def untrained_vision_encoder(
             "'open_clip/<open_clip model>'"
         )
     size: int = trunk.patch_embed.img_size[0] if image_size is None else image_size
-    patch_size: int = trunk.patch_size if isinstance(trunk, OpenClipTrunk) else trunk.patch_embed.patch_size[0]
+    has_one = isinstance(trunk, OpenClipTrunk | VisionTrunk)
+    patch_size: int = trunk.patch_size if has_one else trunk.patch_embed.patch_size[0]
     if size % patch_size:
         raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
     known: dict[str, Any] = {"image_size": size, "tokens": tokens}

@@ -20,6 +20,7 @@ from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
+from composer_path.models.projector import PooledMlp
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.place import with_local_weights
@@ -44,7 +45,8 @@ def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]
     state = part_of(weights, "projector")
     (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier model
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
-    save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
+    if isinstance(model.projector, PooledMlp):  # the reference has no others
+        save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
     write_json(folder / "config.json", model.config())
 
 

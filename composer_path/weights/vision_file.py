@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from composer_path.models.open_clip_trunk import OpenClipTrunk
+from composer_path.models.trunk import VisionTrunk
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file
 
@@ -58,7 +59,7 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
     """Load the weights of a `.safetensors` file or a torch pickle into a vision encoder, cast to its dtype.
 
     The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
-    removed. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
+    removed. Of a trunk of one's own all keys are its own. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
     weights are left out, and so are the text tower and all else in a whole vision-language checkpoint (prefix with
     `visual`); in any other file keys outside of the prefix are an error.
 
@@ -66,6 +67,11 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
         WeightsError: The file can't be read, no or several ViTs are in it, or keys and shapes differ (all listed).
     """
     trunk = encoder.trunk
+    if isinstance(trunk, VisionTrunk):
+        tensors = read_tensor_file(path)
+        check_tensors(str(path), trunk.state_dict(), tensors)
+        trunk.load_state_dict(tensors)
+        return
     module, keys = (trunk.tower, OPEN_CLIP) if isinstance(trunk, OpenClipTrunk) else (trunk, TIMM)
     expected = module.state_dict()
     tensors = _behind_prefix(str(path), read_tensor_file(path), keys)
