@@ -13,6 +13,7 @@ from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.vision_encoder import COCA_VIT_L
 from composer_path.run.evaluations import HELD_OUT, OTHERS, loader_sections
+from composer_path.run.optimizer import ADAFACTOR
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
@@ -110,6 +111,8 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
             pass
         except ValueError as error:
             yield str(error)
+    if get("optimizer.name") == "adafactor" and get("trainer.parallelism_config.fsdp") is not None:
+        yield f"optimizer.name: found 'adafactor'; {ADAFACTOR}"
     if get("trainer.best") is not None and trainer.get("save_interval") is None:
         yield "trainer.best: needs trainer.save_interval; give it or remove this"
     written = given.get("trainer")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module, invalidate_caches
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import distributions
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import walk_tb
@@ -80,6 +81,20 @@ def file_of(name: str) -> Path | None:
     return Path(file).parent if hasattr(module, "__path__") else Path(file)
 
 
+@lru_cache(maxsize=1)
+def installed_parts(path: tuple[str, ...]) -> dict[str, list[Any]]:
+    """Our groups' entry points of all packages on Python's path, looked up once: there may be hundreds of packages."""
+    found: dict[str, list[Any]] = {}
+    seen: set[str] = set()
+    for package in distributions():
+        name = package.metadata["Name"] or ""
+        for entry in package.entry_points if name not in seen else ():  # the first on the path is the one that is used
+            if entry.group.startswith(f"{GROUP}."):
+                found.setdefault(entry.group, []).append(entry)
+        seen.add(name)
+    return found
+
+
 def _know(known: list[OwnPart], imports: Sequence[str], folder: str | Path, words: Iterable[str]) -> None:
     problems: list[str] = []
     parts = list(known)
@@ -95,7 +110,7 @@ def _know(known: list[OwnPart], imports: Sequence[str], folder: str | Path, word
             problems += error.problems
     mentioned = set(words)
     for kind in get_args(Kind):
-        for entry in entry_points(group=f"{GROUP}.{kind}"):
+        for entry in installed_parts(tuple(sys.path)).get(f"{GROUP}.{kind}", ()):
             if entry.name in mentioned:
                 parts += _parts_of_entry(kind, entry, problems)
     problems += _clashes(parts)
@@ -135,13 +150,13 @@ def _part(kind: Kind, cls: Any, source: str) -> OwnPart:
     return OwnPart(kind, name, cls, source)
 
 
-def _parts_of_entry(kind: Kind, entry: EntryPoint, problems: list[str]) -> Iterator[OwnPart]:
+def _parts_of_entry(kind: Kind, entry: Any, problems: list[str]) -> Iterator[OwnPart]:
     package = entry.dist.name if entry.dist is not None else "?"
     where = f"entry point {GROUP}.{kind} '{entry.name}' of package {package}"
     try:
         cls = entry.load()
     except (Exception, SystemExit) as error:
-        problems.append(f"{where}: can't be imported: {_why(error, None)}; mend or remove the package")
+        problems.append(f"{where}: can't be imported: {_why(error)}; mend or remove the package")
         return
     if not inspect.isclass(cls) or base_of(cls) != kind:
         problems.append(f"{where}: must name a class of {kind}, found {type(cls).__name__} {entry.value}")
@@ -168,7 +183,7 @@ def _load_module(name: str, folder: Path) -> ModuleType:
         if missing:
             fix = "install it, put its folder on PYTHONPATH, or name a file, as in ./my_parts.py"
             raise ImportsError([f"imports: found no module '{name}'; {fix}"]) from None
-        raise ImportsError([f"imports: '{name}' can't be imported: {_why(error, None)}; mend it there"]) from error
+        raise ImportsError([f"imports: '{name}' can't be imported: {_why(error)}; mend it there"]) from error
 
 
 def _load_file(path: str) -> ModuleType:
@@ -198,7 +213,7 @@ def _load_file(path: str) -> ModuleType:
             sys.modules.pop(file.stem, None)
         else:
             sys.modules[file.stem] = before
-        raise ImportsError([f"imports: '{file.name}' can't be imported: {_why(error, file)}; mend it there"]) from error
+        raise ImportsError([f"imports: '{file.name}' can't be imported: {_why(error)}; mend it there"]) from error
     return module
 
 
@@ -214,16 +229,18 @@ def _other_module(name: str) -> Path | None:
     return None if spec is None else Path(spec.origin or "built in").resolve()
 
 
-def _why(error: BaseException, file: Path | None) -> str:
+def _why(error: BaseException) -> str:
     """Where an import failed, and at what, in a line."""
     if isinstance(error, SyntaxError):
         place = f"{Path(error.filename or '?').name}, line {error.lineno}"
         return f"{place}: {type(error).__name__}: {error.msg}"
     frames = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
     ours = str(Path(__file__).parent)
-    frames = [one for one in frames if not one[0].startswith((ours, "<frozen"))] or frames
-    own = [one for one in frames if file is not None and one[0] == str(file)] or frames[:1]
-    where, line = own[-1]
+    skipped = [one for one in frames if not one[0].startswith((ours, "<frozen")) and "importlib" not in one[0]]
+    frames = skipped or frames
+    first = Path(frames[0][0])
+    beside = [one for one in frames if Path(one[0]).parent == first.parent]  # not within a library that it calls
+    where, line = beside[-1] if first.parent.name != "site-packages" else frames[0]
     return f"{Path(where).name}, line {line}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 

@@ -12,7 +12,7 @@ from tiny_run import REPO_ROOT
 
 from composer_path.commands.verb import run_verb
 from composer_path.config.reading import ConfigError, load_config
-from composer_path.own_parts.imports import ImportsError, import_parts
+from composer_path.own_parts.imports import ImportsError, import_parts, installed_parts
 from composer_path.own_parts.registry import own_classes, set_parts
 
 CALLBACK = """
@@ -201,8 +201,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(ENTRY)
     monkeypatch.syspath_prepend(place)
+    installed_parts.cache_clear()
     yield place
     sys.modules.pop("own_package", None)
+    installed_parts.cache_clear()
 
 
 def test_an_installed_packages_part_is_imported_where_a_yaml_uses_it(yaml: Path, package: Path) -> None:
@@ -221,8 +223,11 @@ def test_an_entry_point_that_fails_or_is_another_thing_is_named(yaml: Path, pack
     (problem,) = problems_of(yaml, "callbacks.counter={}")
     assert problem.startswith(where + "can't be imported: own_package.py, line 1: ZeroDivisionError")
     (package / "own_package.py").write_text(CALLBACK + "\nnumber = 1\n")
+    installed_parts.cache_clear()
     for target, why in (("number", "must name a class of callbacks"), ("Callback", "must name a class of callbacks")):
         info.write_text(ENTRY.replace("own_package:Counter", f"own_package:{target}"))
+        installed_parts.cache_clear()
         assert problems_of(yaml, "callbacks.counter={}")[0].startswith(where + why)
     info.write_text(ENTRY.replace("counter =", "clock ="))
+    installed_parts.cache_clear()
     assert "must be named as its class Counter in snake_case" in problems_of(yaml, "callbacks.clock={}")[0]
