@@ -82,15 +82,15 @@ def guarded_train(
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
-    from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.evaluations import eval_sections
+    from composer_path.run.optimizer import build_optimizer, count_parameters, describe_parameters
     from composer_path.run.parts import build_metrics, build_named, build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
-    from composer_path.run.told_settings import tell_settings
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
+    from composer_path.run.told_settings import tell_settings
     from composer_path.run.trainer import StepTrainer
 
     trainer_section = settings["trainer"]

@@ -122,8 +122,7 @@ def add_yaml(parser: argparse.ArgumentParser, **places: str) -> None:
 def add_no_imports(parser: argparse.ArgumentParser) -> None:
     """`options.no_imports`, and as `load_config` takes it `options.allowed_imports`."""
     purpose = "run no code of one's own; what needs some is refused by name"
-    kind = {"action": "store_const", "const": [], "default": None}
-    parser.add_argument("--no-imports", dest="allowed_imports", help=purpose, **kind)  # type: ignore[arg-type]
+    parser.add_argument("--no-imports", dest="allowed_imports", action="store_const", const=[], help=purpose)
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""The section of a class of one's own: its signature, where types that aren't said or can't be found allow any value."""
+"""The section of a class of one's own: its signature; a type that isn't said or can't be found is any value."""
 
 from __future__ import annotations
 

@@ -95,6 +95,7 @@ check_number_to_keep = _rule(
     "found {}; it must be at least 1, or -1 for all", lambda number: number >= 1 or number == -1
 )
 
+
 def check_projector_type(name: str) -> None:
     """A projector that there is."""
     own = own_classes("projectors")
@@ -109,8 +110,8 @@ def check_vision_name(name: str) -> None:
     own = own_classes("vision_encoders")
     if name in own:
         return
-    if near := nearest(name, own):
-        raise ValueError(f"found '{name}'; did you mean {near}?")
+    if meant := nearest(name, own):
+        raise ValueError(f"found '{name}'; did you mean {meant}?")
     family, _, model = name.partition("/")
     if family == "timm" and not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models("*vit*"), n=2)

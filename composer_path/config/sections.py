@@ -28,12 +28,13 @@ from composer_path.models.attentional_pooler import PoolerSettings
 from composer_path.models.execution import choose_execution
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, untrained_vision_encoder
-from composer_path.own_parts.registry import Kind, own_classes, version
+from composer_path.own_parts.registry import Kind, own_classes
+from composer_path.own_parts.registry import version as parts_version
 from composer_path.records.prompts import get_template
 from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.names import named_classes
 from composer_path.run.foreign_names import foreign_names
+from composer_path.run.names import named_classes
 from composer_path.run.optimizer import REFUSED as REFUSED_OPTIMIZERS
 from composer_path.run.optimizer import build_optimizer, known_optimizers, optimizer_class
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
@@ -65,7 +66,7 @@ def _from_1(most: int) -> dict[str, Any]:
 
 def config_schema() -> Section:
     """The whole YAML, with the parts of one's own that are known now."""
-    return _config_schema(version())
+    return _config_schema(parts_version())
 
 
 @lru_cache(maxsize=2)
@@ -188,7 +189,7 @@ def _loader(default: Any) -> Section:
 
 def _optimizer() -> Choice:
     changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
-    changes |= dict.fromkeys(("betas", "momentum", "rho", "alpha"), {"check": rules.check_beta})
+    changes |= {key: {"check": rules.check_beta} for key in ("betas", "momentum", "rho", "alpha")}
     # What torchao's signature doesn't say.
     types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
     types["bf16_stochastic_round"] = bool

@@ -48,7 +48,7 @@ class ComposerPathMLLM(ComposerModel):
         eval_metrics: Mapping[str, Metric] | None = None,
         train_metrics: Mapping[str, Metric] | None = None,
     ) -> None:
-        """Make it of a model, with metrics of one's own, of which `update` gets the answer tokens' losses and the batch."""
+        """Make it of a model, with metrics of one's own: `update` gets the answer tokens' losses and the batch."""
         super().__init__()
         self.model = model
         self.flops = FlopCounter(model)
@@ -110,11 +110,12 @@ class ComposerPathMLLM(ComposerModel):
 
 
 def require_weighting() -> None:
-    """Refuse a Trainer, made by hand, under which a step's loss would depend on how its batch is divided; ValueError."""
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(trainer := frame.f_locals.get("self"), Trainer):
-        frame = frame.f_back
-    if frame is not None and not trainer.accumulate_train_batch_on_tokens:
+    """Refuse a Trainer under which a step's loss would depend on how its batch is divided; ValueError."""
+    frame, trainer = inspect.currentframe(), None
+    while frame is not None and trainer is None:  # of those who call, the Trainer
+        caller, frame = frame.f_locals.get("self"), frame.f_back
+        trainer = caller if isinstance(caller, Trainer) else None
+    if trainer is not None and not trainer.accumulate_train_batch_on_tokens:
         raise ValueError(
             "Trainer: must be made with accumulate_train_batch_on_tokens=True, as ComposerPathMLLM gives means over "
             "answer tokens; found False, with which a step's loss depends on its microbatches and ranks; "

@@ -82,5 +82,5 @@ def check_sources(where: str, content: Mapping[str, Any]) -> None:
     if missing := [name[:200] for name in needed if name not in known]:
         raise ValueError(
             f"'{where}': needs code of one's own from {', '.join(map(repr, missing))}, which isn't imported by reading "
-            f"a model; if you trust it, give --import {missing[0]!r} (in Python composer_path.import_parts) with its place"
+            f"a model; if you trust it, give --import with its place (in Python composer_path.import_parts)"
         )

@@ -31,7 +31,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "lion": Lion,
 }
 EIGHT_BIT = "adamw_8bit"
-ADAFACTOR = "its averages over rows don't come about under FSDP2; take lion or adamw, or trainer.parallelism_config=null"
+ADAFACTOR = (
+    "its averages over rows don't come about under FSDP2; take lion or adamw, or trainer.parallelism_config=null"
+)
 REFUSED = {
     "lbfgs": "it computes each step's loss several times, which Composer's loop doesn't; use adamw",
     "sparse_adam": "it takes sparse gradients only, and ours are dense; use adamw",
@@ -88,6 +90,8 @@ def build_optimizer(
             group["lr"] = torch.tensor(group["lr"])  # its compiled step would be compiled again for each new number
     elif name in ("adamw", "adam", "sgd") and keywords.get("fused") is None:
         keywords["fused"] = torch.cuda.is_available()
+    if isinstance(keywords.get("betas"), list):  # as YAML has it
+        keywords["betas"] = tuple(keywords["betas"])
     if name != EIGHT_BIT:
         keywords["lr"] = groups[0]["lr"]  # Composer's have no default; each group has its own
     return cls(groups, **keywords)

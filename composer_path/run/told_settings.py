@@ -32,19 +32,18 @@ def tell_settings(logger: Logger, config: DictConfig) -> None:
 
 def settings_told(config: DictConfig) -> dict[str, Any]:
     """All settings by their paths, filled in; what comes from an environment variable is told by its name."""
-    hidden = OmegaConf.create(OmegaConf.to_container(config, resolve=False))
-    _hide(hidden)
+    hidden = OmegaConf.create(_hidden(OmegaConf.to_container(config, resolve=False)))
     return dict(_flat(OmegaConf.to_container(hidden, resolve=True)))
 
 
-def _hide(node: Any) -> None:
-    """Put names in place of environment variables, wherever they are read."""
-    raw: Any = OmegaConf.to_container(node, resolve=False)
-    for key in range(len(raw)) if isinstance(raw, list) else list(raw):
-        if isinstance(raw[key], list | dict):
-            _hide(node._get_node(key))
-        elif isinstance(raw[key], str) and "oc.env" in raw[key]:
-            node[key] = raw[key].replace("${", "$(").replace("}", ")")
+def _hidden(value: Any) -> Any:
+    """The same, with names in place of environment variables wherever they are read."""
+    if isinstance(value, dict):
+        return {key: _hidden(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_hidden(member) for member in value]
+    reads = isinstance(value, str) and "oc.env" in value
+    return value.replace("${", "$(").replace("}", ")") if reads else value
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,9 +59,10 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder) -> None:
     """Load the weights of a `.safetensors` file or a torch pickle into a vision encoder, cast to its dtype.
 
     The prefix (`vision_tower.` in the reference's file, `visual.trunk.` in CONCH's, `module.`, none, ...) is found and
-    removed. Of a trunk of one's own all keys are its own. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
+    removed. Position embeddings of another image size are resampled (bicubic, antialiased). Classifier and pooling
     weights are left out, and so are the text tower and all else in a whole vision-language checkpoint (prefix with
     `visual`); in any other file keys outside of the prefix are an error.
+    Of a trunk of one's own the keys are those of its file.
 
     Raises:
         WeightsError: The file can't be read, no or several ViTs are in it, or keys and shapes differ (all listed).

@@ -8,7 +8,6 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-
 from composer import DataSpec, Trainer
 from torch.utils.data import DataLoader
 

@@ -16,7 +16,7 @@ from composer_path.run.names import library_classes
 from composer_path.run.optimizer import OPTIMIZERS, REFUSED
 
 FINETUNE = REPO_ROOT / "yamls" / "demo" / "finetune.yaml"
-SCHEDULES = {
+SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "constant_with_warmup": {"t_warmup": "1ba"},
     "cosine": {},
@@ -52,7 +52,11 @@ NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_by_name_trains_and_goes_on_exactly(name: str, shards: Path, tmp_path: Path) -> None:
-    words = ["optimizer=null", f"optimizer={{name: {name}, lr: 1.0e-3, weight_decay: 0.01}}", *CONDITIONAL.get(name, [])]
+    words = [
+        "optimizer=null",
+        f"optimizer={{name: {name}, lr: 1.0e-3, weight_decay: 0.01}}",
+        *CONDITIONAL.get(name, []),
+    ]
     trainer, witness = train(tmp_path / "whole", shards, *words)
     assert witness.losses[2] < witness.losses[0]
     with pytest.raises(Interrupted):
