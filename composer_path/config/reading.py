@@ -13,12 +13,12 @@ from yaml import YAMLError
 
 from composer_path.config.agreement import disagreements
 from composer_path.config.check import check_keys
+from composer_path.config.imported import import_named
 from composer_path.config.interpolations import fill_in
 from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
 from composer_path.config.types import on_a_line
-from composer_path.own_parts.imports import ImportsError, located, source_of, use_imports, words_of
 
 NO_YAML = (YAMLError, OmegaConfBaseException, ValueError)  # the last: no Unicode, a number of 5,000 digits
 
@@ -55,7 +55,8 @@ def load_config(
     problems: list[str] = []
     config = _read(path, overrides, problems)
     given: Any = OmegaConf.to_container(config, resolve=False)
-    _import(path, config, given, allowed_imports)
+    if unfit := import_named(config, given, Path(path).resolve().parent, allowed_imports):
+        raise ConfigError(path, unfit)
     problems += complete(config, config_schema())
     values = fill_in(config, problems)
     problems += check_keys(values, config_schema())
@@ -68,27 +69,6 @@ def load_config(
 def plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as plain mappings and lists, with interpolations filled in."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
-def _import(path: str | Path, config: DictConfig, given: dict[str, Any], allowed: Sequence[str] | None) -> None:
-    """Import what the YAML names, or of that what is allowed; files stand in the configuration with their places."""
-    names = given.get("imports") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) and name and "${" not in name for name in names):
-        fix = "it must be a list of modules and files, written out, as in [./my_parts.py]"
-        raise ConfigError(path, [f"imports: found {str(names)[:80]!r}; {fix}"])
-    folder = Path(path).resolve().parent
-    if allowed is not None:
-        places = {source_of(name): name for name in allowed}
-        if refused := [name for name in names if source_of(name) not in places]:
-            fix = "leave --no-imports away, or give --import with its place, if you trust it"
-            raise ConfigError(path, [f"imports: '{name}' is not to be run here; {fix}" for name in refused])
-        names, folder = [places[source_of(name)] for name in names], Path.cwd()
-    if names or "imports" in given:
-        config["imports"] = [located(name, folder) for name in names]
-    try:
-        use_imports(names, folder, () if allowed is not None else words_of(given))
-    except ImportsError as error:
-        raise ConfigError(path, error.problems) from error
 
 
 def _read(path: str | Path, overrides: Iterable[str], problems: list[str]) -> DictConfig:

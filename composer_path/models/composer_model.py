@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 
 import torch
-from composer import Trainer
 from composer.models import ComposerModel
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +13,7 @@ from torchmetrics import Metric
 from composer_path.batches.batch import Batch
 from composer_path.models.flops import FlopCounter
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.weighting import require_weighting
 
 
 class TokenLoss(Metric):
@@ -107,17 +106,3 @@ class ComposerPathMLLM(ComposerModel):
     def update_metric(self, batch: Batch, outputs: Float[Tensor, " targets"], metric: Metric) -> None:
         """Add a batch to the held-out loss, or to a metric of one's own."""
         metric.update(*((outputs,) if isinstance(metric, TokenLoss) else (outputs, batch)))
-
-
-def require_weighting() -> None:
-    """Refuse a Trainer under which a step's loss would depend on how its batch is divided; ValueError."""
-    frame, trainer = inspect.currentframe(), None
-    while frame is not None and trainer is None:  # of those who call, the Trainer
-        caller, frame = frame.f_locals.get("self"), frame.f_back
-        trainer = caller if isinstance(caller, Trainer) else None
-    if trainer is not None and not trainer.accumulate_train_batch_on_tokens:
-        raise ValueError(
-            "Trainer: must be made with accumulate_train_batch_on_tokens=True, as ComposerPathMLLM gives means over "
-            "answer tokens; found False, with which a step's loss depends on its microbatches and ranks; "
-            "composer_path.train.train does it"
-        )
