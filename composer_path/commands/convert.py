@@ -28,6 +28,10 @@ OPTIONS = {
     "size_limit": "size of a shard; 8mb to 16mb for small sets",
     "max_pixels": "refuse images with more pixels, unread",
     "partition_size": "records converted together (default: 256 to 8192, by number and kind)",
+    "layout": "how the records are written down (docs/data.md, Layouts): auto looks at their keys",
+    "caption_prompt": "question for sets that have only captions; give it several times to vary it",
+    "where": "take rows with [TABLE.csv:]COLUMN=VALUE only (= != < <= > >=, | between values); may be given several "
+    "times; a table is joined by the pictures' names, such as predictions_quiltcleaner.csv:any_impairment=0",
     "resume": "go on where the same command was interrupted",
     "overwrite": "delete what an earlier conversion wrote to --out",
     "part": "i/N: convert only the i-th of N parts; `merge` joins them",
@@ -45,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from composer_path.conversion import options
 
     add = parser.add_argument
-    records = "JSON list or JSONL of {id, image, conversations: [{from, value}]}; a file or an address (s3://...)"
+    records = "records as a JSON list, JSONL, CSV, TSV or parquet; a file or an address (s3://...)"
     add("--data", required=True, help=records)
     add("--images", required=True, help="folder or address of the images that the records name")
     add("--out", required=True, help="folder or address for the shards, empty or not there yet")
@@ -54,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag, kind, default = f"--{name.replace('_', '-')}", str(known[name].type), known[name].default
         if kind == "bool":
             add(flag, action="store_true", help=purpose)
+            continue
+        if kind == "Sequence[str]":
+            add(flag, action="append", help=f"{purpose}{_default_of(default)}", metavar="X")
             continue
         choices = get_args(getattr(options, kind, None)) or None  # of a Literal with a name
         number = int if kind in ("int", "int | None") else str
@@ -78,11 +85,16 @@ def color(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _default_of(texts: Any) -> str:
+    return f" (default: {', '.join(texts)})" if texts else ""
+
+
 def run(options: argparse.Namespace) -> int:
     """Convert."""
     from composer_path.conversion.options import ConvertOptions
 
     keywords: dict[str, Any] = {name: getattr(options, name) for name in ("workers", *OPTIONS)}
+    keywords = {name: value for name, value in keywords.items() if value is not None}  # of lists: the default stays
     if options.resize is not None:
         pad_color = options.pad_color if options.fit == "pad" else None
         keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}

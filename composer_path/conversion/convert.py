@@ -104,7 +104,7 @@ def _convert(
     rejections.check_file(protected, out if isinstance(place, Folder) else None)
     if chosen.key is not None and isinstance(place, Folder) and _lies_in(chosen.key, out):
         raise ConvertError(f"--key {chosen.key}: must not lie in --out, where the hashes go; choose another place")
-    scan = InputScan(data, chosen.partition_size, lambda count: report("reading", count, None, 0))
+    scan = InputScan(data, chosen.partition_size, lambda count: report("reading", count, None, 0), chosen.reading)
     if scan.problem is not None:
         rejections.add(RawRecord(None, None, None), None, scan.problem)
         rejections.save()
@@ -163,11 +163,13 @@ def _convert(
     rejections.save()
     summary.rejected, summary.rejected_by_rule = len(rejections), rejections.by_rule()
     summary.rejected_file = rejections.file if rejections else None
-    if rejections and (chosen.on_error == "fail" or (parts == 1 and not summary.records)):
+    failed = bool(rejections) and chosen.on_error == "fail"
+    if failed or (parts == 1 and not summary.records):
         _take_back(target, names, fingerprint, parts)
-        if chosen.on_error == "fail":
+        if failed:
             raise ConvertError(f"nothing was written. {rejections}", rejections)
-        raise ConvertError(f"{name}: there must be a record to write, none is good. {rejections}", rejections)
+        why = f"none is good. {rejections}" if rejections else "none is wanted; change --where"
+        raise ConvertError(f"{name}: there must be a record to write, {why}", rejections)
     if mapping is not None:
         mapping.save()
         summary.mapping_file = mapping.path

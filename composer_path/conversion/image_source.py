@@ -6,17 +6,18 @@ import os
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import xxhash
 
 from composer_path.conversion.options import ConvertOptions
 from composer_path.images.file import check_image, sanitize_image
-from composer_path.images.folder import resolve_image
+from composer_path.images.folder import check_name, name_of_any_ending, names_of_any_ending, resolve_image
 from composer_path.images.jpeg import is_jpeg
 from composer_path.images.stored_square import Square
 from composer_path.records.rules import RecordError
@@ -27,6 +28,7 @@ from composer_path.storage.places import Bucket, copy_to_disk, is_remote
 _CACHE_BYTES = 32 * 2**20
 # Slides of a bucket that stay on the disk after they were read, some gigabytes each; a slide is read in many regions.
 _NUM_KEPT_SLIDES = 2
+_NONE: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ class ImageSource:
         self._num_bytes = 0
         self._lock = threading.Lock()
 
-    def load(self, image: str | SlideRegion) -> StoredImage:
-        """Read an image and make of it what is stored.
+    def load(self, image: str | SlideRegion, embedded: Mapping[str, bytes] = _NONE) -> StoredImage:
+        """Read an image, or take one that lies in the record itself, and make of it what is stored.
 
         A `RecordError` says that it isn't there or can't be used, a `StorageError` that the bucket doesn't answer.
         """
         name = str(image)
+        if name in embedded:
+            taken = self._load(image, embedded[name])
+            if isinstance(taken, RecordError):
+                raise taken
+            return taken
         with self._lock:
             if (stored := self._stored.get(name)) is not None:
                 self._stored.move_to_end(name)
@@ -69,26 +76,27 @@ class ImageSource:
             raise stored
         return stored
 
-    def stamp(self, image: str | SlideRegion) -> bytes:
+    def stamp(self, image: str | SlideRegion, embedded: Mapping[str, bytes] = _NONE) -> bytes:
         """Return size and time of an image's file, by which a change of it is noticed.
 
         Images of a bucket have none: to ask for it takes as long as to read them.
         """
-        if self._bucket is not None:
+        if self._bucket is not None or str(image) in embedded:
             return b""
         try:
-            status = os.stat(os.path.join(self._images, image.file if isinstance(image, SlideRegion) else image))
+            name = image.file if isinstance(image, SlideRegion) else image
+            status = os.stat(os.path.join(self._images, name_of_any_ending(name, self._images)))
         except (OSError, ValueError):  # a record may name what is no file
             return b"-"
         return b"%d %d\n" % (status.st_size, status.st_mtime_ns)
 
-    def _load(self, image: str | SlideRegion) -> StoredImage | RecordError:
+    def _load(self, image: str | SlideRegion, data: bytes | None = None) -> StoredImage | RecordError:
         mpp = None
         try:
             if isinstance(image, SlideRegion):
                 with self._slide(image.file) as path:
                     data, mpp = region_png(path, image, self._max_pixels), mpp_of(path, image.level)
-            else:
+            elif data is None:
                 data = self._read(image)
             if self._resized is not None:
                 from composer_path.images.pixels import ImagePreparation  # imports torch, which nothing else here needs
@@ -104,16 +112,19 @@ class ImageSource:
 
     def _read(self, name: str) -> bytes:
         if self._bucket is not None:
-            try:
-                return self._bucket.read(_name_in_bucket(name))
-            except FileNotFoundError:
-                raise _missing() from None
+            return self._read_of_bucket(self._bucket, name)
         path = resolve_image(name, self._images)
         try:
             return path.read_bytes()
         except OSError as error:
             found = error.strerror or "a read error"
             raise RecordError("unreadable-image", found, "check the file's rights") from None
+
+    def _read_of_bucket(self, bucket: Bucket, name: str) -> bytes:
+        for one in names_of_any_ending(_name_in_bucket(name)):
+            with suppress(FileNotFoundError):
+                return bucket.read(one)
+        raise _missing()
 
     @contextmanager
     def _slide(self, name: str) -> Iterator[Path]:
@@ -141,11 +152,7 @@ def _missing() -> RecordError:
 
 def _name_in_bucket(name: str) -> str:
     """Apply `resolve_image`'s rules where there are no links to follow."""
-    fix = "name the file relative to the image folder and keep it inside"
-    if name.startswith("/") or "://" in name:
-        raise RecordError("path-outside-folder", "an absolute path", fix)
-    if ".." in name.replace("\\", "/").split("/"):
-        raise RecordError("path-outside-folder", "'..' in its path", fix)
+    check_name(name)
     return str(PurePosixPath(name))
 
 

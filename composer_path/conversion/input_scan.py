@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from composer_path.conversion.record_file import RawRecord, place_of, read_records
+from composer_path.conversion.input_file import InputFile
+from composer_path.conversion.record_file import RawRecord, place_of
 from composer_path.conversion.spill import SpilledRows
+from composer_path.layouts.reading import DEFAULT, Reading
 from composer_path.records.conversation import id_of
 from composer_path.records.rules import RecordError
 from composer_path.shards.index import part_name
@@ -33,10 +35,10 @@ _ID_DTYPE = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8"), ("li
 
 @dataclass(frozen=True)
 class Partition:
-    """Consecutive records of the input, from one byte of it to another, that one process converts."""
+    """Consecutive records of the input, from one place of it to another, that one process converts."""
 
     index: int  # from 0
-    start: int
+    start: int  # a byte or a row, see `input_file`
     end: int
     first_position: int
     first_line: int | None  # None for a list
@@ -53,7 +55,11 @@ class InputScan:
     """What the first reading found; `problem` is what is wrong with the file as a whole, if anything is."""
 
     def __init__(
-        self, data: str | Path, partition_size: int | None = None, report: Callable[[int], None] = lambda count: None
+        self,
+        data: str | Path,
+        partition_size: int | None = None,
+        report: Callable[[int], None] = lambda count: None,
+        reading: Reading = DEFAULT,
     ) -> None:
         self.num_records = self.num_bytes = self._num_with_images = 0
         self.problem: RecordError | None = None
@@ -61,7 +67,7 @@ class InputScan:
         hash = _CountingHash()
         marks: list[tuple[int, int | None]] = []  # where each `grain` records begin
         ids, end = SpilledRows(), 0
-        for record in read_records(data, hash):
+        for record in InputFile(str(data), reading).records(hash):
             if record.position is None:
                 self.problem = record.value
                 return

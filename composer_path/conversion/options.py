@@ -10,6 +10,10 @@ from typing import Any, Literal, get_args, no_type_check
 
 from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.file import MAX_PIXELS
+from composer_path.layouts.condition import ConditionError
+from composer_path.layouts.reading import CAPTION_PROMPT, Reading
+from composer_path.layouts.registry import LAYOUT_NAMES, SET_NAMES
+from composer_path.records.rules import IMAGE_TAG
 from composer_path.shards.mds import HASHES
 
 OnError = Literal["fail", "skip"]
@@ -44,6 +48,9 @@ class ConvertOptions:
         resume: Go on where the same command was interrupted.
         overwrite: Delete what an earlier conversion has written to the same place.
         part: `2/8` converts the second eighth; `merge` publishes when all are there.
+        layout: How the records are written down, a name of `LAYOUTS` or of a public set; `auto` looks at their keys.
+        caption_prompt: The question where a set has only captions; of several the caption decides which.
+        where: Conditions that a row must keep (`subset=openpath`, `table.csv:column=0`); others are left out, counted.
         engine: `local`, or `spark` to have Spark's executors convert the partitions.
         master: Spark's address, for example `spark://host:7077` or `local[4]`.
     """
@@ -62,6 +69,9 @@ class ConvertOptions:
     resume: bool = False
     overwrite: bool = False
     part: str | None = None
+    layout: str = "auto"
+    caption_prompt: Sequence[str] = (CAPTION_PROMPT,)
+    where: Sequence[str] = ()
     engine: Engine = "local"
     master: str | None = None
 
@@ -81,7 +91,21 @@ class ConvertOptions:
             raise ConvertError("--resume and --overwrite: must not both be given; one keeps what the other deletes")
         if self.overwrite and self.num_parts > 1:
             raise ConvertError("--overwrite: must not be given for a part; it would delete the others: empty the place")
+        if SET_NAMES.get(self.layout, self.layout) not in LAYOUT_NAMES:
+            names = ", ".join((*LAYOUT_NAMES, *SET_NAMES))
+            raise ConvertError(f"--layout: must be one of {names}; found {self.layout!r}")
+        if not self.caption_prompt or not all(text.strip() and IMAGE_TAG not in text for text in self.caption_prompt):
+            raise ConvertError(f"--caption-prompt: must be a question without {IMAGE_TAG}, found none, or a tag")
+        try:
+            _ = self.reading.fingerprint()  # reads the tables, too
+        except ConditionError as error:
+            raise ConvertError(str(error)) from None
         _ = self.size_bytes, self.part_number
+
+    @property
+    def reading(self) -> Reading:
+        """How the file's rows become records."""
+        return Reading(SET_NAMES.get(self.layout, self.layout), tuple(self.caption_prompt), tuple(self.where))
 
     @property
     def size_bytes(self) -> int:
@@ -117,4 +141,5 @@ class ConvertOptions:
         """Return those that shape the shards, as the data card holds them."""
         names = ("ids", "size_limit", "hashes", "max_pixels", "check", "resized", "on_error")
         shaping = {name: getattr(self, name) for name in names}
+        shaping |= self.reading.fingerprint()
         return shaping | {"hashes": sorted(self.hashes), "partition_size": partition_size}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,9 +20,11 @@ from jaxtyping import Int32
 
 from composer_path.conversion.identifiers import KeyedHashes
 from composer_path.conversion.image_source import ImageSource, StoredImage
+from composer_path.conversion.input_file import InputFile
 from composer_path.conversion.input_scan import Partition
 from composer_path.conversion.options import ConvertOptions
-from composer_path.conversion.record_file import RawRecord, read_range
+from composer_path.conversion.record_file import RawRecord
+from composer_path.layouts.reading import LeftOut
 from composer_path.parallel import Report, in_threads
 from composer_path.records.conversation import Conversation, id_of
 from composer_path.records.rules import RECORD_KEYS, RecordError, problems_of
@@ -78,6 +80,7 @@ class PartitionDone(Part):
     counts: dict[str, int] = field(default_factory=lambda: Counter(dict.fromkeys(COUNTS, 0)))
     sources: dict[str, dict[str, int]] = field(default_factory=dict)  # the same counts for the records of each source
     unknown_keys: dict[str, int] = field(default_factory=Counter)  # key that nothing reads -> records that have it
+    left_out: dict[str, int] = field(default_factory=Counter)  # why a row isn't wanted -> rows
     problems: list[list[Any]] = field(default_factory=list)  # position, line, rule, found, fix and place of each
 
 
@@ -135,7 +138,7 @@ def _stamp(job: ConvertJob, partition: Partition) -> str:
     for record in _records(job, partition):
         if not isinstance(record.value, RecordError) and not problems_of(record.value):
             for image in Conversation.from_record(record.value).images:
-                stamps.update(images.stamp(image))
+                stamps.update(images.stamp(image, record.embedded))
     return stamps.hexdigest()
 
 
@@ -179,16 +182,18 @@ class _Conversion:
         """Check a record by itself and read its images; runs in a thread."""
         if isinstance(record.value, RecordError):
             return record, None, [], [record.value], b""
+        if isinstance(record.value, LeftOut):
+            return record, None, [], [], b""
         problems = problems_of(record.value)
         if problems:
             return record, None, [], problems, b""
         conversation = Conversation.from_record(record.value)
         # Before they are read: what changes while it is read shall be noticed, too.
-        stamps = b"".join(self._images.stamp(image) for image in conversation.images)
+        stamps = b"".join(self._images.stamp(image, record.embedded) for image in conversation.images)
         stored: list[StoredImage] = []
         for index, image in enumerate(conversation.images):
             try:
-                stored.append(self._images.load(image))
+                stored.append(self._images.load(image, record.embedded))
             except RecordError as error:
                 problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
         return record, conversation, stored, problems, stamps
@@ -203,7 +208,9 @@ class _Conversion:
     ) -> None:
         done = self._done
         self._stamps.update(stamps)
-        for key in unknown_keys_of(record.value):
+        if isinstance(record.value, LeftOut):
+            done.left_out[record.value.why] += 1
+        for key in unknown_keys_of(record.value, record.ignored):
             done.unknown_keys[key] += 1
         if (place := self._partition.duplicates.get(record.position or 0)) is not None:
             problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
@@ -277,9 +284,9 @@ def _hashed_image(image: str | SlideRegion, hashed: KeyedHashes) -> str:
     return hashed.hash("image", image)
 
 
-def unknown_keys_of(value: object) -> list[str]:
-    """List a record's keys that nothing reads, as they may be shown."""
-    keys = set(value) - RECORD_KEYS if isinstance(value, dict) else set()
+def unknown_keys_of(value: object, ignored: Iterable[str] = ()) -> list[str]:
+    """List a record's keys that nothing reads, and those that its layout ignored, as they may be shown."""
+    keys = {*(set(value) - RECORD_KEYS if isinstance(value, dict) else ()), *ignored}
     return sorted(key if _PLAIN_KEY.fullmatch(key) else "(not a plain name)" for key in keys)
 
 
@@ -293,7 +300,7 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
     for record in _records(job, partition):
         found = errors.get(record.position or 0, [])
         problems += [(_without_value(record), id_of(record.value), error) for error in found]
-        if not found and (hashed is not None or job.measures):
+        if not found and not isinstance(record.value, LeftOut) and (hashed is not None or job.measures):
             conversation = Conversation.from_record(record.value)
             make_sample(record, conversation, [], hashed)
             lengths.add(conversation)
@@ -308,7 +315,7 @@ def _without_value(record: RawRecord) -> RawRecord:
 
 def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
     count, first = 0, (partition.first_position, partition.first_line)
-    for record in read_range(job.data, partition.start, partition.end, *first):
+    for record in InputFile(job.data, job.options.reading).range(partition.start, partition.end, *first):
         count += 1
         yield record
     if count != partition.num_records:

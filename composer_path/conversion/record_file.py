@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class RawRecord:
     value: Any  # the decoded JSON, or the problem that kept it from being decoded
     start: int = 0  # its first byte in the file
     end: int = 0  # the byte after its last one (after the line's end in a JSONL file)
+    ignored: tuple[str, ...] = ()  # keys of its row that its layout doesn't read
+    embedded: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # pictures in the row, by name
 
     @property
     def where(self) -> str:

@@ -33,6 +33,7 @@ class ConvertSummary:
     dropped_turns: int = 0  # leading assistant turns
     image_bytes: int = 0  # of the images as stored
     repeated_images: int = 0  # that equal an earlier one byte for byte
+    left_out: dict[str, int] = field(default_factory=dict)  # why a row isn't wanted -> rows
     rejected: int = 0  # records left out
     rejected_by_rule: dict[str, int] = field(default_factory=dict)  # rule -> records that break it
     unknown_keys: dict[str, int] = field(default_factory=dict)  # key that nothing reads -> records that have it
@@ -56,12 +57,22 @@ class ConvertSummary:
             for name in COUNTS:
                 into[name] += counts.get(name, 0)
         self.unknown_keys = dict(Counter(self.unknown_keys) + Counter(done.unknown_keys))
+        self.left_out = dict(Counter(self.left_out) + Counter(done.left_out))
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 
     def counts(self) -> dict[str, Any]:
         """Return what the data card holds of it."""
-        odd = ("repeated_images", "rejected", "rejected_by_rule", "unknown_keys", "sources", "shards", "bytes")
+        odd = (
+            "repeated_images",
+            "left_out",
+            "rejected",
+            "rejected_by_rule",
+            "unknown_keys",
+            "sources",
+            "shards",
+            "bytes",
+        )
         return {name: getattr(self, name) for name in (*COUNTS, *odd)}
 
     def __str__(self) -> str:
@@ -76,6 +87,7 @@ class ConvertSummary:
         }
         rows += [(name, count) for name, count in odd.items() if count]
         rows += [(f"  {rule}", count) for rule, count in self.rejected_by_rule.items()]
+        rows += [(f"left out by {why}", f"{count} rows") for why, count in self.left_out.items()]
         rows += [(f"ignored key {key}", f"in {count} records") for key, count in self.unknown_keys.items()]
         rows += [("shards", self.shards), ("MB", f"{self.bytes / 1e6:.1f}")]
         rows += [("partitions taken over", self.resumed)] if self.resumed else []

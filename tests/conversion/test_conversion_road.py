@@ -23,7 +23,7 @@ from composer_path.shards.columns import FORMAT_VERSION, pack_images, unpack_ima
 
 REPO = Path(__file__).resolve().parents[2]
 BAD = REPO / "test_data" / "bad"
-BAD_FILES = sorted(path for path in BAD.iterdir() if path.suffix in (".json", ".jsonl"))
+BAD_FILES = sorted(path for path in BAD.iterdir() if path.suffix in (".json", ".jsonl", ".csv"))
 SECRET = "Miller-Jane-4711"
 
 

@@ -1,0 +1,1 @@
+"""Layouts of public record files: each is read into plain records, which then go through every check."""
