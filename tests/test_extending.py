@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from composer_path import Assistant, import_parts
 from composer_path.commands.verb import run_verb
 from composer_path.config.reading import load_config
 from composer_path.own_parts.registry import own_classes, set_parts
+from composer_path.shards.view import ShardView
 
 PARTS = {
     "algorithms": "sometimes_darker",
@@ -21,6 +23,7 @@ PARTS = {
     "projectors": "gated_projector",
     "vision_encoders": "patch_mixer",
     "templates": "question_answer",
+    "layouts": "slide_notes",
 }
 
 
@@ -86,6 +89,32 @@ def test_every_part_of_the_page_trains_and_the_model_says_what_it_needs(
     image = assistant.read_image(next((REPO_ROOT / "test_data" / "imgs").glob("*.jpg")))
     assert isinstance(assistant.answer([("human", "What is it?")], [image], max_new_tokens=2), str)
     assert torch.isfinite(next(assistant.model.parameters())).all()
+
+
+def test_the_layout_of_the_page_is_converted_by_its_name_only_and_says_which_rows_it_cant_read(
+    yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = REPO_ROOT / "test_data" / "imgs"
+    names = sorted(path.name for path in images.glob("*.jpg"))[:3]
+    rows = [{"id": str(n), "tile": name, "organ": "skin", "finding": f"Finding {n}."} for n, name in enumerate(names)]
+    data, code = yaml.parent / "notes.jsonl", yaml.parent / "my_parts.py"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def convert(out: str, *more: str) -> int:
+        places = ["--data", str(data), "--images", str(images), "--out", str(yaml.parent / out)]
+        return run_verb("convert", [*places, "--workers", "2", *more])
+
+    set_parts(())
+    assert convert("a", "--layout", "slide_notes") == 2 and "--layout" in capsys.readouterr().err
+    assert convert("b", "--import", str(code), "--layout", "slide_notes", "--engine", "spark") == 2
+    assert convert("c", "--import", str(code)) == 1  # auto takes none of one's own
+    assert convert("d", "--import", str(code), "--layout", "slide_notes") == 0
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    assert sum(shard["samples"] for shard in ShardView(yaml.parent / "d").shards) == len(records)
+    data.write_text(json.dumps({**rows[0], "organ": None}) + "\n")
+    capsys.readouterr()
+    assert convert("e", "--import", str(code), "--layout", "slide_notes") == 1
+    assert "organ" in capsys.readouterr().err
 
 
 def test_code_is_recorded_and_told(yaml: Path, shards: Path, caplog: pytest.LogCaptureFixture) -> None:

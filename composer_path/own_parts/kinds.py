@@ -12,6 +12,8 @@ from composer.optim.scheduler import ComposerScheduler
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from composer_path.layouts.own import RecordLayout
+from composer_path.layouts.registry import LAYOUT_NAMES, SET_NAMES
 from composer_path.models.projector import REFERENCE_TYPE, Projector
 from composer_path.models.trunk import VisionTrunk
 from composer_path.own_parts.registry import Kind
@@ -31,6 +33,7 @@ _BASES: dict[Kind, type] = {
     "projectors": Projector,
     "vision_encoders": VisionTrunk,
     "templates": PromptTemplate,
+    "layouts": RecordLayout,
     "metrics": Metric,
 }
 # What a class of a kind must define itself, beside what is abstract in its base.
@@ -38,6 +41,7 @@ _DEFINED: dict[Kind, str] = {
     "schedulers": "__call__",
     "projectors": "project",
     "vision_encoders": "forward_features",
+    "layouts": "read",
     "metrics": "update",
 }
 
@@ -73,5 +77,6 @@ def taken_names(kind: Kind) -> frozenset[str]:
         "vision_encoders": ["coca_vit-l", "timm", "open_clip"],
         "projectors": [name for name in ("linear", "identity") if REFERENCE_TYPE.fullmatch(name)],
         "metrics": ["token_loss"],
+        "layouts": (*LAYOUT_NAMES, *SET_NAMES),
     }
     return frozenset(names.get(kind, ()))
