@@ -205,3 +205,28 @@ class WorstToken(Metric):
     def compute(self):
         return self.worst
 """
+
+
+def test_a_run_goes_on_with_edited_code_and_says_so_and_is_exported_only_with_the_code_given(
+    yaml: Path, shards: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = [*ALL_OF_THEM, "trainer.save_interval=1ba", "trainer.autoresume=true"]
+    two_steps(yaml, shards, *saved, "trainer.max_duration=1ba")
+    code = yaml.parent / "my_parts.py"
+    code.write_text(code.read_text() + "\n# mended\n")
+    with caplog.at_level("INFO", logger="composer_path"):
+        trainer, witness = two_steps(yaml, shards, *saved)
+    assert list(witness.losses) == [1] and re.search(
+        r"from step 1 on: imports\.my_parts\.py: '\w+' before", caplog.text
+    )
+
+    set_parts(())
+    run_folder, out = yaml.parent / "out" / "finetune", yaml.parent / "exported"
+    assert run_verb("export", [str(run_folder), str(out)]) == 2
+    assert "my_parts.py' is not to be run here" in capsys.readouterr().err and not out.exists()
+    assert run_verb("export", [str(run_folder), str(out), "--import", str(code)]) == 0
+    exported = Assistant.from_pretrained(out).model.state_dict()
+    trained = {name.removeprefix("model."): value for name, value in trainer.state.model.state_dict().items()}
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in trained.items()}
+    assert any("projector" in name for name in whole)
+    assert all(torch.equal(exported[name], value.to(exported[name].dtype)) for name, value in whole.items())
