@@ -16,6 +16,7 @@ _NAMES_OF = {
     "conversion.convert": "convert",
     "images.pixels": "ImagePreparation load_image normalize_image",
     "models.composer_model": "ComposerPathMLLM",
+    "own_parts.imports": "import_parts",
     "records.conversation": "Conversation",
     "records.rules": "ImageError RecordError",
     "records.tokenize": "IGNORE_INDEX IMAGE_TOKEN_ID TextPreparation TokenizedConversation "

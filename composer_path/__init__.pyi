@@ -8,6 +8,7 @@ from composer_path.images.pixels import ImagePreparation as ImagePreparation
 from composer_path.images.pixels import load_image as load_image
 from composer_path.images.pixels import normalize_image as normalize_image
 from composer_path.models.composer_model import ComposerPathMLLM as ComposerPathMLLM
+from composer_path.own_parts.imports import import_parts as import_parts
 from composer_path.records.conversation import Conversation as Conversation
 from composer_path.records.rules import ImageError as ImageError
 from composer_path.records.rules import RecordError as RecordError

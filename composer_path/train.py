@@ -82,14 +82,16 @@ def guarded_train(
     from composer_path.models.composer_model import ComposerPathMLLM
     from composer_path.models.execution import choose_execution
     from composer_path.records.vocabulary import check_vocabulary, load_tokenizer, num_ids
+    from composer_path.run.evaluations import eval_sections
     from composer_path.run.optimizer import build_optimizer, count_parameters, describe_groups, describe_parameters
-    from composer_path.run.parts import build_parts, trainer_keywords
+    from composer_path.run.parts import build_metrics, build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.report import RunReport, require_steps
     from composer_path.run.schedule import build_schedule
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
+    from composer_path.run.told_settings import tell_settings
     from composer_path.run.trainer import StepTrainer
 
     trainer_section = settings["trainer"]
@@ -120,17 +122,17 @@ def guarded_train(
 
     train_loader: Any = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])
     evaluators = []
-    if settings["eval_loader"] is not None:
-        held_out: Any = build_loader(settings["eval_loader"], model, tokenizer)
+    for label, section in eval_sections(settings).items():
+        held_out: Any = build_loader(section, model, tokenizer)
         most = held_out.dataloader.batch_size
-        evaluators = [Evaluator(label="heldout", dataloader=held_out, device_eval_microbatch_size=most)]
+        evaluators.append(Evaluator(label=label, dataloader=held_out, device_eval_microbatch_size=most))
     report = RunReport(run_folder, count_parameters(model))
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
     start = choose_start(settings, trained_only, tokenizer_hash(tokenizer), dataset.data_hash)
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = StepTrainer(
-        model=ComposerPathMLLM(model),
+        model=ComposerPathMLLM(model, *(build_metrics(settings[key]) for key in ("eval_metrics", "train_metrics"))),
         train_dataloader=train_loader,
         eval_dataloader=evaluators or None,
         optimizers=optimizer,
@@ -153,6 +155,7 @@ def guarded_train(
     try:
         if trainer.state.timestamp < trainer.state.max_duration:
             report.save_config(config, start.history)
+            tell_settings(trainer.logger, config)
             if evaluators and trainer.state.timestamp.batch == 0:
                 trainer.eval()
                 require_steps(trainer.state)

@@ -77,6 +77,8 @@ class CheckpointSaver(Callback):
         """Note the metric that `best` goes by."""
         if self.best is not None:
             label, _, name = self.best.partition("/")
+            if state.dataloader_label != label and state.dataloader_label in state.eval_metrics:  # another one's end
+                return
             self._measured = state.timestamp.batch.value, float(state.eval_metrics[label][name].compute())
 
     eval_standalone_end = eval_end  # of an evaluation outside of training

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from composer_path.commands.verb import at_least_1
+from composer_path.commands.verb import add_import, at_least_1, import_given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system", help="instead of the template's system message")
     add("--chat", action="store_true", help="keep asking; an empty line ends")
     add("--max-new-tokens", type=at_least_1, default=512, help="an answer is cut there (default: 512)")
+    add_import(parser)
     add("--temperature", type=float, default=0.0, help="0 always takes the likeliest (default: 0)")
 
 
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
 
     from composer_path.asking.assistant import Assistant
 
+    import_given(options)
     assistant = Assistant.from_pretrained(options.model)
     images = [assistant.read_image(path) for path in options.image]
     tokenizer: Any = assistant.tokenizer  # transformers annotates the streamer's argument with a factory class

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
 
-from composer_path.commands.verb import add_workers
+from composer_path.commands.verb import add_import, add_workers, import_given
 from composer_path.printable import printable_lines
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         number = int if kind in ("int", "int | None") else str
         shown = purpose if default is None else f"{purpose} (default: %(default)s)"
         add(flag, type=number, choices=choices, default=default, help=shown, metavar=None if choices else "X")
+    add_import(parser)
     add_workers(parser)
     squares = "store finished squares of this many pixels a side, so that training decodes nothing"
     add("--resize", metavar="SIDE", type=int, help=squares)
@@ -103,10 +104,12 @@ def run(options: argparse.Namespace) -> int:
     if options.resize is not None:
         pad_color = options.pad_color if options.fit == "pad" else None
         keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}
+    import_given(options)
     ConvertOptions(**keywords)  # a wrong word is a mistake of the command, not of the input
 
     if options.lengths is not None:
-        keywords["lengths"] = wanted_lengths(options.lengths, options.words, options.out)
+        keywords["lengths"] = wanted_lengths(options)
+        import_given(options)  # beside those of the YAML
     elif options.words:
         raise ValueError(f"key=value: must belong to a YAML, found {options.words[0]!r} and no --lengths YAML")
 
@@ -116,15 +119,16 @@ def run(options: argparse.Namespace) -> int:
     return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out)
 
 
-def wanted_lengths(yaml: str, words: list[str], out: str) -> list[WantedLengths]:
+def wanted_lengths(options: argparse.Namespace) -> list[WantedLengths]:
     """What is to be counted for the training of a YAML."""
     from composer_path.config.reading import load_config, plain
 
-    settings = plain(load_config(yaml, words))
+    allowed: list[str] | None = [] if options.no_imports else None
+    settings = plain(load_config(options.lengths, options.words, allowed_imports=allowed))
 
     from composer_path.planning.measured_lengths import wanted_lengths
 
-    return wanted_lengths(settings, out)
+    return wanted_lengths(settings, options.out)
 
 
 def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:

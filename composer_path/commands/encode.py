@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     """Encode, and print what was written."""
     from composer_path.config.reading import load_config, plain
 
-    settings = plain(load_config(options.yaml, options.words))
+    settings = plain(load_config(options.yaml, options.words, allowed_imports=options.allowed_imports))
 
     from composer_path.conversion.progress import every_ten_seconds
     from composer_path.planning.encoded_features import build_feature_encoder, encode_set

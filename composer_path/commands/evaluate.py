@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from composer_path.commands.verb import add_import, import_given
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model and the questions."""
     parser.add_argument("model", metavar="MODEL", type=Path, help="written by export or at a run's end")
+    add_import(parser)
     parser.add_argument("--data", type=Path, required=True, help="records whose meta has options and answer")
     parser.add_argument("--images", type=Path, required=True, help="folder of their images")
 
@@ -29,6 +32,7 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.asking.run_table import EVALUATION, format_closed
     from composer_path.weights.folder import write_json
 
+    import_given(options)
     comparison = compare_with_blank(Assistant.from_pretrained(options.model), questions, options.images)
     print(format_closed(comparison))
     write_json(options.model / EVALUATION, comparison)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from composer_path.asking.run_table import CONFIG, PLACES
+from composer_path.commands.verb import add_import
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--config", type=Path, help="the run's config.yaml (default: the one of the run)")
+    add_import(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
 
 
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
 
     from composer_path.config.reading import load_config
 
-    config = load_config(config_path)
+    config = load_config(config_path, allowed_imports=options.imports)
 
     from composer_path.run.export import export_checkpoint
 

@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
     """Measure, and print a line a set."""
     from composer_path.config.reading import load_config, plain
 
-    settings = plain(load_config(options.yaml, options.words))
+    settings = plain(load_config(options.yaml, options.words, allowed_imports=options.allowed_imports))
 
     from composer_path.conversion.progress import every_ten_seconds
     from composer_path.planning.measured_lengths import measure

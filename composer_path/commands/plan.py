@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError(f"--{flag}: must be at least {least}, found {value}")
     if not 0 < options.mfu <= 1:
         raise ValueError(f"--mfu: must lie between 0 and 1, found {options.mfu}")
-    config = load_config(options.yaml, options.words)
+    config = load_config(options.yaml, options.words, allowed_imports=options.allowed_imports)
 
     from composer_path.planning.plan import PEAK_FLOPS, Machine, SampleSize, make_plan, parse_memory
     from composer_path.planning.report import format_plan

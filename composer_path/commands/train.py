@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.config.files import check_files, samples_left_out
     from composer_path.config.reading import ConfigError, load_config, plain
 
-    config = load_config(options.yaml, options.words)
+    config = load_config(options.yaml, options.words, allowed_imports=options.allowed_imports)
     if options.files or not options.check:
         if problems := check_files(plain(config)):
             raise ConfigError(options.yaml, problems)

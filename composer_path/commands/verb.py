@@ -116,8 +116,32 @@ def add_yaml(parser: argparse.ArgumentParser, **places: str) -> None:
     """A run's YAML, places and what each is for, and overrides, `options.words`."""
     for name, purpose in {"yaml": "of the run", **places}.items():
         parser.add_argument(name, metavar=name.upper(), help=purpose)
+    add_no_imports(parser)
     purpose = "overrides, such as trainer.max_duration=2ep"
     parser.add_argument("words", metavar="key=value", nargs="*", default=[], help=purpose)
+
+
+def add_no_imports(parser: argparse.ArgumentParser) -> None:
+    """`options.no_imports`, and as `load_config` takes it `options.allowed_imports`."""
+    purpose = "run no code of one's own; what needs some is refused by name"
+    parser.add_argument("--no-imports", dest="allowed_imports", action="store_const", const=[], help=purpose)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """The code of one's own that a model or run needs, `options.imports`; nothing is imported that isn't given."""
+    purpose = "a module, or a file such as ./my_parts.py, with code of one's own that it needs; may be repeated"
+    parser.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help=purpose)
+    parser.add_argument("--no-imports", action="store_true", help="run no code of one's own (as without --import)")
+
+
+def import_given(options: argparse.Namespace) -> None:
+    """Import what `add_import` was given; ValueError where it can't be, or both flags are."""
+    if options.imports and options.no_imports:
+        raise ValueError("--import and --no-imports: must not both be given; leave one away")
+    if options.imports:
+        from composer_path.own_parts.imports import import_parts
+
+        import_parts(options.imports)
 
 
 def add_workers(parser: argparse.ArgumentParser, what: str = "processes") -> None:

@@ -15,10 +15,11 @@ from composer_path.models.execution import FROZEN_ONLY
 from composer_path.models.lora import NEEDED, has_peft
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.pattern import MODULES, learning_modules, module_of, modules_of
+from composer_path.run.evaluations import HELD_OUT, OTHERS, loader_sections
+from composer_path.run.optimizer import ADAFACTOR
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
-LOADERS = ("train_loader", "eval_loader")
 Get = Callable[[str], Any]  # a value by its path; None where it isn't there or couldn't be read
 
 
@@ -35,9 +36,10 @@ def disagreements(values: Mapping[str, Any], given: Mapping[str, Any]) -> Iterat
     yield from _of_what_is_trained(get)
     yield from _of_the_trainer(get, given)
     yield from of_the_parts(get)
-    for name in LOADERS:
+    for name in loader_sections(values):
         if isinstance(get(name), Mapping):
             yield from _of_a_loader(get, name)
+    yield from _of_evaluations(get)
 
 
 def _of_the_model(get: Get) -> Iterator[str]:
@@ -139,13 +141,34 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
             pass
         except ValueError as error:
             yield str(error)
-    for key, needed in (("eval_loader", get("eval_loader")), ("trainer.save_interval", trainer.get("save_interval"))):
-        if get("trainer.best") is not None and needed is None:
-            yield f"trainer.best: needs {key}; give it or remove this"
+    if get("optimizer.name") == "adafactor" and get("trainer.parallelism_config.fsdp") is not None:
+        yield f"optimizer.name: found 'adafactor'; {ADAFACTOR}"
+    if get("trainer.best") is not None and trainer.get("save_interval") is None:
+        yield "trainer.best: needs trainer.save_interval; give it or remove this"
     written = given.get("trainer")
     for key in ("eval_interval", "eval_subset_num_batches"):
-        if "eval_loader" not in given and isinstance(written, Mapping) and written.get(key) is not None:
+        if not {"eval_loader", OTHERS} & given.keys() and isinstance(written, Mapping) and written.get(key) is not None:
             yield f"trainer.{key}: does nothing without the section eval_loader; add it or remove this"
+
+
+def _of_evaluations(get: Get) -> Iterator[str]:
+    """Their names, and whether the best checkpoint goes by one of them."""
+    others, best = get(OTHERS), get("trainer.best")
+    others = others if isinstance(others, Mapping) else {}
+    for name in others:
+        if name in (HELD_OUT, "train") or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,40}", str(name)):
+            found = f"found the name '{str(name)[:60]}'"
+            yield f"{OTHERS}: {found}; it must be letters and digits, and neither {HELD_OUT} (eval_loader) nor train"
+    held_out = {HELD_OUT: get("eval_loader"), **others}
+    labels = [name for name, section in held_out.items() if section is not None]
+    if best is None:
+        return
+    metrics = ["token_loss", *(get("eval_metrics") or {})]
+    known = [f"{label}/{metric}" for label in labels for metric in metrics]
+    if not known:
+        yield "trainer.best: needs eval_loader; give it or remove this"
+    elif best not in known:
+        yield f"trainer.best: found '{best}'; {hint(best, known, 'there are ' + ', '.join(known))}"
 
 
 def _of_a_loader(get: Get, name: str) -> Iterator[str]:

@@ -58,8 +58,11 @@ def _check_choice(values: Mapping[Any, Any], choice: Choice, path: str) -> Itera
     selected = values.get(choice.selector)
     section = choice.section(selected)
     if section is not None:
-        rest = {key: value for key, value in values.items() if key != choice.selector}
+        of_its_own = section is choice.otherwise  # which has the selector as a key
+        rest = {key: value for key, value in values.items() if of_its_own or key != choice.selector}
         yield from _check_section(rest, section, path)
+    elif isinstance(selected, str) and selected in choice.refused:
+        yield f"{join(path, choice.selector)}: found '{selected}'; {choice.refused[selected]}"
     elif selected is not UNREADABLE:
         found = "is missing" if selected is None else f"found {_show(selected)}"
         fix = hint(selected, choice.sections, f"it must be one of {_some(choice.sections)}")
@@ -113,7 +116,10 @@ def _known(key: Any, section: Section, path: str) -> str:
 
 def _places(key: str, node: Node, path: str = "") -> Iterator[str]:
     """Where in the whole YAML a key of this name may stand."""
-    for section in [node] if isinstance(node, Section) else getattr(node, "sections", {}).values():
+    sections = [node] if isinstance(node, Section) else [*getattr(node, "sections", {}).values()]
+    if isinstance(node, Choice) and node.otherwise is not None:
+        sections.append(node.otherwise)
+    for section in sections:
         for name, member in section.keys.items():
             if name == key:
                 yield join(path, key)

@@ -11,7 +11,6 @@ from typing import Any
 from streaming.base.util import number_abbrev_to_int
 
 from composer_path.batches.mixture import template_of
-from composer_path.config.agreement import LOADERS
 from composer_path.images.features import FeaturesError, common_features
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.language_types import check_length_supported
@@ -19,6 +18,7 @@ from composer_path.models.pattern import learning_modules
 from composer_path.planning.measured_lengths import lengths_problems
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
+from composer_path.run.evaluations import loader_sections
 from composer_path.run.names import named_classes
 from composer_path.run.place import checkpoints_of
 from composer_path.shards.index import INDEX_NAME
@@ -31,7 +31,7 @@ Settings = Mapping[str, Any]  # a configuration, or a section of it, complete an
 
 def check_files(settings: Settings) -> list[str]:
     """Problems of the files that a configuration names, and of what is in them: all that can be seen unbuilt."""
-    loaders = {name: settings[name] for name in LOADERS if settings[name] is not None}
+    loaders = loader_sections(settings)
     problems: list[str] = []
     for name, loader in loaders.items():
         missing = list(_missing_shards(name, loader))
@@ -44,8 +44,7 @@ def check_files(settings: Settings) -> list[str]:
 
 def samples_left_out(settings: Settings) -> Iterator[str]:
     """A line for each loader whose epochs leave samples out, with how many; of sets that lie here, on rank 0."""
-    for name in LOADERS if os.environ.get("RANK", "0") == "0" else ():
-        loader = settings[name]
+    for name, loader in loader_sections(settings).items() if os.environ.get("RANK", "0") == "0" else ():
         samples = (loader and loader["drop_last"] and _samples_of_an_epoch(loader)) or 0
         if left_out := samples and samples % loader["global_batch_size"]:
             yield f"{name}: {left_out:,} of an epoch's {samples:,} samples are left out (drop_last wants whole batches)"

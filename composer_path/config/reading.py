@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from composer_path.config.agreement import disagreements
 from composer_path.config.check import check_keys
+from composer_path.config.imported import import_named
 from composer_path.config.interpolations import fill_in
 from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
@@ -31,13 +32,17 @@ class ConfigError(ValueError):
         super().__init__("\n  ".join([f"{source}: {count}", *self.problems]))
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), *, allowed_imports: Sequence[str] | None = None
+) -> DictConfig:
     """A YAML with overrides, complete, and checked before anything is built.
 
     Args:
         path: The YAML.
         overrides: `key=value` with dots between the levels; the value is read as YAML. A mapping is merged into what
             is there; `null` empties a key.
+        allowed_imports: The modules and files of the YAML's `imports` that may be run, with their places; None for all
+            that it names, beside what installed packages offer under names that it uses.
 
     Returns:
         The configuration with every key that a section may hold: what the YAML leaves out has the default of the
@@ -50,6 +55,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> DictConfig:
     problems: list[str] = []
     config = _read(path, overrides, problems)
     given: Any = OmegaConf.to_container(config, resolve=False)
+    if unfit := import_named(config, given, Path(path).resolve().parent, allowed_imports):
+        raise ConfigError(path, unfit)
     problems += complete(config, config_schema())
     values = fill_in(config, problems)
     problems += check_keys(values, config_schema())

@@ -18,6 +18,7 @@ from composer_path.config.types import hint, nearest
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import REFERENCE_TYPE
+from composer_path.own_parts.registry import own_classes
 from composer_path.run.optimizer import OwnRate
 from composer_path.storage.places import is_remote
 
@@ -94,10 +95,15 @@ check_save_root = _rule(
 check_number_to_keep = _rule(
     "found {}; it must be at least 1, or -1 for all", lambda number: number >= 1 or number == -1
 )
-check_projector_type = _rule(
-    "found '{}'; it must be attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity",
-    REFERENCE_TYPE.fullmatch,
-)
+
+
+def check_projector_type(name: str) -> None:
+    """A projector that there is."""
+    own = own_classes("projectors")
+    if name not in own and not REFERENCE_TYPE.fullmatch(name):
+        words = "attn_pool+mlp2x_gelu, attn_pool+linear, linear, mlpNx_gelu or identity, or a class of one's own"
+        near = nearest(name, own)
+        raise ValueError(f"found '{name}'; " + (f"did you mean {near}?" if near else f"it must be {words} (imports)"))
 
 
 def check_own_rate(group: dict[str, Any]) -> None:

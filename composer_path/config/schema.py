@@ -58,10 +58,13 @@ class Choice:
     sections: Mapping[Any, Section]
     default: Any = None
     selected: Any = None  # where the selector is left out
+    refused: Mapping[Any, str] = field(default_factory=dict)  # words that it may not be, and why
+    otherwise: Section | None = None  # of all other words, which are its own key's affair
 
     def section(self, selected: Any) -> Section | None:
         """The section of a name; None where there is none."""
-        return next((section for name, section in self.sections.items() if fits(selected, Literal[name])), None)
+        found = (section for name, section in self.sections.items() if fits(selected, Literal[name]))
+        return next(found, self.otherwise)
 
 
 Node = Key | Section | Choice

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache, partial
-from typing import Any, Literal, get_args
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 from composer import Trainer
 from composer.core import Precision
@@ -20,6 +20,7 @@ from composer_path.batches.loader import build_dataloader
 from composer_path.batches.mixture import build_stream
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.config import rules
+from composer_path.config.own_section import own_section
 from composer_path.config.schema import ABSENT, REQUIRED, Choice, Key, Node, Section, key_of, section_of
 from composer_path.guards.guards import Guards
 from composer_path.guards.requests import seconds_of
@@ -29,11 +30,15 @@ from composer_path.models.lora import add_lora
 from composer_path.models.pattern import check_pattern
 from composer_path.models.projector import MlpSettings, untrained_projector
 from composer_path.models.vision_encoder import check_vision_keywords, check_vision_name, untrained_vision_encoder
+from composer_path.own_parts.registry import Kind, own_classes
+from composer_path.own_parts.registry import version as parts_version
 from composer_path.records.prompts import get_template
 from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
 from composer_path.records.vocabulary import load_tokenizer
-from composer_path.run.names import named_classes
-from composer_path.run.optimizer import OptimizerName, build_optimizer, optimizer_class
+from composer_path.run.foreign_names import foreign_names
+from composer_path.run.names import library_classes, named_classes
+from composer_path.run.optimizer import REFUSED as REFUSED_OPTIMIZERS
+from composer_path.run.optimizer import build_optimizer, known_optimizers, optimizer_class
 from composer_path.run.schedule import build_schedule
 from composer_path.run.sharding import FSDP1_DEFAULTS, HybridFSDP2Config
 from composer_path.run.verdicts import FOUNDRY, refused
@@ -45,12 +50,16 @@ from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
 
+TOKEN_LOSS = "leave it out; an evaluation always has it, and a step its loss"
 SEED = "${seed}"  # of the whole run
 SEEDS: dict[str, Any] = {
     "at_least": 0,
     "at_most": 4_000_000_000,
 }  # NumPy's generators take 32 bits, and some are counted up from it
 AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"check": rules.check_above_zero}
+# Of torch's optimizers: what would climb the loss, or needs a caller of another kind.
+NO_SWITCHES = dict.fromkeys(("maximize", "capturable", "differentiable"), "leave it out; training minimises a loss")
+OPTIMIZER_TYPES: dict[str, Any] = {}
 SECONDS = {"check": rules.check_seconds}
 
 
@@ -59,17 +68,26 @@ def _from_1(most: int) -> dict[str, Any]:
     return {"at_least": 1, "at_most": most}
 
 
-@cache
 def config_schema() -> Section:
-    """The whole YAML."""
+    """The whole YAML, with the parts of one's own that are known now."""
+    return _config_schema(parts_version())
+
+
+@lru_cache(maxsize=2)
+def _config_schema(version: int) -> Section:
+    timing = section_of(build_schedule, leave_out=("name",)).keys
     schedules = {
-        name: section_of(build_schedule, cls, leave_out=("name",)) for name, cls in named_classes("scheduler").items()
+        name: section_of(build_schedule, cls, leave_out=("name",)) for name, cls in library_classes("scheduler").items()
     }
+    for name, cls in own_classes("schedulers").items():
+        schedules[name] = Section({**own_section(cls, (*timing,)).keys, **timing}, None)
+    metrics = {name: own_section(cls) for name, cls in own_classes("metrics").items()}
     no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
             "version": Key(Literal[1]),
+            "imports": Key(list[str], []),
             "seed": Key(int, **SEEDS),
             "save_root": Key(str, check=rules.check_save_root),
             "variables": Section({}, {}, open=True),
@@ -78,6 +96,8 @@ def config_schema() -> Section:
             "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
             "train_loader": _loader(REQUIRED),
             "eval_loader": _loader(None),
+            "eval_loaders": Section({}, {}, members=_loader(None)),
+            **{name: Section(metrics, {}, {"token_loss": TOKEN_LOSS}) for name in ("eval_metrics", "train_metrics")},
             "optimizer": _optimizer(),
             "scheduler": Choice("name", schedules, REQUIRED),
             **{name: _named_sections(name) for name in ("algorithms", "callbacks", "loggers")},
@@ -99,9 +119,23 @@ def _model() -> Section:
     projector: dict[str, Any] = {"type": {"check": rules.check_projector_type}, "pooler": pooler, "mlp": mlp}
     config: dict[str, Any] = {"config": {"check": rules.check_language_model}}
     parts: dict[str, Any] = {
-        "vision_encoder": section_of(build_vision_encoder, untrained_vision_encoder, changes=vision, default=REQUIRED),
-        "projector": section_of(
-            build_projector, untrained_projector, refused=sizes, changes=projector, default=REQUIRED
+        "vision_encoder": _with_own(
+            "name",
+            "vision_encoders",
+            section_of(build_vision_encoder, untrained_vision_encoder, changes=vision, default=REQUIRED),
+            ("image_size",),
+        ),
+        "projector": _with_own(
+            "type",
+            "projectors",
+            section_of(
+                build_projector,
+                untrained_projector,
+                refused=sizes | {"kwargs": "they are of a projector of one's own; name its class as type"},
+                changes=projector,
+                default=REQUIRED,
+            ),
+            ("in_dim", "out_dim"),
         ),
         "language_model": section_of(build_language_model, refused=decided, changes=config, default=REQUIRED),
     }
@@ -112,6 +146,17 @@ def _model() -> Section:
     return section_of(
         assemble_model, leave_out=("seed", "frozen_dtype", "vocabulary", "empty"), changes=parts, default=REQUIRED
     )
+
+
+def _with_own(selector: str, kind: Kind, usual: Section, supplied: tuple[str, ...]) -> Choice | Section:
+    """A part of the model that may be of a class of one's own, whose keywords are then `kwargs`."""
+    sections = {}
+    for name, cls in own_classes(kind).items():
+        common = ("weights", *(("image_size", "tokens", "mean", "std") if kind == "vision_encoders" else ()))
+        keys: dict[str, Node] = {key: usual.keys[key] for key in common}
+        keys["kwargs"] = own_section(cls, supplied, default={})
+        sections[name] = Section(keys, usual.default)
+    return Choice(selector, sections, usual.default, otherwise=usual) if sections else usual
 
 
 def _loader(default: Any) -> Section:
@@ -155,21 +200,25 @@ def _loader(default: Any) -> Section:
 
 def _optimizer() -> Choice:
     changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
-    changes["betas"] = {"check": rules.check_beta}
     changes["groups"] = {"annotation": list[dict[str, Any]] | None, "check": rules.check_own_rate}
     changes["layer_wise_lr_decay"] = {"check": rules.check_share}
+    changes |= {key: {"check": rules.check_beta} for key in ("betas", "momentum", "rho", "alpha")}
     # What torchao's signature doesn't say.
     types = {"eps": float, "betas": tuple[float, float], "amsgrad": bool, "block_size": int}
     types["bf16_stochastic_round"] = bool
     changes_8bit = {**changes, **{key: {**changes.get(key, {}), "annotation": kind} for key, kind in types.items()}}
     sections = {}
-    for name in get_args(OptimizerName):
+    ours = ("model", "name", "params")
+    for name in known_optimizers():
         functions: list[Any] = [build_optimizer]
         with suppress(ValueError):  # its package isn't installed: said when it is built
             functions.append(optimizer_class(name))
-        said = changes_8bit if name == "adamw_8bit" else changes
-        sections[name] = section_of(*functions, leave_out=("model", "name", "params"), changes=said)
-    return Choice("name", sections, REQUIRED)
+        said = changes_8bit if name == "adamw_8bit" else changes | OPTIMIZER_TYPES.get(name, {})
+        sections[name] = section_of(*functions, leave_out=ours, refused=NO_SWITCHES, changes=said)
+    common = section_of(build_optimizer, leave_out=ours, changes=changes).keys
+    for name, cls in own_classes("optimizers").items():
+        sections[name] = Section({**own_section(cls, (*ours, *common)).keys, **common})
+    return Choice("name", sections, REQUIRED, refused=REFUSED_OPTIMIZERS)
 
 
 def _named_sections(name: str) -> Section:
@@ -181,16 +230,20 @@ def _named_sections(name: str) -> Section:
     clipping = {"clipping_type": {"annotation": Literal["norm", "value", "adaptive"]}, "clipping_threshold": ABOVE_0}
     changes: dict[str, Any] = {"gradient_clipping": clipping}
     sections: dict[str, Node] = {}
+    own: Any = own_classes(name)  # type: ignore[arg-type]
     for key, cls in named_classes(name).items():
         parameters = inspect.signature(cls).parameters.values() if getattr(cls, "is_run_object", False) else ()
         supplied = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        if key not in no_use:
-            own = inspect.signature(cls).parameters if cls.__module__.startswith("composer_path.") else {}
-            seed = {"seed": {"default": SEED, **SEEDS}} if "seed" in own else {}
+        if key in own:
+            sections[key] = own_section(cls, supplied)
+        elif key not in no_use:
+            keywords = inspect.signature(cls).parameters if cls.__module__.startswith("composer_path.") else {}
+            seed = {"seed": {"default": SEED, **SEEDS}} if "seed" in keywords else {}
             said = changes.get(key, {}) | seed
             sections[key] = section_of(cls, leave_out=supplied, changes=said, default=ABSENT)
     known = {*named_classes(name), *FOUNDRY}
-    return Section(sections, {}, {key: hint for key, hint in no_use.items() if key in known})
+    hints = foreign_names(name) | {key: hint for key, hint in no_use.items() if key in known}
+    return Section(sections, {}, {key: hint for key, hint in hints.items() if key not in own})
 
 
 def _guards() -> Section:
@@ -235,7 +288,7 @@ def _trainer() -> Section:
             "console_log_interval": {"check": rules.check_console_interval},
             "save_interval": {"annotation": str | int | None},  # null saves nothing
             "save_num_checkpoints_to_keep": {"check": rules.check_number_to_keep},
-            "best": {"annotation": Literal["heldout/token_loss"] | None},  # what an evaluation measures
+            "best": {"annotation": str | None},  # what an evaluation measures
             "progress_bar": {"annotation": bool | None, "default": None},  # null: where a terminal can draw it
             # Composer's own default on a GPU is fp16.
             "precision": {"annotation": Literal[tuple(each.value for each in Precision)], "default": REQUIRED},

@@ -12,6 +12,7 @@ from composer_path.conversion.rejected_file import ConvertError
 from composer_path.images.file import MAX_PIXELS
 from composer_path.images.memory import IMAGE_MEMORY, memory_bytes
 from composer_path.layouts.condition import ConditionError
+from composer_path.layouts.own import own_layouts
 from composer_path.layouts.reading import CAPTION_PROMPT, Reading
 from composer_path.layouts.registry import LAYOUT_NAMES, SET_NAMES
 from composer_path.records.rules import IMAGE_TAG
@@ -115,8 +116,10 @@ class ConvertOptions:
             raise ConvertError("--resume and --overwrite: must not both be given; one keeps what the other deletes")
         if self.overwrite and self.num_parts > 1:
             raise ConvertError("--overwrite: must not be given for a part; it would delete the others: empty the place")
-        if SET_NAMES.get(self.layout, self.layout) not in LAYOUT_NAMES:
-            names = ", ".join((*LAYOUT_NAMES, *SET_NAMES))
+        if self.layout in own_layouts() and self.engine != "local":
+            raise ConvertError(f"--layout: can't be one's own with --engine {self.engine}, which hasn't its code")
+        if SET_NAMES.get(self.layout, self.layout) not in (*LAYOUT_NAMES, *own_layouts()):
+            names = ", ".join((*LAYOUT_NAMES, *SET_NAMES, *own_layouts()))
             raise ConvertError(f"--layout: must be one of {names}; found {self.layout!r}")
         if not self.caption_prompt or not all(text.strip() and IMAGE_TAG not in text for text in self.caption_prompt):
             raise ConvertError(f"--caption-prompt: must be a question without {IMAGE_TAG}, found none, or a tag")

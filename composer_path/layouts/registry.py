@@ -12,6 +12,7 @@ from typing import Any
 
 from composer_path.layouts.captions import arch, captions, pathgen, quilt, reg_report
 from composer_path.layouts.conversations import has_roles, llava, messages
+from composer_path.layouts.own import own_layouts, read_by_own
 from composer_path.layouts.questions import pathmmu, pmc_vqa, questions, reg_chain, vlmevalkit
 from composer_path.layouts.row import CAPTION_KEYS, IMAGE_KEYS, Row, plain_key
 from composer_path.records.rules import RECORD_KEYS, RecordError
@@ -92,8 +93,10 @@ def read_row(row: Row, layout: str, prompts: Sequence[str]) -> dict[str, Any]:
     Raises:
         RecordError: 'unknown-layout', 'unsupported-layout', or what is wrong with the row.
     """
-    chosen = LAYOUTS[layout] if layout != "auto" else recognise(row.values)
-    record = chosen.read(row, prompts)
+    if layout in own_layouts():
+        record = read_by_own(layout, row, prompts)
+    else:
+        record = (LAYOUTS[layout] if layout != "auto" else recognise(row.values)).read(row, prompts)
     image = record.get("image")
     for one in image if isinstance(image, list) else [image]:
         if isinstance(one, str) and one.lower().endswith(_FEATURE_ENDINGS) and one not in row.embedded:

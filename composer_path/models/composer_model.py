@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from composer.models import ComposerModel
 from jaxtyping import Float
@@ -11,6 +13,7 @@ from torchmetrics import Metric
 from composer_path.batches.batch import Batch
 from composer_path.models.flops import FlopCounter
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.weighting import require_weighting
 
 
 class TokenLoss(Metric):
@@ -38,12 +41,20 @@ class TokenLoss(Metric):
 class ComposerPathMLLM(ComposerModel):
     """What Composer trains. Its only child is `model`, which says how it is sharded and checkpointed."""
 
-    def __init__(self, model: PathMLLM) -> None:
+    def __init__(
+        self,
+        model: PathMLLM,
+        eval_metrics: Mapping[str, Metric] | None = None,
+        train_metrics: Mapping[str, Metric] | None = None,
+    ) -> None:
+        """Make it of a model, with metrics of one's own: `update` gets the answer tokens' losses and the batch."""
         super().__init__()
         self.model = model
         self.flops = FlopCounter(model)
         # In a plain dict, so that the metric is no child module (FSDP would wrap it).
-        self.eval_metrics: dict[str, Metric] = {"token_loss": TokenLoss()}
+        self.eval_metrics: dict[str, Metric] = {"token_loss": TokenLoss(), **(eval_metrics or {})}
+        self.train_metrics = dict(train_metrics or {})
+        self.is_weighted = False  # whether the Trainer was seen to weigh microbatches as it must
         self.last_token_losses: Tensor | None = None  # of the microbatch whose loss was asked last, without gradients
 
     def forward(self, batch: Batch) -> Float[Tensor, " targets"]:
@@ -67,6 +78,9 @@ class ComposerPathMLLM(ComposerModel):
         multiplies this mean by the microbatch's share: a step's loss is sum(weight * loss) / sum(weight) over the
         global batch, however it is divided over ranks. Weights are in `Batch.target_weights` (batches/batch.py).
         """
+        if not self.is_weighted:
+            require_weighting()
+            self.is_weighted = True
         self.last_token_losses = outputs.detach()
         weighted = outputs * batch.target_weights
         return weighted.sum() / (batch.loss_weight or 1.0)
@@ -86,9 +100,9 @@ class ComposerPathMLLM(ComposerModel):
         return self.flops_per_batch(batch) + self.flops.recomputed(*batch.sizes(), blocks=blocks, head=head)
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        """Held-out token loss; none while training, where the loss itself is logged."""
-        return {} if is_train else self.eval_metrics
+        """Held-out token loss, and those of one's own; while training these alone, as the loss itself is logged."""
+        return self.train_metrics if is_train else self.eval_metrics
 
     def update_metric(self, batch: Batch, outputs: Float[Tensor, " targets"], metric: Metric) -> None:
-        """Add a batch to the held-out loss."""
-        metric.update(outputs)
+        """Add a batch to the held-out loss, or to a metric of one's own."""
+        metric.update(*((outputs,) if isinstance(metric, TokenLoss) else (outputs, batch)))

@@ -19,6 +19,7 @@ from torch import nn
 from composer_path.models.attentional_pooler import AttentionalPooler
 from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.projector import PooledMlp
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class FlopCounter:
         self.vision_attention = 4.0 * all_tokens**2 * vision.dim * len(vision.blocks)
         self.pooled = _pooler_flops(model, self.vision_tokens)
         self.image_tokens = model.num_image_tokens()
-        self.mlp = 2.0 * self.image_tokens * _matrix_entries([model.projector.mlp])
+        projector = model.projector  # one's own: as if each vector met every matrix once
+        of_each = projector.mlp if isinstance(projector, PooledMlp) else projector
+        self.mlp = 2.0 * self.image_tokens * _matrix_entries([of_each])
         blocks = decoder_blocks(model.language_model)
         self.body = 2.0 * _matrix_entries(blocks, _share_of_experts(config))
         heads = config.num_attention_heads
@@ -138,9 +141,10 @@ def _share_of_experts(config: object) -> float:
 
 def _pooler_flops(model: PathMLLM, tokens: int) -> tuple[float, float]:
     """Operations of a forward pass of the pooler: for each image, and once for all images."""
-    pooler, queries = model.projector.pooler, model.projector.num_queries
-    if pooler is None or queries is None:
+    projector = model.projector
+    if not isinstance(projector, PooledMlp) or projector.pooler is None or projector.num_queries is None:
         return 0.0, 0.0
+    pooler, queries = projector.pooler, projector.num_queries
     query: nn.Parameter = pooler.query  # type: ignore[assignment]
     dim, in_dim = query.shape[1], model.projector.in_dim
     keys_and_values, attention = 2.0 * tokens * 2 * in_dim * dim, 4.0 * queries * tokens * dim

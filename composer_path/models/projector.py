@@ -1,7 +1,6 @@
 """The projector: turns the vision encoder's tokens into the vectors that stand in the language model's input.
 
-To add one: a pooler is a class in `POOLERS` (attentional_pooler.py) and a name in `PoolerKind`; another shape behind it
-is a branch of `untrained_projector`, with its name in `REFERENCE_TYPE`, and of `num_image_tokens`.
+To add one: a subclass of `Projector` in a module that the YAML imports (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composer_path.models.attentional_pooler import POOLERS, PoolerKind, PoolerSettings
+from composer_path.own_parts.registry import own_classes
 
 REFERENCE_TYPE = re.compile(r"(?P<pooler>attn_pool\+)?(?:(?P<linear>linear)|mlp(?P<depth>[1-9]\d*)x_gelu|identity)")
 
@@ -30,16 +30,52 @@ class MlpSettings:
 
 
 class Projector(nn.Module):
-    """An optional attentional pooler with its LayerNorm, then an MLP.
+    """What all projectors share; one of one's own is derived from it, and says `project`.
+
+    Args:
+        in_dim: Width of the vision encoder's tokens.
+        out_dim: Width of the language model.
 
     Attributes:
         config: Keywords of `untrained_projector` that rebuild it, without its weights.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, *, pooler: PoolerSettings | None, mlp: MlpSettings) -> None:
+    config: dict[str, Any]
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.in_dim = in_dim
-        self.config: dict[str, Any] = {"in_dim": in_dim, "out_dim": out_dim, "pooler": pooler and asdict(pooler)}
+        self.in_dim, self.out_dim = in_dim, out_dim
+
+    def forward(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
+        """1. Check the width. 2. Take the weights' dtype. 3. Project."""
+        if features.shape[-1] != self.in_dim:
+            raise ValueError(
+                f"projector: features of width {features.shape[-1]} came in, but it was built for width {self.in_dim} "
+                "(the vision encoder's dim)"
+            )
+        weight = next(self.parameters(), features)  # the identity has none
+        vectors = self.project(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
+        expected = (len(features), self.num_image_tokens(features.shape[1]), self.out_dim)
+        if tuple(vectors.shape) != expected:
+            found = f"found {tuple(vectors.shape)} of {type(self).__name__}; correct project or num_image_tokens"
+            raise ValueError(f"projector: must give {expected} (images, image tokens, width); {found}")
+        return vectors
+
+    def project(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
+        """What it makes of the tokens, which have its weights' dtype."""
+        raise NotImplementedError
+
+    def num_image_tokens(self, num_tokens: int) -> int:
+        """How many vectors come out for an image for which the vision encoder gives `num_tokens` tokens."""
+        return num_tokens
+
+
+class PooledMlp(Projector):
+    """An optional attentional pooler with its LayerNorm, then an MLP: the reference's projectors."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, pooler: PoolerSettings | None, mlp: MlpSettings) -> None:
+        super().__init__(in_dim, out_dim)
+        self.config = {"in_dim": in_dim, "out_dim": out_dim, "pooler": pooler and asdict(pooler)}
         self.config["mlp"] = asdict(mlp)
         width = in_dim
         self.num_queries: int | None = None
@@ -63,21 +99,14 @@ class Projector(nn.Module):
             layers += [nn.GELU(), nn.Linear(out_dim, out_dim)] if index else [nn.Linear(width, out_dim)]
         self.mlp = nn.Sequential(*layers)
 
-    def forward(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
-        """1. Take the weights' dtype. 2. Pool and normalise, if there is a pooler. 3. MLP."""
-        if features.shape[-1] != self.in_dim:
-            raise ValueError(
-                f"projector: features of width {features.shape[-1]} came in, but it was built for width {self.in_dim} "
-                "(the vision encoder's dim)"
-            )
-        weight = next(self.parameters(), features)  # the identity has none
-        features = features.to(weight.dtype)  # a frozen encoder may be in bf16 beside an fp32 projector
+    def project(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
+        """1. Pool and normalise, if there is a pooler. 2. MLP."""
         if self.pooler is not None and self.ln is not None:
             features = self.ln(self.pooler(features))
         return self.mlp(features)
 
     def num_image_tokens(self, num_tokens: int) -> int:
-        """How many vectors come out for an image for which the vision encoder gives `num_tokens` tokens."""
+        """As many as there are queries, or tokens."""
         return num_tokens if self.num_queries is None else self.num_queries
 
 
@@ -88,6 +117,7 @@ def untrained_projector(
     type: str | None = None,
     pooler: dict[str, Any] | None = None,
     mlp: dict[str, Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
 ) -> Projector:
     """A projector from the YAML's keys, with random weights.
 
@@ -95,14 +125,21 @@ def untrained_projector(
         in_dim: Width of the vision encoder's tokens.
         out_dim: Width of the language model.
         type: A name of the reference's: `attn_pool+mlp2x_gelu`, `attn_pool+linear`, `linear`, `mlpNx_gelu`, `identity`.
-            Without `type`, `pooler` and `mlp` it is `attn_pool+mlp2x_gelu`.
+            Without `type`, `pooler` and `mlp` it is `attn_pool+mlp2x_gelu`. Or the name of a class of one's own.
         pooler: `{kind: reference | open_clip, dim: 768, num_queries: 128, num_heads: 8}`; what isn't given has the
             value shown. Without `type`, leaving `pooler` out means no pooler.
         mlp: `{depth: N}`: 0 identity, 1 one linear layer, 2 (the default) linear, GELU, linear.
+        kwargs: Keywords of a class of one's own.
 
     Raises:
         ValueError: Unknown names, keys that contradict `type`, or sizes that don't fit.
     """
+    if (cls := own_classes("projectors").get(type or "")) is not None:
+        own: Projector = cls(in_dim, out_dim, **(kwargs or {}))
+        own.config = {"in_dim": in_dim, "out_dim": out_dim, "type": type, "kwargs": kwargs or {}}
+        return own
+    if kwargs:
+        raise ValueError(f"projector.kwargs: are of a projector of one's own, found {sorted(kwargs)}; remove them")
     settings = _settings(MlpSettings, "projector.mlp", mlp or {})
     if type is None and pooler is None and mlp is None:
         type = "attn_pool+mlp2x_gelu"
@@ -117,7 +154,7 @@ def untrained_projector(
         if has_pooler and pooler is None:
             pooler = {}
     chosen = None if pooler is None else _settings(PoolerSettings, "projector.pooler", pooler)
-    return Projector(in_dim, out_dim, pooler=chosen, mlp=settings)
+    return PooledMlp(in_dim, out_dim, pooler=chosen, mlp=settings)
 
 
 def _parse_type(name: str) -> tuple[bool, int]:

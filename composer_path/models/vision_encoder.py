@@ -1,7 +1,7 @@
 """The vision encoder: a vision transformer that gives its tokens, and everything that belongs to it.
 
-Any ViT of timm or open_clip is here by its name, and public encoders by theirs (`encoders/table.py`). To add another
-kind: a branch of `untrained_vision_encoder`, and its name in `check_vision_name`.
+Any ViT of timm or open_clip is here by its name, and public encoders by theirs (`encoders/table.py`). One of one's own
+is a `VisionTrunk` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from composer_path.models.open_clip_trunk import (
     open_clip_vision_config,
 )
 from composer_path.models.timm_trunk import build_timm_trunk, layer_name
+from composer_path.models.trunk import VisionTrunk
 from composer_path.models.vision_facts import VisionFacts, facts_of
+from composer_path.own_parts.registry import own_classes
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +154,8 @@ def untrained_vision_encoder(
         check_vision_name(name)
     except ValueError as error:
         raise ValueError(f"vision_encoder.name: {error}") from None
-    recipe, size, architecture, base = ENCODERS.get(name), image_size, kwargs, name
+    recipe, own = ENCODERS.get(name), own_classes("vision_encoders").get(name)
+    size, architecture, base = image_size, kwargs, name
     if recipe is not None:
         base, size, architecture = recipe.base, image_size or recipe.image_size, {**recipe.kwargs, **kwargs}
         if changed := [key for key in kwargs if key in recipe.kwargs and kwargs[key] != recipe.kwargs[key]]:
@@ -160,7 +163,10 @@ def untrained_vision_encoder(
             log.warning("vision_encoder: '%s' is built with other keywords than it has: %s", name, words)
     family, _, model = base.partition("/")
     trunk: Any
-    if family == "timm":
+    if own is not None:
+        trunk = own(**({} if image_size is None else {"image_size": image_size}), **kwargs)
+        usual, stated, size = (trunk.mean, trunk.std), True, trunk.image_size
+    elif family == "timm":
         trunk = build_timm_trunk(model, size, architecture)
         timm_config = timm.get_pretrained_cfg(model)  # what timm states; None for a name without weights
         usual = (timm_config.mean, timm_config.std) if timm_config else ENCODERS["coca_vit-l"].normalization
@@ -176,7 +182,8 @@ def untrained_vision_encoder(
     if recipe is not None:
         usual, stated = recipe.normalization, True
     size = trunk.patch_embed.img_size[0] if size is None else size
-    patch_size: int = trunk.patch_size if isinstance(trunk, OpenClipTrunk) else trunk.patch_embed.patch_size[0]
+    has_one = isinstance(trunk, OpenClipTrunk | VisionTrunk)
+    patch_size: int = trunk.patch_size if has_one else trunk.patch_embed.patch_size[0]
     if size % patch_size:
         raise ValueError(f"vision_encoder.image_size: must be a multiple of the patch size {patch_size}, found {size}")
     known: dict[str, Any] = {"image_size": size, "tokens": tokens}
@@ -193,6 +200,11 @@ def untrained_vision_encoder(
 
 def check_vision_name(name: str) -> None:
     """A vision encoder that there is; ValueError with the name that may have been meant."""
+    own = own_classes("vision_encoders")
+    if name in own:
+        return
+    if name not in ENCODERS and (near := difflib.get_close_matches(name, own, n=1)):
+        raise ValueError(f"found '{name}'; did you mean {near[0]}?")
     family, _, model = name.partition("/")
     if family == "timm" and model:
         if not timm.is_model(model):

@@ -133,6 +133,7 @@ def one_step(config: DictConfig, folder: str) -> DictConfig:
         config[section] = settings[section]
     config.save_root = folder
     config.eval_loader, config.callbacks, config.loggers = None, {}, {}
+    config.eval_loaders, config.eval_metrics, config.train_metrics = {}, {}, {}
     config.algorithms = {name: given for name, given in settings["algorithms"].items() if name != "gradient_clipping"}
     alone = {"run_name": "one_step", "max_duration": "1ba", "save_interval": None, "best": None, "autoresume": False}
     for key, value in (alone | {"progress_bar": False, "load_path": None}).items():

@@ -3,7 +3,7 @@
 A template turns a conversation into a list of segments: text, special tokens and images, each marked as supervised (an
 answer and its end) or not. Labels follow from these marks, so no arithmetic on token counts is needed.
 
-To add one: a subclass of `PromptTemplate` here, and its class in `TEMPLATES` below. Its name is all a YAML needs.
+To add one: a subclass of `PromptTemplate` in a module that the YAML imports (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import datetime
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
+from composer_path.own_parts.registry import own_classes
 from composer_path.records.chat_template import FIXED_DATE, TemplateError, read_date, render_around, trimmed
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
@@ -62,7 +63,8 @@ class PromptTemplate(ABC):
 
     def to_json(self) -> str | dict[str, Any]:
         """What `get_template` makes this template of: its name, with the settings that aren't the usual ones."""
-        settings = {key: value for key, value in asdict(self).items() if value != getattr(type(self)(), key)}
+        usual = {field.name: field.default for field in fields(self)}
+        settings = {key: value for key, value in asdict(self).items() if value != usual[key]}
         return {"name": self.name, **settings} if settings else self.name
 
 
@@ -188,14 +190,18 @@ def get_template(template: str | Mapping[str, Any] | PromptTemplate) -> PromptTe
         return template
     settings = {"name": template} if isinstance(template, str) else dict(template)
     name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in TEMPLATES:
-        nearest = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"template: unknown name {name!r}; did you mean {nearest!r}? (known: {', '.join(TEMPLATES)})")
-    allowed = [field.name for field in fields(TEMPLATES[name])]
+    known = TEMPLATES | own_classes("templates")
+    if not isinstance(name, str) or name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"template: unknown name {name!r}; did you mean {nearest!r}? (known: {', '.join(known)})")
+    allowed = [field.name for field in fields(known[name])]
+    required = [field.name for field in fields(known[name]) if field.default is MISSING and field.name not in settings]
+    if required:
+        raise ValueError(f"template.{required[0]}: is missing; {name!r} needs it")
     for key, value in settings.items():
         if key not in allowed:
             raise ValueError(f"template.{key}: {name!r} has no such setting (it has: {', '.join(allowed) or 'none'})")
         wanted, words = (bool, "true or false") if key == "thinking" else (str | datetime.date | None, "text, or null")
-        if not isinstance(value, wanted):
+        if name in TEMPLATES and not isinstance(value, wanted):
             raise ValueError(f"template.{key}: found {value!r}; it must be {words}")
-    return TEMPLATES[name](**settings)
+    return known[name](**settings)

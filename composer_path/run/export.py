@@ -23,6 +23,7 @@ from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
 from composer_path.models.lora import merged, peft_config, peft_weights
 from composer_path.models.pattern import learning_modules
+from composer_path.models.projector import PooledMlp
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
 from composer_path.run.place import with_local_weights
@@ -48,7 +49,8 @@ def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]
     state = part_of(weights, "projector")
     (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier model
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
-    save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
+    if isinstance(model.projector, PooledMlp):  # the reference has no others
+        save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
     write_json(folder / "config.json", model.config())
 
 

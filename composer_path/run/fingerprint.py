@@ -14,13 +14,14 @@ from typing import Any
 
 import xxhash
 
+from composer_path.own_parts.imports import file_of, source_of
 from composer_path.run.place import on_this_disk
 from composer_path.shards.lengths import short_hash
 
 # Where files lie and who is told; what files hold is compared by its hash, so a folder may move. Their values may hold
 # passwords, so a fingerprint has their hashes only.
 _PLACES = re.compile(
-    r"save_root|variables\..*|loggers\..*|(.*\.)?(local|remote|path|weights|pooler_weights|lengths|log_dir|load_path|streams\.[^.]+\.(local|remote))"
+    r"save_root|imports|variables\..*|loggers\..*|(.*\.)?(local|remote|path|weights|pooler_weights|lengths|log_dir|load_path|streams\.[^.]+\.(local|remote))"
 )
 # What a resumed run must have as it began: random numbers, model, how its data are prepared. The order of samples
 # is compared by the stream, which takes another one where an epoch begins.
@@ -90,6 +91,16 @@ def weights_files(settings: Mapping[str, Any]) -> dict[str, list[Path]]:
             kinds = (".safetensors", ".bin", ".pt", ".pth")
             held = [file for file in path.iterdir() if file.suffix in kinds] if path.is_dir() else [path]
             found[name] = sorted(held)
+    return found
+
+
+def import_hashes(imports: Sequence[str]) -> dict[str, str]:
+    """What the modules and files of one's own hold now, by their names without places."""
+    found = {}
+    for name in imports:
+        file = file_of(name)
+        files = sorted(file.rglob("*.py")) if file is not None and file.is_dir() else [file] if file else []
+        found[f"imports.{source_of(name)}"] = hash_of_files(files)
     return found
 
 

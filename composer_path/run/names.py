@@ -6,10 +6,13 @@ import inspect
 import re
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim.scheduler import ComposerScheduler
+
+from composer_path.own_parts.registry import own_classes
 
 # Composer's words that no rule splits well; and "annealing", which every schedule does.
 _SPELLINGS = {"Annealing": ""} | {
@@ -24,9 +27,15 @@ _SECTIONS = {
 }
 
 
-@cache
 def named_classes(section: str) -> dict[str, type]:
-    """Classes that a section of the YAML may name; one of ours goes before Composer's of the same name."""
+    """Classes that a section of the YAML may name: the libraries', and those of one's own."""
+    own: Any = "schedulers" if section == "scheduler" else section
+    return library_classes(section) | own_classes(own)
+
+
+@cache
+def library_classes(section: str) -> dict[str, type]:
+    """Those of Composer and this project; one of ours goes before Composer's of the same name."""
     base, suffix, packages = _SECTIONS[section]
     others = () if section == "loggers" else LoggerDestination  # to Composer a callback; it has a section of its own
     return {

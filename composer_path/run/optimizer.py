@@ -1,21 +1,55 @@
-"""AdamW with learning rates by module, by pattern and by depth, also with moments in 8 bits."""
+"""The optimizer: AdamW or another one by its name, with learning rates by module, by pattern and by depth."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
+from composer.optim import DecoupledAdamW, DecoupledSGDW
 from torch import nn
 
 from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.models.pattern import MODULES, pick
+from composer_path.own_parts.registry import own_classes
+from composer_path.run.lion import Lion
 
 # Of a vision encoder's weights outside of its blocks, those that come after them, by the first word of their names.
 AFTER_BLOCKS = ("norm", "fc_norm", "ln_post", "proj", "head", "attn_pool")
-OptimizerName = Literal["adamw", "adamw_8bit"]
+# Torch's and Composer's that work here; others of torch's, and why not.
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adafactor": torch.optim.Adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+    "decoupled_adamw": DecoupledAdamW,
+    "decoupled_sgdw": DecoupledSGDW,
+    "lion": Lion,
+}
+EIGHT_BIT = "adamw_8bit"
+ADAFACTOR = (
+    "its averages over rows don't come about under FSDP2; take lion or adamw, or trainer.parallelism_config=null"
+)
+REFUSED = {
+    "lbfgs": "it computes each step's loss several times, which Composer's loop doesn't; use adamw",
+    "sparse_adam": "it takes sparse gradients only, and ours are dense; use adamw",
+    "muon": "it takes matrices only, and each module has vectors, too; use adamw",
+    "asgd": "it averages weights that nothing reads afterwards; use sgd, or the algorithm ema",
+    "rprop": "it is made for gradients of the whole set, not of batches; use adamw",
+    **dict.fromkeys(("decoupled_lionw", "lionw", "decoupled_lionw_8b"), "llm-foundry's isn't there; use lion"),
+    **dict.fromkeys(("adamw_8b", "adam8bit", "adamw8bit", "paged_adamw_8bit"), "use adamw_8bit"),
+    **dict.fromkeys(("adam_w", "adamw_torch", "adamw_hf", "adamw_torch_fused"), "use adamw"),
+    "decoupled_adam_w": "use decoupled_adamw",
+}
 
 
 @dataclass(frozen=True)
@@ -38,25 +72,25 @@ class OwnRate:
 def build_optimizer(
     model: PathMLLM,
     *,
-    name: OptimizerName = "adamw",
+    name: str = "adamw",
     lr: float | Mapping[str, float],
     weight_decay: float = 0.0,
     groups: Sequence[Mapping[str, Any]] | None = None,
     layer_wise_lr_decay: float | None = None,
     **keywords: Any,
 ) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; biases and norms (everything with one dimension) never decay.
+    """An optimizer over the trained parameters; biases and norms (everything with one dimension) never decay.
 
     Args:
         model: Its parameters that require a gradient.
-        name: `adamw`, or `adamw_8bit`: torchao's, whose two moments take 2 bytes a weight instead of 8. Not exact: for
-            models that don't fit otherwise.
+        name: One of `OPTIMIZERS`, a class of one's own, or `adamw_8bit`: torchao's, whose two moments take 2 bytes a
+            weight instead of 8. Not exact: for models that don't fit otherwise.
         lr: One for all, or by module: `{projector: 2e-3, language_model: 2e-5}`.
         weight_decay: On matrices.
         groups: Keywords of `OwnRate` for parts of the model; the first that matches a weight counts.
         layer_wise_lr_decay: Factor by which the rate falls from each block of the language model and the vision encoder
             to the one before it; what comes after the last block has the whole rate, embeddings the lowest.
-        **keywords: Of `torch.optim.AdamW` (`fused` None: where a GPU is there) or of torchao's `AdamW8bit`.
+        **keywords: Of the optimizer's class; `fused` None: where a GPU is there.
 
     Raises:
         ValueError: Nothing is trained, a trained module has no learning rate, a group matches nothing that is trained
@@ -88,11 +122,17 @@ def build_optimizer(
     built: list[dict[str, Any]] = [found[key] for key in sorted(found)]
     if not built:
         raise ValueError("model.trainable: nothing to train")
-    if name == "adamw_8bit":
+    if weight_decay and "weight_decay" not in inspect.signature(cls).parameters:
+        raise ValueError(f"optimizer.weight_decay: must be 0 for '{name}', which has none; found {weight_decay}")
+    if name == EIGHT_BIT:
         for group in built:
             group["lr"] = torch.tensor(group["lr"])  # its compiled step would be compiled again for each new number
-    elif keywords.get("fused") is None:
+    elif name in ("adamw", "adam", "sgd") and keywords.get("fused") is None:
         keywords["fused"] = torch.cuda.is_available()
+    if isinstance(keywords.get("betas"), list):  # as YAML has it
+        keywords["betas"] = tuple(keywords["betas"])
+    if name != EIGHT_BIT:
+        keywords["lr"] = built[0]["lr"]  # Composer's have no default; each group has its own
     return cls(built, **keywords)
 
 
@@ -128,12 +168,20 @@ def _depths(model: PathMLLM) -> dict[nn.Parameter, int]:
     return depths
 
 
-def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
+def known_optimizers() -> tuple[str, ...]:
+    """The names of all but one's own."""
+    return (*OPTIMIZERS, EIGHT_BIT)
+
+
+def optimizer_class(name: str) -> Any:
     """The class behind a name; ValueError where there is none, or torchao isn't installed."""
-    if name == "adamw":
-        return torch.optim.AdamW
-    if name not in get_args(OptimizerName):
-        raise ValueError(f"optimizer.name: unknown '{name}'; there are {', '.join(get_args(OptimizerName))}")
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if name in (own := own_classes("optimizers")):
+        return own[name]
+    if name != EIGHT_BIT:
+        fix = REFUSED.get(name, f"there are {', '.join((*known_optimizers(), *own))}")
+        raise ValueError(f"optimizer.name: unknown '{name}'; {fix}")
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from composer_path.callbacks.step_line import StepLine
+from composer_path.own_parts.registry import own_classes
 from composer_path.run.names import named_classes
 
 
@@ -30,6 +31,11 @@ def build_parts(section: str, named: Mapping[str, Any], of_the_run: Mapping[str,
     if section == "loggers" and not sys.stderr.isatty():
         parts.append(StepLine())
     return parts
+
+
+def build_metrics(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics of one's own, from `snake_name: {keywords}`."""
+    return {name: own_classes("metrics")[name](**(keywords or {})) for name, keywords in named.items()}
 
 
 def trainer_keywords(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from composer_path.asking.run_table import CONFIG, SUMMARY
 from composer_path.guards.guards import Guards
+from composer_path.run.evaluations import HELD_OUT
 from composer_path.run.names import snake_name
 from composer_path.storage.atomic import write_whole
 from composer_path.weights.folder import write_json
@@ -40,8 +41,13 @@ class RunReport(Callback):
     def eval_end(self, state: State, logger: Logger) -> None:
         """Note the held-out loss: the first and the newest."""
         moment = "before" if state.timestamp.batch == 0 else "after"
-        loss = state.eval_metrics["heldout"]["token_loss"].compute().item()
-        self.summary["heldout_token_loss"][moment] = loss
+        now = state.dataloader_label  # a standalone evaluation's last event comes after all of its sets
+        for label in (now,) if now in state.eval_metrics else state.eval_metrics:
+            loss = state.eval_metrics[label]["token_loss"].compute().item()
+            if label == HELD_OUT:
+                self.summary["heldout_token_loss"][moment] = loss
+            else:
+                self.summary.setdefault("eval_token_loss", {}).setdefault(label, {})[moment] = loss
         if self.ended:  # Composer's last evaluation comes after the end of `fit`
             self._write()
 

@@ -16,7 +16,8 @@ from composer_path.checkpoints.newest import Found, named, newest_whole
 from composer_path.checkpoints.resume import Resume
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.checkpoints.trained_only import TrainedOnly
-from composer_path.run.fingerprint import differences, fingerprint, hash_of_files, weights_files
+from composer_path.own_parts.registry import all_parts
+from composer_path.run.fingerprint import differences, fingerprint, hash_of_files, import_hashes, weights_files
 from composer_path.run.place import SendFiles, checkpoints_of, folder_of
 from composer_path.storage.places import is_remote
 
@@ -47,7 +48,11 @@ def choose_start(settings: Mapping[str, Any], trained_only: TrainedOnly, tokeniz
     section, root = settings["trainer"], settings["save_root"]
     folder = checkpoints_of(root, section["run_name"])
     files = on_first_rank(lambda: {name: hash_of_files(held) for name, held in weights_files(settings).items()})
-    ours = fingerprint(settings, files | {"tokenizer": tokenizer}) | {"data": data}
+    own = on_first_rank(lambda: import_hashes(settings["imports"]))
+    for name, held in own.items():
+        kinds = [f"{part.kind} {part.name}" for part in all_parts() if f"imports.{part.source}" == name]
+        _tell("%s: code of one's own, hash %s: %s", name, held, ", ".join(kinds))
+    ours = fingerprint(settings, files | {"tokenizer": tokenizer}) | {"data": data} | own
     saver = None
     if section["save_interval"] is not None:
         keep, best = section["save_num_checkpoints_to_keep"], section["best"]

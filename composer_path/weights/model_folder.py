@@ -16,6 +16,7 @@ from composer_path.models.language_model import empty_parameters, untrained_lang
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
 from composer_path.models.vocabulary_rows import tied_names
+from composer_path.own_parts.registry import check_sources, sources_of
 from composer_path.storage.json_object import read_json_object
 from composer_path.weights.folder import write_folder
 from composer_path.weights.tensor_file import check_tensors, read_tensor_folder
@@ -37,11 +38,14 @@ class PathMLLM(path_mllm.PathMLLM):
 
     def config(self) -> dict[str, Any]:
         """Keywords that rebuild the architecture, as written to `config.json`."""
+        vision, projector = self.vision_encoder.config, self.projector.config
+        imports = sources_of(vision_encoders=vision["name"], projectors=projector.get("type"))
         return {
             "model_type": MODEL_TYPE,
             "version": 1,
-            "vision_encoder": self.vision_encoder.config,
-            "projector": self.projector.config,
+            **({"imports": imports} if imports else {}),
+            "vision_encoder": vision,
+            "projector": projector,
             "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
         }
 
@@ -96,6 +100,7 @@ class PathMLLM(path_mllm.PathMLLM):
                 f"'{file}' has model_type '{config.get('model_type')}', expected '{MODEL_TYPE}'; a folder in "
                 "the reference's names is loaded by composer_path.load_reference_model"
             )
+        check_sources(str(file), config)
         try:
             with empty_parameters():
                 model = cls(

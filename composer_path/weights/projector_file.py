@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from composer_path.models.projector import Projector, untrained_projector
+from composer_path.models.projector import PooledMlp, Projector, untrained_projector
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.storage.atomic import write_whole
 from composer_path.weights.projector_origin import ProjectorOrigin
@@ -145,6 +145,9 @@ def load_projector_weights(path: str | Path, projector: Projector, encoder: Visi
         fix = "take the encoder that it was trained with, or train a projector for this one"
         raise WeightsError(f"weights: '{file}' was trained with another encoder. {'; '.join(differences)}; {fix}")
     tensors = read_tensor_file(file)
+    if config is None and not isinstance(projector, PooledMlp):
+        fix = f"give a {SAFETENSORS} that a run with it wrote"
+        raise WeightsError(f"weights: '{file}' doesn't say which projector it is of; {fix}")
     if config is None:
         tensors = from_reference_projector(_without_prefix(str(file), tensors))
     expected = projector.state_dict()

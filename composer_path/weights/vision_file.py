@@ -14,6 +14,7 @@ from torch import Tensor
 
 from composer_path.models.lora import plain_weights
 from composer_path.models.open_clip_trunk import OpenClipTrunk
+from composer_path.models.trunk import VisionTrunk
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_file, some
 from composer_path.weights.vision_folder import check_what_a_folder_says, read_vision_folder
@@ -52,6 +53,7 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder, *, normalizati
     `visual.trunk.` in CONCH's, `module.`, `teacher.backbone.`, none, ...) is found and removed. Position embeddings of
     another image size are resampled as the file's library does. Classifier, pooling and mask token are left out, and
     so are the text tower and all else in a whole vision-language checkpoint; what was left out is logged.
+    Of a trunk of one's own the keys are those of its file.
 
     Args:
         path: A folder is read with its `config.json`, `preprocessor_config.json` or `open_clip_config.json`.
@@ -79,6 +81,10 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder, *, normalizati
             encoder.config["name"],
         )
     trunk = encoder.trunk
+    if isinstance(trunk, VisionTrunk):
+        check_tensors(str(path), trunk.state_dict(), tensors)
+        trunk.load_state_dict(tensors)
+        return
     module = trunk.tower if isinstance(trunk, OpenClipTrunk) else trunk
     expected = module.state_dict()
     found = find_vit(str(path), tensors)

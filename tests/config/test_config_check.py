@@ -126,7 +126,7 @@ MISTAKES = [
         "train_loader.dataset.template: template: unknown name 'lava_llama_2'",
     ),
     ("train_loader.dataset.template={name: plain, system: x}", "train_loader.dataset.template: template.system: "),
-    ("optimizer.name=adam", "optimizer.name: found the text 'adam'; did you mean adamw?"),
+    ("optimizer.name=adamz", "optimizer.name: found the text 'adamz'; did you mean adam?"),
     (
         "optimizer.lr='2e-3'",
         "optimizer.lr: found the text '2e-3'; it must be a number or a mapping of names to a number",

@@ -8,6 +8,8 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from composer import DataSpec, Trainer
+from torch.utils.data import DataLoader
 
 from composer_path import ComposerPathMLLM
 from composer_path.batches.batch import Batch, LossAverage, PackedCollator, split_batch
@@ -156,3 +158,34 @@ def test_the_adapter_has_one_child_and_a_metric_for_evaluation_only(adapter: Com
     assert [name for name, _ in adapter.named_children()] == ["model"]
     assert adapter.get_metrics(is_train=True) == {}
     assert set(adapter.get_metrics()) == {"token_loss"}
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_trainer_made_by_hand_that_weighs_wrongly_is_told_before_its_first_step(
+    adapter: ComposerPathMLLM, samples: list[dict[str, Any]], weighted: bool
+) -> None:
+    spec = DataSpec(
+        DataLoader(samples, batch_size=6, collate_fn=PackedCollator()),  # type: ignore[arg-type]
+        split_batch=split_batch,
+        get_num_samples_in_batch=lambda batch: batch.num_samples,
+        get_num_tokens_in_batch=lambda batch: {"total": len(batch.input_ids), "loss_generating": batch.loss_weight},
+    )
+    model = ComposerPathMLLM(adapter.model)
+    before = [parameter.clone() for parameter in model.parameters()]
+    trainer = Trainer(
+        model=model,
+        train_dataloader=spec,
+        optimizers=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0 if weighted else 0.1),
+        max_duration="1ba",
+        device="cpu",
+        device_train_microbatch_size=3,
+        accumulate_train_batch_on_tokens=weighted,
+        progress_bar=False,
+    )
+    if weighted:
+        trainer.fit()
+    else:
+        with pytest.raises(ValueError, match="must be made with accumulate_train_batch_on_tokens=True"):
+            trainer.fit()
+    trainer.close()
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
