@@ -21,7 +21,7 @@ def orient(
 
 
 def _quarter(images: Tensor) -> Tensor:
-    return images.rot90(1, (2, 3))
+    return images.transpose(2, 3).flip(2)
 
 
 def _half(images: Tensor) -> Tensor:
