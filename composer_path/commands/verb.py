@@ -17,7 +17,7 @@ from composer_path import __version__
 from composer_path.guards.ending import INTERRUPTED, MISTAKE, RunStopped, Voice
 
 # In the order in which one uses them.
-DATA_VERBS = ("init", "convert", "merge", "shards", "lengths", "encode")
+DATA_VERBS = ("init", "census", "convert", "merge", "shards", "lengths", "encode")
 ROAD = (*DATA_VERBS, "check", "plan", "train", "export", "ask", "evaluate", "summary")
 
 

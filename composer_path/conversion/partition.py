@@ -46,7 +46,7 @@ Counts = Int32[np.ndarray, "_ 3"]  # tokens, answer tokens and images
 # A record without its content, its id, and what is wrong with it.
 Problem = tuple[RawRecord, str | None, RecordError]
 # A record, what it says and shows if it can be read, what is wrong with it, and the stamps of its images' files.
-_Loaded = tuple[RawRecord, Conversation | None, list[StoredImage], list[RecordError], bytes]
+Loaded = tuple[RawRecord, Conversation | None, list[StoredImage], list[RecordError], bytes]
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def verify_partition(place: Folder | Bucket, done: PartitionDone) -> None:
 def _stamp(job: ConvertJob, partition: Partition) -> str:
     """Return what a marker would say of the images as they are now."""
     images, stamps = ImageSource(job.images, job.options), xxhash.xxh64()
-    for record in _records(job, partition):
+    for record in records_of(job, partition):
         if not isinstance(record.value, RecordError) and not problems_of(record.value):
             for image in Conversation.from_record(record.value).images:
                 stamps.update(images.stamp(image))
@@ -159,7 +159,8 @@ class _Conversion:
         job, writer = self._job, self._writer
         try:
             threads = max(job.threads, _BUCKET_THREADS) if is_remote(job.images) else job.threads
-            for loaded in in_threads(self._load, _records(job, self._partition), threads):
+            load = partial(load_record, self._images)
+            for loaded in in_threads(load, records_of(job, self._partition), threads):
                 self._add(*loaded)
             written = job.writes_on(self._problems)
             if written:
@@ -174,24 +175,6 @@ class _Conversion:
         values = self._hashed.values if self._hashed is not None else {}
         done = self._done if written else None
         return PartitionResult(self._partition, done, self._problems, values, self._lengths.counts())
-
-    def _load(self, record: RawRecord) -> _Loaded:
-        """Check a record by itself and read its images; runs in a thread."""
-        if isinstance(record.value, RecordError):
-            return record, None, [], [record.value], b""
-        problems = problems_of(record.value)
-        if problems:
-            return record, None, [], problems, b""
-        conversation = Conversation.from_record(record.value)
-        # Before they are read: what changes while it is read shall be noticed, too.
-        stamps = b"".join(self._images.stamp(image) for image in conversation.images)
-        stored: list[StoredImage] = []
-        for index, image in enumerate(conversation.images):
-            try:
-                stored.append(self._images.load(image))
-            except RecordError as error:
-                problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
-        return record, conversation, stored, problems, stamps
 
     def _add(
         self,
@@ -208,7 +191,7 @@ class _Conversion:
         if (place := self._partition.duplicates.get(record.position or 0)) is not None:
             problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
         for error in problems:
-            self._problems.append((_without_value(record), id_of(record.value), error))
+            self._problems.append((record.without_value(), id_of(record.value), error))
             done.problems.append([record.position, record.line, error.rule, error.found, error.fix, error.where])
         if problems or conversation is None:
             self._report(1, 0)
@@ -219,14 +202,37 @@ class _Conversion:
             self._lengths.add(conversation)
         num_images, num_bytes = len(stored), sum(len(image.data) for image in stored)
         odd = (int(conversation.image_without_tag), conversation.dropped_turns)
-        source = conversation.metadata.get("source", "")
-        source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
-        for counts in (done.counts, done.sources.setdefault(source, Counter())):
+        for counts in (done.counts, done.sources.setdefault(source_of(conversation), Counter())):
             counted = (1, num_images, int(not num_images), len(conversation.turns), *odd, num_bytes)
             for name, count in zip(COUNTS, counted, strict=True):
                 counts[name] += count
         self._image_hashes += [image.hash for image in stored]
         self._report(1, num_bytes)
+
+
+def load_record(images: ImageSource, record: RawRecord) -> Loaded:
+    """Check a record by itself and read its images; runs in a thread."""
+    if isinstance(record.value, RecordError):
+        return record, None, [], [record.value], b""
+    problems = problems_of(record.value)
+    if problems:
+        return record, None, [], problems, b""
+    conversation = Conversation.from_record(record.value)
+    # Before they are read: what changes while it is read shall be noticed, too.
+    stamps = b"".join(images.stamp(image) for image in conversation.images)
+    stored: list[StoredImage] = []
+    for index, image in enumerate(conversation.images):
+        try:
+            stored.append(images.load(image))
+        except RecordError as error:
+            problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
+    return record, conversation, stored, problems, stamps
+
+
+def source_of(conversation: Conversation) -> str:
+    """The data set that a record says it comes from, as it may be shown; "" if it doesn't."""
+    source = str(conversation.metadata.get("source", ""))
+    return source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
 
 
 class _Lengths:
@@ -290,9 +296,9 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
         errors.setdefault(position, []).append(RecordError(*words))
     problems: list[Problem] = []
     hashed, lengths = KeyedHashes(job.key) if job.key is not None else None, _Lengths(job)
-    for record in _records(job, partition):
+    for record in records_of(job, partition):
         found = errors.get(record.position or 0, [])
-        problems += [(_without_value(record), id_of(record.value), error) for error in found]
+        problems += [(record.without_value(), id_of(record.value), error) for error in found]
         if not found and (hashed is not None or job.measures):
             conversation = Conversation.from_record(record.value)
             make_sample(record, conversation, [], hashed)
@@ -302,11 +308,8 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
     return PartitionResult(partition, done, problems, values, lengths.counts(), resumed=True)
 
 
-def _without_value(record: RawRecord) -> RawRecord:
-    return RawRecord(record.position, record.line, None)
-
-
-def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
+def records_of(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
+    """A partition's records, in order; a `StorageError` says that the file isn't what it was."""
     count, first = 0, (partition.first_position, partition.first_line)
     for record in read_range(job.data, partition.start, partition.end, *first):
         count += 1
