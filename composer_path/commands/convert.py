@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
@@ -51,15 +51,32 @@ OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is converted, where to, and how."""
-    from composer_path.conversion import options
-
     add = parser.add_argument
     records = "records as a JSON list, JSONL, CSV, TSV or parquet; a file or an address (s3://...)"
     add("--data", required=True, help=records)
     add("--images", required=True, help="folder or address of the images that the records name")
     add("--out", required=True, help="folder or address for the shards, empty or not there yet")
+    add_options(parser, OPTIONS)
+    add_import(parser)
+    add_workers(parser)
+    squares = "store finished squares of this many pixels a side, so that training decodes nothing"
+    add("--resize", metavar="SIDE", type=int, help=squares)
+    add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
+    what = "YAML of the training that reads --out: count its samples' lengths, for train_loader.balance, on the way"
+    add("--lengths", metavar="YAML", help=what)
+    add("words", metavar="key=value", nargs="*", default=[], help="overrides of that YAML")
+    mean = "of --resize --fit pad, 0 to 255 each (default: the reference's mean colour, %(default)s)"
+    add("--pad-color", metavar="R,G,B", type=color, default="123,116,103", help=mean)
+
+
+def add_options(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Those of `OPTIONS` of these names."""
+    from composer_path.conversion import options
+
+    add = parser.add_argument
     known = {field.name: field for field in fields(options.ConvertOptions)}
-    for name, purpose in OPTIONS.items():
+    for name in names:
+        purpose = OPTIONS[name]
         flag, kind, default = f"--{name.replace('_', '-')}", str(known[name].type), known[name].default
         if kind == "bool":
             add(flag, action="store_true", help=purpose)
@@ -71,16 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         number = int if kind in ("int", "int | None") else str
         shown = purpose if default is None else f"{purpose} (default: %(default)s)"
         add(flag, type=number, choices=choices, default=default, help=shown, metavar=None if choices else "X")
-    add_import(parser)
-    add_workers(parser)
-    squares = "store finished squares of this many pixels a side, so that training decodes nothing"
-    add("--resize", metavar="SIDE", type=int, help=squares)
-    add("--fit", choices=("pad", "crop"), default="pad", help="how --resize makes them square (default: pad)")
-    what = "YAML of the training that reads --out: count its samples' lengths, for train_loader.balance, on the way"
-    add("--lengths", metavar="YAML", help=what)
-    add("words", metavar="key=value", nargs="*", default=[], help="overrides of that YAML")
-    mean = "of --resize --fit pad, 0 to 255 each (default: the reference's mean colour, %(default)s)"
-    add("--pad-color", metavar="R,G,B", type=color, default="123,116,103", help=mean)
+
+
+def options_given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Keywords of `ConvertOptions`; of lists that weren't given the default stays."""
+    given = {name: getattr(options, name) for name in ("workers", *names)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def color(text: str) -> list[int]:
@@ -99,8 +112,7 @@ def run(options: argparse.Namespace) -> int:
     """Convert."""
     from composer_path.conversion.options import ConvertOptions
 
-    keywords: dict[str, Any] = {name: getattr(options, name) for name in ("workers", *OPTIONS)}
-    keywords = {name: value for name, value in keywords.items() if value is not None}  # of lists: the default stays
+    keywords = options_given(options, OPTIONS)
     if options.resize is not None:
         pad_color = options.pad_color if options.fit == "pad" else None
         keywords["resized"] = {"image_size": options.resize, "fit": options.fit, "pad_color": pad_color}

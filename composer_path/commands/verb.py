@@ -18,7 +18,7 @@ from composer_path.guards.ending import INTERRUPTED, MISTAKE, RunStopped, Voice
 from composer_path.printable import printable_lines
 
 # In the order in which one uses them.
-DATA_VERBS = ("init", "convert", "merge", "shards", "lengths", "encode")
+DATA_VERBS = ("init", "census", "convert", "merge", "shards", "lengths", "encode")
 ROAD = (*DATA_VERBS, "encoders", "check", "plan", "train", "export", "ask", "evaluate", "summary")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -54,7 +54,7 @@ Counts = Int32[np.ndarray, "_ 3"]  # tokens, answer tokens and images
 # A record without its content, its id, and what is wrong with it.
 Problem = tuple[RawRecord, str | None, RecordError]
 # A record, what it says and shows if it can be read, what is wrong with it, and the stamps of its images' files.
-_Loaded = tuple[RawRecord, Conversation | None, list[StoredImage], list[RecordError], bytes]
+Loaded = tuple[RawRecord, Conversation | None, list[StoredImage], list[RecordError], bytes]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def verify_partition(place: Folder | Bucket, done: PartitionDone) -> None:
 def _stamp(job: ConvertJob, partition: Partition) -> str:
     """Return what a marker would say of the images as they are now."""
     images, stamps = ImageSource(job.images, job.options), xxhash.xxh64()
-    for record in _records(job, partition):
+    for record in records_of(job, partition):
         if not isinstance(record.value, RecordError) and not problems_of(record.value):
             for image in Conversation.from_record(record.value).images:
                 stamps.update(images.stamp(image, record.embedded))
@@ -172,7 +172,8 @@ class _Conversion:
     def run(self) -> PartitionResult:
         job, writer = self._job, self._writer
         try:
-            for loaded in in_threads(self._load, _records(job, self._partition), self._threads):
+            load = partial(load_record, self._images)
+            for loaded in in_threads(load, records_of(job, self._partition), self._threads):
                 self._add(*loaded)
             written = job.writes_on(self._problems)
             if written:
@@ -188,26 +189,6 @@ class _Conversion:
         done = self._done if written else None
         return PartitionResult(self._partition, done, self._problems, values, self._lengths.counts())
 
-    def _load(self, record: RawRecord) -> _Loaded:
-        """Check a record by itself and read its images; runs in a thread."""
-        if isinstance(record.value, RecordError):
-            return record, None, [], [record.value], b""
-        if isinstance(record.value, LeftOut):
-            return record, None, [], [], b""
-        problems = problems_of(record.value)
-        if problems:
-            return record, None, [], problems, b""
-        conversation = Conversation.from_record(record.value)
-        # Before they are read: what changes while it is read shall be noticed, too.
-        stamps = b"".join(self._images.stamp(image, record.embedded) for image in conversation.images)
-        stored: list[StoredImage] = []
-        for index, image in enumerate(conversation.images):
-            try:
-                stored.append(self._images.load(image, record.embedded))
-            except RecordError as error:
-                problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
-        return record, conversation, stored, problems, stamps
-
     def _add(
         self,
         record: RawRecord,
@@ -220,12 +201,13 @@ class _Conversion:
         self._stamps.update(stamps)
         if isinstance(record.value, LeftOut):
             done.left_out[record.value.why] += 1
-        self._count_keys(record.value, record.ignored)
+        for name, keys in keys_of(record, self._hashed is not None).items():
+            count_keys(getattr(done, name), keys)
         place = self._partition.duplicates.get(record.position or 0)
         if place is not None and self._job.options.duplicate_ids == "refuse":
             problems.append(RecordError("duplicate-id", f"the id of {place}", _DUPLICATE_FIX, "id"))
         for error in problems:
-            self._problems.append((_without_value(record), id_of(record.value), error))
+            self._problems.append((record.without_value(), id_of(record.value), error))
             done.problems.append([record.position, record.line, error.rule, error.found, error.fix, error.where])
         if problems or conversation is None:
             self._report(1, 0)
@@ -236,9 +218,7 @@ class _Conversion:
             self._lengths.add(conversation)
         num_images, num_bytes = len(stored), sum(len(image.data) for image in stored)
         odd = (int(conversation.image_without_tag), conversation.dropped_turns)
-        source = conversation.metadata.get("source", "")
-        source = source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
-        for counts in (done.counts, done.sources.setdefault(source, Counter())):
+        for counts in (done.counts, done.sources.setdefault(source_of(conversation), Counter())):
             counted = (1, num_images, int(not num_images), len(conversation.turns), *odd, num_bytes)
             for name, count in zip(COUNTS, counted, strict=True):
                 counts[name] += count
@@ -248,18 +228,48 @@ class _Conversion:
                 done.oddities[oddity] += 1
         self._report(1, num_bytes)
 
-    def _count_keys(self, record: object, ignored: Iterable[str]) -> None:
-        """Count the keys that nothing reads, those that its layout ignored among them, and those of `meta`."""
-        if not isinstance(record, dict):
-            return
-        done = self._done
-        turns = record.get("conversations")
-        keys = {key for turn in turns if isinstance(turn, dict) for key in turn} if isinstance(turns, list) else set()
-        kept, away = keys_of_meta(record.get("meta"), hashed=self._hashed is not None)
-        count_keys(done.unknown_keys, {shown_key(key) for key in {*(record.keys() - RECORD_KEYS), *ignored}})
-        count_keys(done.unknown_turn_keys, {shown_key(key) for key in keys - TURN_KEYS})
-        count_keys(done.kept_meta_keys, kept)
-        count_keys(done.hashed_meta_keys, away)
+
+def load_record(images: ImageSource, record: RawRecord) -> Loaded:
+    """Check a record by itself and read its images; runs in a thread."""
+    if isinstance(record.value, RecordError):
+        return record, None, [], [record.value], b""
+    if isinstance(record.value, LeftOut):
+        return record, None, [], [], b""
+    problems = problems_of(record.value)
+    if problems:
+        return record, None, [], problems, b""
+    conversation = Conversation.from_record(record.value)
+    # Before they are read: what changes while it is read shall be noticed, too.
+    stamps = b"".join(images.stamp(image, record.embedded) for image in conversation.images)
+    stored: list[StoredImage] = []
+    for index, image in enumerate(conversation.images):
+        try:
+            stored.append(images.load(image, record.embedded))
+        except RecordError as error:
+            problems.append(error.at(f"image {index + 1} of {conversation.num_images}"))
+    return record, conversation, stored, problems, stamps
+
+
+def keys_of(record: RawRecord, hashed: bool) -> dict[str, set[str]]:
+    """A record's keys as they are counted (`KEY_COUNTS`); those that its layout ignored are read by nothing either."""
+    if not isinstance(record.value, dict):
+        return {}
+    turns = record.value.get("conversations")
+    keys = {key for turn in turns if isinstance(turn, dict) for key in turn} if isinstance(turns, list) else set()
+    kept, away = keys_of_meta(record.value.get("meta"), hashed=hashed)
+    unknown = {*(record.value.keys() - RECORD_KEYS), *record.ignored}
+    return {
+        "unknown_keys": {shown_key(key) for key in unknown},
+        "unknown_turn_keys": {shown_key(key) for key in keys - TURN_KEYS},
+        "kept_meta_keys": kept,
+        "hashed_meta_keys": away,
+    }
+
+
+def source_of(conversation: Conversation) -> str:
+    """The data set that a record says it comes from, as it may be shown; "" if it doesn't."""
+    source = str(conversation.metadata.get("source", ""))
+    return source if len(source) <= _MAX_SOURCE_LENGTH else "(a long name)"
 
 
 class _Lengths:
@@ -320,9 +330,9 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
         errors.setdefault(position, []).append(RecordError(*words))
     problems: list[Problem] = []
     hashed, lengths = KeyedHashes(job.key) if job.key is not None else None, _Lengths(job)
-    for record in _records(job, partition):
+    for record in records_of(job, partition):
         found = errors.get(record.position or 0, [])
-        problems += [(_without_value(record), id_of(record.value), error) for error in found]
+        problems += [(record.without_value(), id_of(record.value), error) for error in found]
         if not found and not isinstance(record.value, LeftOut) and (hashed is not None or job.measures):
             conversation = Conversation.from_record(record.value)
             make_sample(record, conversation, [], hashed, partition)
@@ -332,11 +342,8 @@ def _take_over(job: ConvertJob, partition: Partition, done: PartitionDone, repor
     return PartitionResult(partition, done, problems, values, lengths.counts(), resumed=True)
 
 
-def _without_value(record: RawRecord) -> RawRecord:
-    return RawRecord(record.position, record.line, None)
-
-
-def _records(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
+def records_of(job: ConvertJob, partition: Partition) -> Iterator[RawRecord]:
+    """A partition's records, in order; a `StorageError` says that the file isn't what it was."""
     count, first = 0, (partition.first_position, partition.first_line)
     for record in InputFile(job.data, job.options.reading).range(partition.start, partition.end, *first):
         count += 1

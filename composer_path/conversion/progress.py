@@ -9,7 +9,12 @@ from datetime import timedelta
 from typing import Any
 
 _SECONDS = 10.0
-_NOUNS = {"reading": "records read", "converting": "records converted", "verifying": "partitions verified"}
+_NOUNS = {
+    "looking at": "records looked at",
+    "reading": "records read",
+    "converting": "records converted",
+    "verifying": "partitions verified",
+}
 
 
 class ConvertProgress:

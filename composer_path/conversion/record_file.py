@@ -33,6 +33,10 @@ class RawRecord:
         """Its place as errors show it."""
         return place_of(self.position, self.line)
 
+    def without_value(self) -> RawRecord:
+        """Its place alone, for what mustn't keep or show what it says."""
+        return RawRecord(self.position, self.line, None)
+
 
 def place_of(position: int | None, line: int | None) -> str:
     """Say where a record stands as errors show it."""

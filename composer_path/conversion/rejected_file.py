@@ -54,7 +54,7 @@ class Rejections:
 
     def add(self, record: RawRecord, record_id: str | None, error: RecordError) -> None:
         """Note one problem of a record, all those of one record after each other; its content isn't kept."""
-        place = RawRecord(record.position, record.line, None)
+        place = record.without_value()
         error = error.at(record.where)
         if self._last is None or self._last[0] != record.position:
             self._last = (record.position, set())

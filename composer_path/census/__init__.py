@@ -1,0 +1,1 @@
+"""A look at records and pictures before they are converted."""
