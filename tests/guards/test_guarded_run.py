@@ -63,8 +63,8 @@ def test_weights_with_one_nan_are_refused_before_the_first_step(
 ) -> None:
     build = train_module.build_model
 
-    def broken(settings: Any) -> Any:
-        model = build(settings)
+    def broken(settings: Any, vocabulary: Any = None) -> Any:
+        model = build(settings, vocabulary)
         with torch.no_grad():
             next(model.projector.parameters()).view(-1)[3] = torch.nan
         return model
