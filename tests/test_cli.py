@@ -44,7 +44,7 @@ def test_a_verb_that_is_not_there_is_told_the_nearest(capsys: pytest.CaptureFixt
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "composer-path: there is no verb 'trian'; did you mean train?\n"
     assert main(["xyz"]) == 2
-    assert "choose one of init, convert" in capsys.readouterr().err
+    assert "choose one of init, census, convert" in capsys.readouterr().err
 
 
 def test_help_of_every_verb_and_the_version_come_without_the_training_libraries() -> None:

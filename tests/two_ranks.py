@@ -33,8 +33,8 @@ def make_run(plan: dict[str, Any], leg: dict[str, Any]) -> None:
     build_model, mend = road.build_model, None
     starts: list[set[str]] = []
 
-    def build_and_look(settings: Any) -> Any:
-        model = build_model(settings)
+    def build_and_look(*given: Any) -> Any:
+        model = build_model(*given)
         starts.append({parameter.device.type for parameter in model.parameters()})
         return model
 

@@ -1,4 +1,4 @@
-"""Look at all records and pictures before anything is written: what is there, what is odd, what would be refused.
+"""Look at all records and pictures before they are converted: what is odd, what would be refused.
 
 Prints a table; --html writes one page with histograms and small pictures, --json the figures. No text of a
 conversation, file name or id is in any of them.

@@ -66,11 +66,11 @@ class ConvertSummary:
                 into[name] += counts.get(name, 0)
         for name in KEY_COUNTS:
             counts = Counter(getattr(self, name))
-            for key, count in getattr(done, name).items():
+            for key, count in sorted(getattr(done, name).items()):  # as a marker has them, whoever made it
                 counts[key if key in counts or len(counts) < MAX_KEYS else OTHER_KEYS] += count
             setattr(self, name, dict(counts))
-        self.left_out = dict(Counter(self.left_out) + Counter(done.left_out))
-        self.oddities = dict(Counter(self.oddities) + Counter(done.oddities))
+        self.left_out = dict(sorted((Counter(self.left_out) + Counter(done.left_out)).items()))
+        self.oddities = dict(sorted((Counter(self.oddities) + Counter(done.oddities)).items()))
         self.shards += len(done.shards)
         self.bytes += sum(shard["raw_data"]["bytes"] for shard in done.shards)
 

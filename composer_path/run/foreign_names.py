@@ -5,15 +5,6 @@ from __future__ import annotations
 _GONE = "llm-foundry's isn't there"
 _NAMES: dict[str, dict[str, str]] = {
     "algorithms": {
-        "low_precision_layernorm": f"use low_precision_layer_norm ({_GONE} by that name)",
-        "low_precision_groupnorm": "use low_precision_group_norm",
-        "mixup": "use mix_up",
-        "cutmix": "use cut_mix",
-        "cutout": "use cut_out",
-        "blurpool": "use blur_pool",
-        "randaugment": "use rand_augment",
-        "augmix": "use aug_mix",
-        "colout": "use col_out",
         "grad_clip": "use gradient_clipping",
         "clipping": "use gradient_clipping",
         "gradient_clip": "use gradient_clipping",

@@ -111,8 +111,8 @@ def test_a_schedule_by_name_runs(name: str, shards: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("algorithms.low_precision_layernorm={}", "use low_precision_layer_norm"),
-        ("algorithms.mixup={}", "use mix_up"),
+        ("algorithms.low_precision_layernorm={}", "all in bf16 already: it changes nothing; leave it out"),
+        ("algorithms.mixup={}", "a batch here is a row of conversations; use neftune"),
         ("callbacks.scheduled_gc={}", "llm-foundry's isn't there; leave it out"),
         ("callbacks.learning_rate_monitor={}", "use lr_monitor"),
         ("loggers.tensor_board={}", "use tensorboard"),
