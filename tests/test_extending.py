@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ PARTS = {
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _none_left() -> Iterator[None]:
+    yield
+    set_parts(())
 
 
 @pytest.fixture

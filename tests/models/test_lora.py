@@ -112,7 +112,7 @@ def test_a_target_that_is_nowhere_is_named(keywords: dict[str, Any], said: str) 
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_a_run_of_adapters_goes_on_exactly_keeps_only_them_and_exports_the_merged_model(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, kind: str
 ) -> None:
