@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from composer_path.asking.answer import Answer, Picture
 from composer_path.asking.assistant import Assistant
 from composer_path.asking.messages import Asked
+from composer_path.asking.sampling import Drawn
 from composer_path.images.examiner import Examiner
 from composer_path.images.memory import ImageMemory
 from composer_path.parallel import ProcessKilled
@@ -69,7 +70,7 @@ class ChatServer:
         routes += [Route("/v1/models/{model:path}", self._model, methods=["GET"])]
         routes += [Route("/v1/chat/completions", self._chat, methods=["POST"])]
         handlers: dict[Any, Callable[[Request, Exception], Coroutine[Any, Any, Response]]]
-        handlers = {HTTPException: _no_such, Refusal: _refused}
+        handlers = {HTTPException: _no_such, Refusal: _refused, Exception: _at_fault}
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _page(self, request: Request) -> Response:
@@ -109,7 +110,11 @@ class ChatServer:
             del body
             self._bodies.release(size)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        job = Job(answer, asked.stream, lambda told: loop.call_soon_threadsafe(events.put_nowait, told) and None)
+
+        def tell(told: Event) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, told)
+
+        job = Job(answer, asked.stream, tell)
         self._engine.submit(job)
         completion = Completion(self._name, answer, self._token_text)
         return _Answering(job, events, completion, asked, self._seconds)
@@ -171,7 +176,7 @@ class _Answering(Response):
         if self._asked.stream:
             await self._send_stream(send)
             return
-        text, tokens = "", []
+        text, tokens = "", list[Drawn]()
         try:
             async with asyncio.timeout(self._seconds):
                 while (told := await self._events.get())[0] != "end":
@@ -237,3 +242,7 @@ async def _no_such(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 404
     rule = "is answered in another way (GET or POST)" if status == 405 else f"is none of {', '.join(PATHS)}"
     return _in_json(Refusal(f"the address {rule}", status))
+
+
+async def _at_fault(request: Request, error: Exception) -> Response:
+    return _in_json(Refusal("the server has a fault; its terminal says where", 500))

@@ -146,11 +146,11 @@ def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
 
 
 def _number(given: Mapping[str, Any], key: str, kind: type, low: int, most: int) -> Any:
-    value = given[key]
+    value: Any = given[key]
     right = isinstance(value, int | kind) and not isinstance(value, bool) and low <= value <= most
     if not right:
         raise _wrong(key, f"a {'whole ' if kind is int else ''}number from {low} to {most}")
-    return value
+    return kind(value)
 
 
 def _taken(given: Mapping[str, Any], key: str, kind: type, words: str, default: Any) -> Any:

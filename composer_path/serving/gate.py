@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hmac
 import re
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
@@ -102,6 +102,33 @@ class Gate:
             where = traceback.extract_tb(error.__traceback__)[-1]
             _say(f"bug: {type(error).__name__} at {Path(where.filename).name}:{where.lineno}")
             if not status:
+                refusal = Refusal("the server has a fault; its terminal says where", 500)
+                await JSONResponse(refusal.to_json(), refusal.status)(scope, receive, answer)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "(another path)"
+            client = (scope.get("client") or ("-",))[0]
+            method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS", "HEAD") else "(another method)"
+            _say(f"{client} {method} {path} {status or 'left'} {time.monotonic() - began:.2f} s")
+
+    def _refused(self, scope: Scope, headers: Headers, allowed: bool) -> Response | None:
+        """The answer to a request that may not come in, or that asks whether it may."""
+        host = headers.getlist("host")
+        said = host[0].lower() if len(host) == 1 else ""
+        if self._names is not None and re.sub(r":\d*$", "", said) not in self._names:
+            return _answer(Refusal(f"Host: must be {' or '.join(self._names)}; found another name", 403, code="host"))
+        origin = headers.get("origin")
+        if origin is not None and not allowed and origin not in (f"http://{said}", f"https://{said}"):
+            message = "Origin: pages of other places may not ask; --allow-origin names those that may"
+            return _answer(Refusal(message, 403, code="origin"))
+        if scope["method"] == "OPTIONS" and allowed:
+            asked = headers.get("access-control-request-headers", "")
+            words = asked if re.fullmatch(r"[\w, -]{0,1000}", asked, re.ASCII) else ""
+            may = {"Access-Control-Allow-Methods": "GET, POST", "Access-Control-Allow-Headers": words}
+            return Response(status_code=204, headers=may)
+        if self._key is not None and scope["path"].startswith(self._protected):
+            kind, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self._key.encode())
+            if kind.lower() != "bearer" or not right:
                 message = "Authorization: must be 'Bearer KEY' with the server's key; found another or none"
                 return _answer(Refusal(message, 401, code="invalid_api_key"), {"WWW-Authenticate": "Bearer"})
         return None
@@ -113,6 +140,3 @@ def _answer(refusal: Refusal, headers: dict[str, str] | None = None) -> JSONResp
 
 def _say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-Handler = Callable[[Any], Awaitable[Response]]

@@ -79,7 +79,7 @@ _MARKUP = """
 <div class="row"><input id="files" class="away" type="file" accept="image/*,.tif,.tiff,.jp2,.j2k,.bmp" multiple>
 <label class="button" for="files">Add pictures</label><span class="gap"></span>
 <button type="button" id="stop" hidden>Stop</button><button class="main" id="ask">Ask</button></div>
-<p class="note" id="keys">Enter asks, Shift and Enter begins a new line. Answers may be wrong: they are no diagnosis.</p>
+<p class="note" id="keys">Enter asks, Shift+Enter begins a new line. Answers may be wrong: they are no diagnosis.</p>
 </form>
 """
 
@@ -215,7 +215,11 @@ async function ask() {
     const sent = {method: "POST", headers: headers(), body, signal: writing.signal};
     const response = await fetch("v1/chat/completions", sent);
     if (!response.ok) throw new Error(await problemOf(response));
-    await readStream(response, text => { answer += text; said.textContent = answer; said.scrollIntoView({block: "nearest"}); });
+    await readStream(response, text => {
+      answer += text;
+      said.textContent = answer;
+      said.scrollIntoView({block: "nearest"});
+    });
     finish(answer || "(The model said nothing.)");
   } catch (error) {
     if (error.name === "AbortError") finish(answer + " (stopped)");
