@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 import socket
 import struct
 import time
@@ -87,8 +89,6 @@ def parts(*of_message: dict[str, Any]) -> list[dict[str, Any]]:
 def test_what_is_not_supported_is_refused_by_name_and_never_passed_over(
     model: Served, request_: dict[str, Any], status: int, param: str | None, said: str
 ) -> None:
-    import re
-
     found, error = model.error(**request_)
     assert (found, error["param"]) == (status, param) and re.search(said, error["message"]), error
     assert error["type"] == "invalid_request_error" and SECRET not in str(error)
@@ -129,8 +129,6 @@ def test_what_asks_for_nothing_is_taken(model: Served) -> None:
 def test_only_pictures_that_are_in_the_request_are_taken(
     model: Served, part: dict[str, Any], status: int, said: str
 ) -> None:
-    import re
-
     found, error = model.error(messages=parts(part))
     assert found == status and re.search(said, error["message"]), error
     assert SECRET not in str(error)
@@ -246,8 +244,6 @@ def test_a_client_that_leaves_stops_its_answer(assistant: Assistant) -> None:
         for stream in (True, False):
             connection = running.connection()
             request = {"model": NAME, "messages": [{"role": "user", "content": "What?"}], "stream": stream}
-            import json
-
             steps = 0
             decoding = running.engine._decoding
             step = decoding.step
