@@ -26,6 +26,7 @@ h1 { font-size: 1.15rem; margin: 0; }
 #model { color: var(--quiet); overflow-wrap: anywhere; flex: 1; }
 main { flex: 1; padding: 1rem 0; }
 #empty { color: var(--quiet); margin: 15vh auto 0; max-width: 26rem; text-align: center; }
+.turn, .turn p { scroll-margin-bottom: 16rem; }
 .turn { margin: 0 0 1rem; }
 .turn h2 { font-size: .8rem; font-weight: 600; color: var(--quiet); margin: 0 0 .2rem; }
 .turn p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -66,13 +67,14 @@ button:disabled { opacity: .5; cursor: default; }
 
 _MARKUP = """
 <header><h1>Ask about pictures</h1><span id="model"></span>
-<button type="button" id="anew" disabled>New conversation</button></header>
+<button type="button" id="anew" aria-label="New conversation" disabled>New</button></header>
 <main><p id="empty">Choose a picture, drop one anywhere on this page or paste one, and ask about it.</p>
 <div id="talk" role="log" aria-label="Conversation"></div></main>
 <form id="form" autocomplete="off">
 <p id="problem" role="alert"></p>
 <p id="state" class="away" role="status"></p>
-<div id="locked" hidden><label class="above" for="key">Key of this server</label><input id="key" type="password"></div>
+<div id="locked" hidden><label class="above" for="key">Key of this server</label>
+<input id="key" type="password" autocomplete="new-password"></div>
 <ul id="chosen" class="pictures" aria-label="Pictures for the next question"></ul>
 <div id="asking"><label class="above" for="question">Question</label>
 <textarea id="question" rows="2" aria-describedby="keys"></textarea></div>

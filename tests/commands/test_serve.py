@@ -16,10 +16,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="serving needs the extra 'serve'")
 
-from tiny_model import tiny_model_folder  # noqa: E402
+from tiny_model import tiny_model_folder
 
-from composer_path.cli import main  # noqa: E402
-from composer_path.commands import serve  # noqa: E402
+from composer_path.cli import main
+from composer_path.commands import serve
 
 KEY = "correct-horse-battery"
 
