@@ -58,8 +58,17 @@ class Assistant:
         if not (folder / PROCESSOR_CONFIG).is_file():  # told before weights are read
             raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(device)
-        return cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
+        try:
+            model = PathMLLM.from_pretrained(folder, dtype=dtype)
+            assistant = cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
+            assistant.end_ids()  # a tokenizer or template that can't be used says so here
+        except (ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:  # of any library, by any damage: tokenizers has no class of its own for it
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"'{folder}': must be as export wrote it; found {said}; export the model again") from error
+        model.to(device)
+        return assistant
 
     @property
     def takes_question(self) -> bool:

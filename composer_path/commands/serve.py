@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         engine = Engine(assistant, options.max_batch, 4 * options.max_batch)
         name = options.name or options.model.resolve().name
         limits = PictureLimits(options.max_images, options.max_image_bytes)
-        app = ChatServer(assistant, engine, name, limits, options.timeout).app()
+        app = ChatServer(assistant, engine, name, limits, float(options.timeout)).app()
         names = (*LOCAL_NAMES, options.host.lower()) if local else None
         gate = Gate(app, names=names, key=key, origins=origins, open_paths=PATHS)
         print(f"serving '{name}' at {address_of(listening)} (a page to ask; clients use /v1); Ctrl-C ends", flush=True)
