@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
         app = ChatServer(assistant, engine, name, limits, float(options.timeout)).app()
         names = (*LOCAL_NAMES, options.host.lower()) if local else None
         gate = Gate(app, names=names, key=key, origins=origins, open_paths=PATHS)
+        listening.listen()
         print(f"serving '{name}' at {address_of(listening)} (a page to ask; clients use /v1); Ctrl-C ends", flush=True)
         serve_until_interrupted(gate, listening)
         engine.end()

@@ -147,8 +147,9 @@ def _include_usage(given: Mapping[str, Any], stream: bool) -> bool:
 
 def _number(given: Mapping[str, Any], key: str, kind: type, low: int, most: int) -> Any:
     value: Any = given[key]
-    right = isinstance(value, int | kind) and not isinstance(value, bool) and low <= value <= most
-    if not right:
+    kinds = (int,) if kind is int else (int, float)
+    right = isinstance(value, kinds) and not isinstance(value, bool)
+    if not right or not low <= value <= most:
         raise _wrong(key, f"a {'whole ' if kind is int else ''}number from {low} to {most}")
     return kind(value)
 
