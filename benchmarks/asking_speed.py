@@ -3,7 +3,7 @@
 python -m benchmarks.asking_speed MODEL
 
 MODEL is what `make demo` exports (runs/demo/exported). Each way reads the same pictures anew and asks the same
-questions greedily. The answers must be equal, word for word, before a time is told.
+questions greedily, by one thread. The answers must be equal, word for word, before a time is told.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.measure import UnequalError, interleaved, paired_ratio, print_table, process_time, write_result
 from composer_path.asking.assistant import Assistant
@@ -42,6 +44,7 @@ def together(assistant: Assistant, asked: Asked) -> list[str]:
 def main() -> int:
     """Measure, print, write."""
     (model,) = sys.argv[1:]
+    torch.set_num_threads(1)  # idle threads that wait for each other would count as work
     assistant = Assistant.from_pretrained(model, device="cpu")
     questions = read_closed_questions(TEST_DATA / "heldout.json")
     files = [[resolve_image(str(one), TEST_DATA / "imgs") for one in question.images] for question in questions]

@@ -44,6 +44,9 @@ class Assistant:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.text, self.images = text, images
         self.features = ImageFeatures(model)
+        added = tokenizer.added_tokens_decoder.items()
+        # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
+        self.never_written = [id for id, token in added if token.special and token.content == IMAGE_TAG]
 
     @classmethod
     def from_pretrained(
@@ -174,7 +177,7 @@ class Assistant:
 
     def decoding(self) -> Decoding:
         """What writes answers together."""
-        return Decoding(self.model, self.features)
+        return Decoding(self.model, self.features, self.never_written)
 
     def rows_at_once(self, wanted: int) -> int:
         """How many answers may be written together, `wanted` if nothing speaks against it."""
@@ -215,6 +218,7 @@ class Assistant:
             max_new_tokens=min(max_new_tokens, prompt.room),
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,
+            suppress_tokens=self.never_written or None,
             **generation,
         )
         return self._decoded(new.tolist()).strip()

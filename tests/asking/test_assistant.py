@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ def test_several_answers_at_once_are_those_of_one_after_the_other(assistant: Ass
     cut = assistant.answers(prompts[:2], [Sampling(12), Sampling(3)])
     assert cut[0] == expected[0] and cut[1] != expected[1] and expected[1].startswith(cut[1])
     assert assistant.answers([]) == []
+
+
+def test_a_tokenizers_image_token_is_never_written(assistant: Assistant) -> None:
+    model, prompt = assistant.model, assistant.prompt([Turn("human", QUESTION)])
+    first = model.generate(prompt.input_ids, max_new_tokens=1, pad_token_id=0).item()
+    tokenizer = copy.deepcopy(assistant.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    id = tokenizer.convert_tokens_to_ids("<image>")
+    knowing = Assistant(model, tokenizer, assistant.text, assistant.images)
+    assert knowing.never_written == [id] and assistant.never_written == []
+    knowing.never_written = [first]  # as if the model wrote it
+    said = knowing.answer([("human", QUESTION)], max_new_tokens=8)
+    assert [said] == knowing.answers([prompt], Sampling(8)) != assistant.answers([prompt], Sampling(8))
 
 
 def test_a_conversation_that_fills_the_context_is_refused(assistant: Assistant) -> None:
