@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         import_given(options)
         assistant = Assistant.from_pretrained(options.model)
         engine = Engine(assistant, options.max_batch, 4 * options.max_batch)
-        name = options.name or options.model.resolve().name
+        name = (options.name or options.model.resolve().name or "model").encode("utf-8", "replace").decode()
         limits = PictureLimits(options.max_images, options.max_image_bytes)
         app = ChatServer(assistant, engine, name, limits, float(options.timeout)).app()
         names = (*LOCAL_NAMES, options.host.lower()) if local else None

@@ -232,10 +232,7 @@ def _in_json(refusal: Refusal) -> JSONResponse:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    response = _in_json(error)
-    if error.status in (408, 413, 415, 429):  # the body may not be read to its end
-        response.headers["Connection"] = "close"
-    return response
+    return _in_json(error)
 
 
 async def _no_such(request: Request, error: Exception) -> Response:

@@ -135,7 +135,7 @@ class Gate:
 
 
 def _answer(refusal: Refusal, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(refusal.to_json(), refusal.status, headers={"Connection": "close", **(headers or {})})
+    return JSONResponse(refusal.to_json(), refusal.status, headers=headers)
 
 
 def _say(line: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.records.rules import ImageError
+from composer_path.records.rules import RULES, ImageError
 from composer_path.serving.refusal import Refusal
 
 _DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
@@ -73,7 +73,8 @@ def picture_bytes(held: Mapping[str, Any], number: int, limits: PictureLimits) -
 
 def unreadable(error: ImageError, number: int) -> Refusal:
     """A picture that no training would have taken either."""
-    return _refused(f"image {number}: {error}", code="invalid_image")
+    said = f"{RULES[error.rule]}; found {error.found}; send another"  # what to do is meant for conversions
+    return _refused(f"image {number}: {said}", code="invalid_image")
 
 
 def _refused(message: str, status: int = 400, code: str = "invalid_image_url") -> Refusal:

@@ -17,10 +17,11 @@ from composer_path.asking.image_features import ImageFeatures
 from composer_path.asking.sampling import Sampling
 from composer_path.models.language_model import untrained_language_model
 from composer_path.models.projector import untrained_projector
+from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.models.vision_encoder import untrained_vision_encoder
 from composer_path.weights.model_folder import PathMLLM
 
-LENGTHS = (20, 3, 13, 7, 1)  # two are longer than the window
+LENGTHS = (20, 3, 13, 7, 2)  # two are longer than the window
 IMAGE_TOKENS = 2
 NEW = 9
 
@@ -41,7 +42,12 @@ def eyes() -> tuple[Any, Any]:
 
 def model_of(name: str, kind: str) -> PathMLLM:
     torch.manual_seed(5)
-    language_model = untrained_language_model(tiny(name, kind))
+    try:
+        language_model = untrained_language_model(tiny(name, kind))
+    except ValueError as error:
+        if TRANSFORMERS_MAJOR < 5 and ("needs transformers 5" in str(error) or "does not go through" in str(error)):
+            pytest.skip("before transformers 5 it is refused by name")
+        raise
     with torch.no_grad():  # random scores must not be nearly equal
         for parameter in language_model.parameters():
             if parameter.ndim > 1:
