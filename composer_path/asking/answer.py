@@ -38,6 +38,7 @@ class Answer:
         sampling: How its tokens are chosen, and what ends it besides.
         decode: The text of ids.
         end_ids: Tokens that end an answer.
+        byte_ids: Tokens that are single bytes; what a row of them reads is known at its end only.
         cleans: Whether `decode` takes blanks out again that stood before a later sign.
 
     Attributes:
@@ -52,6 +53,7 @@ class Answer:
         sampling: Sampling,
         decode: Callable[[list[int]], str],
         end_ids: Collection[int],
+        byte_ids: Collection[int] = (),
         cleans: bool = False,
     ) -> None:
         self.prompt, self.sampling, self.sampler = prompt, sampling, Sampler(sampling)
@@ -59,6 +61,7 @@ class Answer:
         self.num_tokens = 0
         self.finish: Literal["stop", "length"] | None = None
         self._decode, self._end_ids, self._cleans = decode, frozenset(end_ids), cleans
+        self._byte_ids = frozenset(byte_ids)
         self._limit = min(prompt.room, sampling.max_new_tokens)
         self._starts: list[int] = []  # where each token's text begins, known where there are stop texts
         self._cut: int | None = None  # where a stop text begins
@@ -95,7 +98,7 @@ class Answer:
     def piece(self) -> tuple[str, list[Drawn]]:
         """What may be shown since it was last asked for: all pieces together are the text; and the tokens of it."""
         whole = self._decoded()[: self._cut]
-        certain = whole.strip() if self.finish else self._certain(whole).strip()
+        certain = (whole if self.finish else self._certain()).strip()
         if not certain.startswith(self._shown):  # a tokenizer that changes what stands before; at the end all is said
             certain = self._shown + certain[len(self._shown) :] if self.finish else self._shown
         new, self._shown = certain[len(self._shown) :], certain
@@ -109,9 +112,12 @@ class Answer:
     def _decoded(self) -> str:
         return self._decode([drawn.id for drawn in self.drawn])
 
-    def _certain(self, text: str) -> str:
+    def _certain(self) -> str:
         """The beginning of an unfinished text that no further token changes."""
-        text = text.rstrip(_UNFINISHED)
+        ids = [drawn.id for drawn in self.drawn]
+        while ids and ids[-1] in self._byte_ids:
+            ids.pop()
+        text = self._decode(ids).rstrip(_UNFINISHED)
         if self._cleans:  # blanks before a sign may go, of two words at most
             text = " ".join(text.split(" ")[:-2])
         for stop in self.sampling.stop:

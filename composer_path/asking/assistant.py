@@ -44,6 +44,8 @@ class Assistant:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.text, self.images = text, images
         self.features = ImageFeatures(model)
+        vocabulary = tokenizer.get_vocab()
+        self._byte_ids = frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
         added = tokenizer.added_tokens_decoder.items()
         # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
         self.never_written = [id for id, token in added if token.special and token.content == IMAGE_TAG]
@@ -173,7 +175,7 @@ class Assistant:
     def begin(self, prompt: Prompt, sampling: Sampling) -> Answer:
         """An answer of which nothing is written yet."""
         cleans = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
-        return Answer(prompt, sampling, self._decoded, self.end_ids(), cleans)
+        return Answer(prompt, sampling, self._decoded, self.end_ids(), self._byte_ids, cleans)
 
     def decoding(self) -> Decoding:
         """What writes answers together."""
