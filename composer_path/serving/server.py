@@ -11,6 +11,8 @@ from contextlib import suppress
 import uvicorn
 from starlette.types import ASGIApp
 
+from composer_path.serving.connection import TimedConnection
+
 _CONNECTIONS = 256
 _GRACE_SECONDS = 3  # for answers that are being sent when the server ends
 
@@ -51,7 +53,7 @@ def server_of(app: ASGIApp) -> uvicorn.Server:
         uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=TimedConnection,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from served_model import NAME, TILE, Served, data_url, image_part, served, user
 from tiny_model import MAX_SEQ_LEN, tiny_model_folder
 
 from composer_path.asking.assistant import Assistant
+from composer_path.serving.connection import TimedConnection
 from composer_path.serving.pictures import PictureLimits
 
 SECRET = "JaneDoe1960"
@@ -272,6 +274,31 @@ def test_more_than_may_wait_are_told_to_come_again(assistant: Assistant) -> None
     with served(assistant, max_batch=1, max_waiting=0) as running:
         status, error = running.error()
         assert status == 429 and error["type"] == "rate_limit_error"
+
+
+def test_a_connection_without_a_whole_request_is_cut_off_and_a_slow_answer_is_not(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TimedConnection, "seconds", 0.3)
+    with served(assistant) as running:
+        address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        for said in (b"", head, head + b"\r\n" + head):  # nothing, half a request, half a second one
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.sendall(said)
+                received = b""
+                with contextlib.suppress(ConnectionResetError):
+                    while data := connection.recv(1000):
+                        received += data
+            assert (b" 200 OK" in received) == (said.count(b"GET") == 2)
+        step = running.engine._decoding.step
+
+        def slowly() -> None:
+            time.sleep(0.3)
+            step()
+
+        running.engine._decoding.step = slowly  # type: ignore[method-assign]
+        assert running.ask(max_tokens=4)[0] == 200
 
 
 def test_an_answer_that_takes_too_long_is_ended(assistant: Assistant) -> None:
