@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,14 @@ def write_adapters(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor])
     """
     for name in ("language_model", "vision_encoder"):
         if config := peft_config(getattr(model, name)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / name / "adapter_model.safetensors", peft_weights(part_of(weights, name)), {})
-            write_json(folder / name / "adapter_config.json", config)
+            write_adapter(folder / name, config, part_of(weights, name))
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write the adapters among a module's weights, as peft reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors", peft_weights(weights), {})
+    write_json(folder / "adapter_config.json", config)
 
 
 def part_of(weights: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -155,14 +161,34 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     return {name: tensors[prefix + name] for name in names}
 
 
-def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
-    """Write a model folder from a checkpoint and the configuration of its run.
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and all that is known of how it is asked.
+
+    Attributes:
+        model: The architecture; its own weights needn't be the trained ones.
+        weights: The trained ones, by the names of `model`; those of adapters apart.
+        tokenizer: Of its language model.
+        text: How text was prepared.
+        images: How images were.
+        trained_modules: Which modules learned; None where that isn't known.
+    """
+
+    model: PathMLLM
+    weights: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    text: TextPreparation
+    images: ImagePreparation
+    trained_modules: list[str] | None = None
+
+
+def read_trained(checkpoint: Path, config: Any) -> Trained:
+    """The model of a checkpoint and the configuration of its run.
 
     Frozen modules are no part of a checkpoint; they are built again as the run built them: from their files, or random
     from its seed. The template is the one that was trained; of a mixture with several, the one named for asking, which
-    is `train_loader.dataset.template`. Weights are written as `bf16`, `fp32`, or (None) as trained.
+    is `train_loader.dataset.template`.
     """
-    check_replaceable(folder)
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])
@@ -175,13 +201,28 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     trained = read_checkpoint(checkpoint, names)
     check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)
     weights |= trained
-    learned, weights = weights, merged(model, weights)
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
-    write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)
-    write_adapters(folder / ADAPTERS, model, learned)
-    if "projector" in learning_modules(settings["model"]):
-        vision = part_of(weights, "vision_encoder")
-        origin = origin_of(model.projector, model.vision_encoder, text.template.to_json(), weights=vision)
-        write_projector(folder, model, weights, origin)
+    learning = learning_modules(settings["model"])
+    return Trained(model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), learning)
+
+
+def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
+    """Write a model folder from a checkpoint and the configuration of its run, see `read_trained`.
+
+    Weights are written as `bf16`, `fp32`, or (None) as trained.
+    """
+    check_replaceable(folder)
+    found = read_trained(checkpoint, config)
+    model, weights = found.model, merged(found.model, found.weights)
+    write_model(folder, model, weights, found.tokenizer, found.text, found.images, dtype)
+    write_adapters(folder / ADAPTERS, model, found.weights)
+    if "projector" in (found.trained_modules or ()):
+        write_projector(folder, model, weights, origin_of_trained(found, weights))
     return model
+
+
+def origin_of_trained(found: Trained, weights: Mapping[str, Tensor]) -> ProjectorOrigin:
+    """What a projector was trained with, where the encoder's merged weights are among these."""
+    vision = part_of(weights, "vision_encoder")
+    return origin_of(found.model.projector, found.model.vision_encoder, found.text.template.to_json(), weights=vision)

@@ -27,6 +27,7 @@ TRUNK = "vision_encoder.trunk."
 VISION_TOWER = "coca_vit-l"
 MODEL_TYPE = "llava"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
+OURS = "use PathMLLM.save_pretrained"
 POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
 # What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
 # fmt: off
@@ -79,7 +80,12 @@ def load_reference_model(
 
 
 def save_reference_model(
-    model: PathMLLM, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, max_shard_size: str = "5GB"
+    model: PathMLLM,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: str = "5GB",
+    more_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
 
@@ -88,12 +94,15 @@ def save_reference_model(
         folder: Made if it isn't there.
         state_dict: The gathered weights where `model` is sharded; its own by default.
         max_shard_size: Of one safetensors file.
+        more_config: Further keys of `config.json`, or others in place of these.
 
     Raises:
         WeightsError: A part that the reference has no names for.
     """
     vision, projector = model.vision_encoder.config, model.projector.config
     language_config: Any = model.language_model.config
+    if "mlp" not in projector:
+        raise WeightsError(f"the reference's format has no place for: projector '{projector.get('type')}'; {OURS}")
     pooler, depth = projector["pooler"], projector["mlp"]["depth"]
     unknown = []
     if vision["name"] != VISION_TOWER or vision["tokens"] != "all":
@@ -103,9 +112,7 @@ def save_reference_model(
     if language_config.model_type != "llama":
         unknown.append(f"language model '{language_config.model_type}'")
     if unknown:
-        raise WeightsError(
-            f"the reference's format has no place for: {', '.join(unknown)}; use PathMLLM.save_pretrained"
-        )
+        raise WeightsError(f"the reference's format has no place for: {', '.join(unknown)}; {OURS}")
     mlp = {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
     tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
     if language_config.tie_word_embeddings:
@@ -125,6 +132,10 @@ def save_reference_model(
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "mm_projector_lr": None,
+        **(more_config or {}),
     }
     write_folder(Path(folder), config, tensors, max_shard_size)
 
