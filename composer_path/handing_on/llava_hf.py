@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from composer_path.handing_on.image_row import with_image_token
 from composer_path.handing_on.llava_hf_vision import stock_tower
@@ -18,9 +15,7 @@ from composer_path.models.projector import PooledMlp, Projector
 from composer_path.records.vocabulary import save_tokenizer
 from composer_path.run.export import Trained, part_of
 from composer_path.weights.folder import write_folder, write_json
-
-# Ours, and the stock model's names; the second linear layer is behind the GELU.
-PROJECTOR_NAMES = {"mlp.0.": "multi_modal_projector.linear_1.", "mlp.2.": "multi_modal_projector.linear_2."}
+from composer_path.weights.projector_names import to_stock_projector
 
 
 def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> None:
@@ -37,7 +32,8 @@ def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> No
     weights = whole_weights(found, dtype)
     tower = stock_tower(model.vision_encoder, part_of(weights, "vision_encoder"))
     token = with_image_token(found, weights)
-    tensors = tower.weights | stock_projector(part_of(token.weights, "projector"))
+    projector = to_stock_projector(part_of(weights, "projector"))
+    tensors = tower.weights | {f"multi_modal_projector.{key}": value for key, value in projector.items()}
     tensors |= {key: value for key, value in token.weights.items() if key.startswith("language_model.")}
     text = stock_config(model.language_model.config) | {"vocab_size": token.rows}
     config = {
@@ -78,16 +74,6 @@ def check_projector(projector: Projector) -> None:
     if not isinstance(projector, PooledMlp) or projector.pooler is not None or projector.config["mlp"]["depth"] != 2:
         found = {key: value for key, value in projector.config.items() if key not in ("in_dim", "out_dim")}
         raise ValueError(f"--as llava-hf: a stock LLaVA can't have the projector {found}; it takes type mlp2x_gelu")
-
-
-def stock_projector(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The projector's tensors under the stock model's names."""
-    return {
-        theirs + key.removeprefix(ours): value
-        for key, value in weights.items()
-        for ours, theirs in PROJECTOR_NAMES.items()
-        if key.startswith(ours)
-    }
 
 
 def image_processor(found: Trained) -> dict[str, Any]:

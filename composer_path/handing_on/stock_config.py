@@ -26,7 +26,8 @@ def stock_config(config: PretrainedConfig) -> dict[str, Any]:
     keys["vocab_size"] = config.vocab_size
     keys["model_type"] = config.model_type
     keys["tie_word_embeddings"] = bool(config.tie_word_embeddings)
-    keys["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    keys["architectures"] = [model_class.__name__]
     return keys
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import empty_parameters, untrained_language_model
+from composer_path.models.language_model import LLAMA_KEYS, empty_parameters, untrained_language_model
 from composer_path.models.projector import Projector, untrained_projector
 from composer_path.models.rope_keys import old_rope_keys
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.folder import write_folder
 from composer_path.weights.model_folder import PathMLLM
-from composer_path.weights.projector_file import MARKER, from_reference_projector, to_reference_projector
+from composer_path.weights.projector_names import MARKER, from_reference_projector, to_reference_projector
 from composer_path.weights.tensor_file import WeightsError, read_tensor_folder
 
 VISION_PREFIX = "model.vision_tower.vision_tower."
@@ -29,15 +29,6 @@ MODEL_TYPE = "llava"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
 OURS = "use PathMLLM.save_pretrained"
 POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
-# What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
-# fmt: off
-LLAMA_KEYS = frozenset((
-    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
-    "hidden_act", "rms_norm_eps", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-))
-# fmt: on
 
 
 def load_reference_model(

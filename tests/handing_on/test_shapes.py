@@ -72,7 +72,8 @@ def test_the_reference_folder_has_what_its_builder_looks_for(tmp_path: Path, lla
     tower = torch.load(tmp_path / "out" / "vision_tower.pt", weights_only=True)
     assert all(key.startswith("vision_tower.") for key in tower)
     encoder = build_vision_encoder(**COCA, weights=str(tmp_path / "out" / "vision_tower.pt"))
-    assert all(torch.equal(value, found.weights[f"vision_encoder.{key}"]) for key, value in encoder.state_dict().items())
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, found.weights[f"vision_encoder.{key}"]), key
 
 
 def test_what_the_reference_would_ask_otherwise_is_refused(tmp_path: Path) -> None:
@@ -113,7 +114,9 @@ def test_the_graph_gives_our_image_vectors_for_any_number_of_images(tmp_path: Pa
     theirs = session.run(None, {"pixel_values": pixels.numpy()})[0]
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()  # measured 6e-7
     facts = session.get_modelmeta().custom_metadata_map
-    assert json.loads(facts["composer_path.num_image_tokens"]) == 4 and json.loads(facts["composer_path.image_size"]) == 32
+    assert (
+        json.loads(facts["composer_path.num_image_tokens"]) == 4 and json.loads(facts["composer_path.image_size"]) == 32
+    )
     assert onnx.load(str(file)).opset_import[0].version == 18
 
 
@@ -128,7 +131,7 @@ def test_a_graph_with_other_numbers_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("composer_path.handing_on.onnx_file.find_spec", lambda name: None if name == "onnx" else 1)
-    with pytest.raises(ValueError, match="^--as onnx: needs onnx; pip install onnx$"):
+    with pytest.raises(ValueError, match=r"^--as onnx: needs onnx; pip install onnx$"):
         write_onnx(tmp_path / "out", trained())
 
 
