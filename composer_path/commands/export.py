@@ -1,4 +1,4 @@
-"""Write a model folder from a run or one of its checkpoints, or hand a model on in another program's shape."""
+"""Write a model folder from a run or one of its checkpoints, or one in another program's shape."""
 
 from __future__ import annotations
 

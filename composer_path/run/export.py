@@ -22,8 +22,8 @@ from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
-from composer_path.models.lora import merged, peft_config, peft_weights
-from composer_path.models.pattern import learning_modules
+from composer_path.models.lora import is_adapter, merged, peft_config, peft_weights
+from composer_path.models.pattern import MODULES, learning_modules
 from composer_path.models.projector import PooledMlp
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
@@ -93,12 +93,8 @@ def write_model(
     Raises:
         ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
-    if dtype is not None:
-        weights = {
-            key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in weights.items()
-        }
+    weights = dict(weights)
+    cast(weights, dtype)
     check_replaceable(folder)
     weights = merged(model, weights)
 
@@ -193,7 +189,10 @@ def read_trained(checkpoint: Path, config: Any) -> Trained:
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])
     held = held_as(settings) | {"vocabulary": num_ids(tokenizer)}
-    model = assemble_model(**with_local_weights(settings)["model"], **held)
+    section = with_local_weights(settings)["model"]
+    whole = _all_trained(assemble_model(**section, **held | {"empty": True}))
+    # What a checkpoint has all of needn't be there before: a model is held once.
+    model = assemble_model(**section, **held | {"empty": whole})
     names = set(model.state_dict()) - frozen_names(model)
     if tied := model.tied_names():
         names.discard(tied[0])
@@ -201,25 +200,55 @@ def read_trained(checkpoint: Path, config: Any) -> Trained:
     trained = read_checkpoint(checkpoint, names)
     check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)
     weights |= trained
+    if tied:
+        weights[tied[0]] = weights[tied[1]]
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     learning = learning_modules(settings["model"])
     return Trained(model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), learning)
 
 
+def _all_trained(model: PathMLLM) -> set[str]:
+    """The modules of which a checkpoint holds every tensor."""
+    frozen = {name.partition(".")[0] for name in frozen_names(model)}
+    buffers = {name.partition(".")[0] for name in model.state_dict().keys() - dict(model.named_parameters()).keys()}
+    tied = {"language_model"} if model.tied_names() else set()  # whose head is in the state only
+    whole = set(MODULES) - frozen - (buffers - tied)
+    # A projector's file is checked against the encoder's weights, which must then be there.
+    return whole if "projector" in whole else whole - {"vision_encoder"}
+
+
 def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
-    """Write a model folder from a checkpoint and the configuration of its run, see `read_trained`.
+    """Write a model folder from a checkpoint and the configuration of its run; returns the model that it is of, empty.
 
     Weights are written as `bf16`, `fp32`, or (None) as trained.
     """
     check_replaceable(folder)
     found = read_trained(checkpoint, config)
     model, weights = found.model, merged(found.model, found.weights)
-    write_model(folder, model, weights, found.tokenizer, found.text, found.images, dtype)
-    write_adapters(folder / ADAPTERS, model, found.weights)
-    if "projector" in (found.trained_modules or ()):
-        write_projector(folder, model, weights, origin_of_trained(found, weights))
+    adapters = {name: value for name, value in found.weights.items() if is_adapter(name)}
+    origin = origin_of_trained(found, weights) if "projector" in (found.trained_modules or ()) else None
+    projector = part_of(weights, "projector")
+    found.weights.clear()  # so that a weight is held once while the next ones are cast
+    cast(weights, dtype)
+    write_model(folder, model, weights, found.tokenizer, found.text, found.images)
+    write_adapters(folder / ADAPTERS, model, adapters)
+    if origin is not None:
+        write_projector(folder, model, {f"projector.{name}": value for name, value in projector.items()}, origin)
     return model
+
+
+def cast(weights: dict[str, Tensor], dtype: str | None) -> None:
+    """Cast weights in their dict, one after the other; whole numbers stay, and None leaves all as they are.
+
+    Raises:
+        ValueError: An unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
+    for name, value in weights.items() if dtype is not None else ():
+        if value.is_floating_point():
+            weights[name] = value.to(DTYPES[dtype])
 
 
 def origin_of_trained(found: Trained, weights: Mapping[str, Tensor]) -> ProjectorOrigin:
