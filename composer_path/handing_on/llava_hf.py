@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from composer_path.handing_on.image_row import with_image_token
 from composer_path.handing_on.llava_hf_vision import stock_tower
 from composer_path.handing_on.published import publish
+from composer_path.handing_on.stock_chat import stock_chat_template
 from composer_path.handing_on.stock_config import dtype_word, generation_config, stock_config
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.models.language_types import inputs_scale
 from composer_path.models.projector import PooledMlp, Projector
-from composer_path.records.vocabulary import save_tokenizer
+from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.export import Trained, part_of
 from composer_path.weights.folder import write_folder, write_json
 from composer_path.weights.projector_names import to_stock_projector
+
+log = logging.getLogger(__name__)
+TEMPLATE = "chat_template.jinja"
 
 
 def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> None:
@@ -60,6 +66,7 @@ def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> No
 
     def write(new: Path) -> None:
         save_tokenizer(token.tokenizer, new)
+        _write_chat_template(new, found, token.text)
         write_json(new / "processor_config.json", processor)
         write_json(new / "preprocessor_config.json", image_processor(found))
         generation = generation_config(found.text, found.tokenizer, suppress_tokens=[token.id])
@@ -67,6 +74,23 @@ def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> No
         write_folder(new, config, tensors)
 
     publish(folder, "llava-hf", write)
+
+
+def _write_chat_template(folder: Path, found: Trained, token: str) -> None:
+    """Write one that is right for the stock processor, in place of the tokenizer's own, or none."""
+    jinja = stock_chat_template(found.text, load_tokenizer(folder), token)
+    (folder / TEMPLATE).unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if settings.pop("chat_template", None) is not None:
+        write_json(folder / "tokenizer_config.json", settings)
+    if jinja is None:
+        log.warning(
+            "--as llava-hf: no chat template is written: a stock processor would make other ids of the template '%s' "
+            "with this tokenizer than training did; give it input_ids of composer_path.tokenize_prompt",
+            found.text.template.name,
+        )
+    else:
+        (folder / TEMPLATE).write_text(jinja, encoding="utf-8")
 
 
 def check_projector(projector: Projector) -> None:

@@ -213,7 +213,7 @@ def _all_trained(model: PathMLLM) -> set[str]:
     frozen = {name.partition(".")[0] for name in frozen_names(model)}
     buffers = {name.partition(".")[0] for name in model.state_dict().keys() - dict(model.named_parameters()).keys()}
     tied = {"language_model"} if model.tied_names() else set()  # whose head is in the state only
-    whole = set(MODULES) - frozen - (buffers - tied)
+    whole = {*map(str, MODULES)} - frozen - (buffers - tied)
     # A projector's file is checked against the encoder's weights, which must then be there.
     return whole if "projector" in whole else whole - {"vision_encoder"}
 
@@ -246,9 +246,9 @@ def cast(weights: dict[str, Tensor], dtype: str | None) -> None:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
-    for name, value in weights.items() if dtype is not None else ():
-        if value.is_floating_point():
-            weights[name] = value.to(DTYPES[dtype])
+    if dtype is not None:
+        for name, value in weights.items():
+            weights[name] = value.to(DTYPES[dtype]) if value.is_floating_point() else value
 
 
 def origin_of_trained(found: Trained, weights: Mapping[str, Tensor]) -> ProjectorOrigin:
