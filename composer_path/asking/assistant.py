@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import UInt8
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.asking.answer import Answer, Picture, Prompt
+from composer_path.asking.decoding import Decoding, rows_at_once, write_all
+from composer_path.asking.image_features import ImageFeatures
+from composer_path.asking.messages import conversation_of
 from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config
+from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.conversation import Conversation, Turn
@@ -22,7 +25,7 @@ from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.weights.model_folder import PathMLLM
 
-Picture = UInt8[Tensor, "3 height width"]
+MAX_NEW_TOKENS = Sampling.max_new_tokens  # where an answer is cut unless it is told otherwise
 
 
 class Assistant:
@@ -40,6 +43,12 @@ class Assistant:
     ) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.text, self.images = text, images
+        self.features = ImageFeatures(model)
+        vocabulary = tokenizer.get_vocab()
+        self._byte_ids = frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
+        added = tokenizer.added_tokens_decoder.items()
+        # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
+        self.never_written = [id for id, token in added if token.special and token.content == IMAGE_TAG]
 
     @classmethod
     def from_pretrained(
@@ -54,8 +63,17 @@ class Assistant:
         if not (folder / PROCESSOR_CONFIG).is_file():  # told before weights are read
             raise ValueError(f"no {PROCESSOR_CONFIG} in '{folder}'; give the folder that composer-path export wrote")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = PathMLLM.from_pretrained(folder, dtype=dtype).to(device)
-        return cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
+        try:
+            model = PathMLLM.from_pretrained(folder, dtype=dtype)
+            assistant = cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
+            assistant.end_ids()  # a tokenizer or template that can't be used says so here
+        except (ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:  # of any library, by any damage: tokenizers has no class of its own for it
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"'{folder}': must be as export wrote it; found {said}; export the model again") from error
+        model.to(device)
+        return assistant
 
     @property
     def takes_question(self) -> bool:
@@ -72,12 +90,16 @@ class Assistant:
         if not path.is_file():
             raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
         try:
-            examiner = Examiner()  # what a conversion would store, and its answer to what it wouldn't
             if region is None:
-                return self.images.load(examiner.examine(path.read_bytes(), self.images.max_pixels).data)
-            return self.images.load(examiner.region(path, region, self.images.max_pixels).data)
+                return self.read_picture(path.read_bytes())
+            return self.images.load(Examiner().region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
+
+    def read_picture(self, data: bytes, examiner: Examiner | None = None) -> Picture:
+        """The picture in the bytes of an image file; raises `ImageError` where a conversion would refuse it."""
+        examiner = examiner or Examiner()  # what a conversion would store, and its answer to what it wouldn't
+        return self.images.load(examiner.examine(data, self.images.max_pixels).data)
 
     def answer(
         self,
@@ -100,15 +122,9 @@ class Assistant:
         Raises:
             ValueError: The model's template takes no question, or the conversation is too long for the model.
         """
-        if not self.takes_question:
-            raise ValueError(
-                f"the model was trained with the template '{self.text.template.name}', which takes no question: every "
-                "one would get the same answer; ask without a question, and the model describes the image"
-            )
+        self._check_takes_question()
         told = [Turn(role, text) for role, text in turns]
-        if images and not any(IMAGE_TAG in turn.text for turn in told):
-            told[0] = Turn(told[0].role, f"{IMAGE_TAG}\n" * len(images) + told[0].text)
-        return self._continue(told, images, system, **generation)
+        return self._continue(conversation_of(told, len(images), system), images, **generation)
 
     def caption(self, images: Sequence[Picture], **generation: Any) -> str:
         """What a model that takes no question says of images. Arguments as those of `answer`.
@@ -118,36 +134,108 @@ class Assistant:
         """
         if self.takes_question:
             raise ValueError(f"the model's template '{self.text.template.name}' takes a question; give one")
-        if not images:
-            raise ValueError("a caption needs an image; give one with --image")
-        return self._continue([Turn("human", IMAGE_TAG * len(images))], images, **generation)
+        return self._continue(_captioned(len(images)), images, **generation)
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Picture] = (), *, system: str | None = None) -> Prompt:
+        """What `answer` (or, without turns, `caption`) asks, as the model reads it.
+
+        Raises:
+            ValueError: As `answer` and `caption` do.
+        """
+        if turns:
+            self._check_takes_question()
+            return self._prompt(conversation_of(turns, len(images), system), images)
+        if self.takes_question:
+            raise ValueError(f"the model's template '{self.text.template.name}' takes a question; give one")
+        return self._prompt(_captioned(len(images)), images)
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sequence[Sampling] | Sampling | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[str]:
+        """The answers to several prompts, in their order: those of `answer`, several at once and each image once.
+
+        Args:
+            prompts: From `prompt`.
+            sampling: How they are written, all of them or one by one; greedily by default.
+            batch_size: How many are written together.
+        """
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = [sampling or Sampling()] * len(prompts)
+        if batch_size < 1:
+            raise ValueError(f"batch_size: must be at least 1, found {batch_size}; correct it")
+        pairs = zip(prompts, sampling, strict=True)
+        answers = [self.begin(prompt, one) for prompt, one in pairs]
+        write_all(self.decoding(), answers, self.rows_at_once(batch_size))
+        return [answer.text for answer in answers]
+
+    def begin(self, prompt: Prompt, sampling: Sampling) -> Answer:
+        """An answer of which nothing is written yet."""
+        cleans = bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
+        return Answer(prompt, sampling, self._decoded, self.end_ids(), self._byte_ids, cleans)
+
+    def decoding(self) -> Decoding:
+        """What writes answers together."""
+        return Decoding(self.model, self.features, self.never_written)
+
+    def rows_at_once(self, wanted: int) -> int:
+        """How many answers may be written together, `wanted` if nothing speaks against it."""
+        return rows_at_once(self.model, wanted, self._limit)
+
+    def _check_takes_question(self) -> None:
+        if not self.takes_question:
+            raise ValueError(
+                f"the model was trained with the template '{self.text.template.name}', which takes no question: every "
+                "one would get the same answer; ask without a question, and the model describes the image"
+            )
+
+    @property
+    def _limit(self) -> int | None:
+        """How many tokens a conversation may have: as in training, else as many as the language model can place."""
+        known: int | None = getattr(self.model.language_model.config, "max_position_embeddings", None)
+        return known if self.text.max_seq_len is None else self.text.max_seq_len
+
+    def _prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
+        ids, limit = self.text.prompt(conversation, self.tokenizer), self._limit
+        room = 2**31 if limit is None else limit - len(ids)
+        if room < 1:
+            raise ValueError(f"the conversation takes {len(ids)} tokens of {limit}; start a new one")
+        return Prompt(ids, tuple(images), room)
 
     def _continue(
         self,
-        turns: Sequence[Turn],
+        conversation: Conversation,
         images: Sequence[Picture],
-        system: str | None = None,
         *,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         **generation: Any,
     ) -> str:
-        conversation = Conversation(turns=tuple(turns), images=("",) * len(images), system=system)
-        prompt = self.text.prompt(conversation, self.tokenizer)
-        limit = self.text.max_seq_len
-        room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt))
-        if room < 1:
-            raise ValueError(f"the conversation takes {len(prompt)} tokens of {limit}; start a new one")
+        prompt = self._prompt(conversation, images)
         new = self.model.generate(
-            prompt,
+            prompt.input_ids,
             torch.stack(list(images)) if images else None,
-            max_new_tokens=room,
+            max_new_tokens=min(max_new_tokens, prompt.room),
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,
+            suppress_tokens=self.never_written or None,
             **generation,
         )
-        return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        return self._decoded(new.tolist()).strip()
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the one the template trains, and the tokenizer's own."""
         trained, own = self.text.end_id(self.tokenizer), self.tokenizer.eos_token_id
         return sorted({trained, own if own is not None else trained})
+
+
+def _captioned(num_images: int) -> Conversation:
+    """Images without a word."""
+    if not num_images:
+        raise ValueError("a caption needs an image; give one")
+    return conversation_of([Turn("human", IMAGE_TAG * num_images)], num_images)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,10 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.conversion.record_file import read_records
 from composer_path.images.folder import resolve_image
-from composer_path.records.conversation import Conversation
+from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.rules import RecordError
 from composer_path.records.slide_region import SlideRegion
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from composer_path.asking.assistant import Assistant
 else:
     Assistant = Any  # importing it takes seconds, and bad records are found without it
+
+_BATCHES_HELD = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class ClosedQuestion:
     answer: str
     images: tuple[str | SlideRegion, ...]  # in the order of the tags
     system: str | None = None  # instead of the template's
+    where: str = field(default="", compare=False)  # its record's place
 
 
 @dataclass
@@ -71,42 +75,78 @@ def read_closed_questions(path: str | Path) -> list[ClosedQuestion]:
             raise ValueError(f"'{path}': {error.at(record.where)}") from None
         meta = conversation.metadata.get("meta") or {}
         if "options" in meta and "answer" in meta:
-            if not (isinstance(meta["options"], list) and len(meta["options"]) > 1):
-                found = "another value" if not isinstance(meta["options"], list) else f"{len(meta['options'])}"
-                rule = "meta.options must be a list of two options or more"
-                raise ValueError(f"'{path}': {record.where}: {rule}, found {found}; list them")
+            try:
+                options, answer = _options_of(meta)
+            except ValueError as error:
+                raise ValueError(f"'{path}': {record.where}: {error}") from None
             turns = tuple((turn.role, turn.text) for turn in conversation.turns[:-1])
-            kind, options = str(meta.get("kind", "closed")), tuple(map(str, meta["options"]))
             shown = conversation.images, conversation.system
-            questions.append(ClosedQuestion(kind, turns, options, str(meta["answer"]), *shown))
+            kind = str(meta.get("kind", "closed"))
+            questions.append(ClosedQuestion(kind, turns, options, answer, *shown, where=record.where))
     if not questions:
         raise ValueError(f"'{path}' has no closed question: no record has 'options' and 'answer' in its meta")
     return questions
 
 
+def _options_of(meta: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
+    """A question's options and the right one; ValueError where no answer could be right, or two options are one."""
+    options, answer = meta["options"], meta["answer"]
+    if not (isinstance(options, list) and len(options) > 1):
+        found = "another value" if not isinstance(options, list) else f"{len(options)}"
+        raise ValueError(f"meta.options must be a list of two options or more, found {found}; list them")
+    if not all(isinstance(one, str | int | float) and _normalise(str(one)) for one in (*options, answer)):
+        raise ValueError("meta.options and meta.answer must be texts or numbers, found another value; write them so")
+    options, answer = tuple(map(str, options)), str(answer)
+    if len({_normalise(option) for option in options}) < len(options):
+        raise ValueError("meta.options must differ in more than case and blanks, found two alike; leave one out")
+    if answer not in options:
+        raise ValueError("meta.answer must be one of meta.options, found another; correct one of the two")
+    return options, answer
+
+
 def evaluate_closed(
-    assistant: Assistant, questions: Sequence[ClosedQuestion], images_dir: str | Path, *, blank: bool = False
+    assistant: Assistant,
+    questions: Sequence[ClosedQuestion],
+    images_dir: str | Path,
+    *,
+    blank: bool = False,
+    batch_size: int = BATCH_SIZE,
 ) -> ClosedResult:
-    """Ask every question once, greedily; with white pictures (`blank`) it shows how far the text alone goes."""
+    """Ask every question once, greedily; with white pictures (`blank`) it shows how far the text alone goes.
+
+    `batch_size` questions are asked at once; of a few batches the pictures are held at a time.
+    """
     result = ClosedResult()
-    said_of_blank: dict[Any, str] = {}  # the same words about as many white pictures are asked once
-    for question in questions:
-        images = [_read_image(assistant, image, images_dir) for image in question.images]
-        longest = max(len(assistant.tokenizer(option)["input_ids"]) for option in question.options)
-        settings: dict[str, Any] = {"system": question.system, "max_new_tokens": longest + 8}
-        if blank:
-            asked = (question.turns, question.system, len(images), longest)
-            if asked not in said_of_blank:
-                white = [torch.full_like(image, 255) for image in images]
-                said_of_blank[asked] = assistant.answer(question.turns, white, **settings)
-            said = said_of_blank[asked]
-        else:
-            said = assistant.answer(question.turns, images, **settings)
-        chosen = parse_answer(said, question.options)
-        result.asked[question.kind] += 1
-        result.correct[question.kind] += chosen == question.answer
-        result.unparsed[question.kind] += chosen is None
+    said: dict[Any, str] = {}  # the same words about as many white pictures are asked once
+    for start in range(0, len(questions), _BATCHES_HELD * batch_size):
+        group = questions[start : start + _BATCHES_HELD * batch_size]
+        asked: dict[Any, tuple[Any, Sampling]] = {}
+        keys = []
+        for number, question in enumerate(group, start):
+            longest = max(len(assistant.tokenizer(option)["input_ids"]) for option in question.options)
+            same = (question.turns, question.system, len(question.images), longest)
+            keys.append(same if blank else number)
+            if keys[-1] not in asked and keys[-1] not in said:
+                try:
+                    asked[keys[-1]] = _prompt(assistant, question, images_dir, blank), Sampling(longest + 8)
+                except ValueError as error:
+                    raise ValueError(f"{question.where}: {error}" if question.where else str(error)) from None
+        prompts, sampling = [list(column) for column in zip(*asked.values(), strict=True)] or ([], [])
+        said |= zip(asked, assistant.answers(prompts, sampling, batch_size=batch_size), strict=True)
+        for key, question in zip(keys, group, strict=True):
+            chosen = parse_answer(said[key], question.options)
+            result.asked[question.kind] += 1
+            result.correct[question.kind] += chosen == question.answer
+            result.unparsed[question.kind] += chosen is None
     return result
+
+
+def _prompt(assistant: Assistant, question: ClosedQuestion, images_dir: str | Path, blank: bool) -> Any:
+    images = [_read_image(assistant, image, images_dir) for image in question.images]
+    if blank:
+        images = [torch.full_like(image, 255) for image in images]
+    turns = [Turn(role, text) for role, text in question.turns]
+    return assistant.prompt(turns, images, system=question.system)
 
 
 def _read_image(assistant: Assistant, image: str | SlideRegion, folder: str | Path) -> UInt8[Tensor, "3 height width"]:
@@ -115,7 +155,7 @@ def _read_image(assistant: Assistant, image: str | SlideRegion, folder: str | Pa
 
 
 def compare_with_blank(
-    assistant: Assistant, questions: Sequence[ClosedQuestion], images_dir: str | Path
+    assistant: Assistant, questions: Sequence[ClosedQuestion], images_dir: str | Path, batch_size: int = BATCH_SIZE
 ) -> dict[str, dict[str, Any]]:
     """Ask every question with its images and with blank ones; a plain mapping for JSON.
 
@@ -123,8 +163,8 @@ def compare_with_blank(
     the most frequent answer gets right), and `with_image` and `blank_image`: {`correct`: …, `unparsed`: …}.
     """
     results = {
-        "with_image": evaluate_closed(assistant, questions, images_dir),
-        "blank_image": evaluate_closed(assistant, questions, images_dir, blank=True),
+        "with_image": evaluate_closed(assistant, questions, images_dir, batch_size=batch_size),
+        "blank_image": evaluate_closed(assistant, questions, images_dir, blank=True, batch_size=batch_size),
     }
 
     def numbers(kind: str | None) -> dict[str, Any]:

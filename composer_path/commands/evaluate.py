@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from composer_path.commands.verb import add_import, import_given
+from composer_path.commands.verb import add_import, at_least_1, import_given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_import(parser)
     parser.add_argument("--data", type=Path, required=True, help="records whose meta has options and answer")
     parser.add_argument("--images", type=Path, required=True, help="folder of their images")
+    parser.add_argument("--batch-size", type=at_least_1, default=16, help="asked at once (default: 16)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.weights.folder import write_json
 
     import_given(options)
-    comparison = compare_with_blank(Assistant.from_pretrained(options.model), questions, options.images)
+    comparison = compare_with_blank(
+        Assistant.from_pretrained(options.model), questions, options.images, options.batch_size
+    )
     print(format_closed(comparison))
     write_json(options.model / EVALUATION, comparison)
     return 0

@@ -10,7 +10,7 @@ from composer_path.records.rules import IMAGE_TAG, RecordError
 
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
-_TEXT_PARTS, _IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
+TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
 
 
 def llava(row: Row, prompts: Sequence[str]) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def _part(row: Row, part: Any, where: str, named: list[Any]) -> str:
     if not isinstance(part, dict):
         raise wrong_type(where, "an object {'type': ...}")
     kind = part.get("type")
-    if kind in _TEXT_PARTS:
+    if kind in TEXT_PARTS:
         if not isinstance(text := part.get("text"), str):
             raise wrong_type(f"{where}.text", "a string")
         return text
-    if kind not in _IMAGE_PARTS:
+    if kind not in IMAGE_PARTS:
         raise RecordError(
             "unsupported-layout", "a part that is neither text nor image", "leave it out", f"{where}.type"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 IMAGE_TAG = "<image>"
+_AS_TEXT = "<\0image>"  # how a turn holds the tag where it is text and stands for no image
 
 _WORD = r"(?:image|img|picture|pic|photo)"
 # What may be read as the tag: brackets around one of those words, perhaps with a number or a word like 'placeholder'.
@@ -41,6 +42,16 @@ _ALIKE = {
     **dict.fromkeys("\u203a\u232a\u27e9\u3009\u300b", ">"),
     **{"\u0430": "a", "\u0435": "e", "\u0456": "i", "\u0131": "i", "\u0261": "g"},
 }
+
+
+def tag_as_text(text: str) -> str:
+    """A text for a turn, in which `<image>` is text; it must hold no NUL."""
+    return text.replace(IMAGE_TAG, _AS_TEXT)
+
+
+def as_written(text: str) -> str:
+    """A piece between a turn's tags as it was written, what `tag_as_text` hid included."""
+    return text.replace(_AS_TEXT, IMAGE_TAG)
 
 
 @dataclass(frozen=True)

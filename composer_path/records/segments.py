@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from composer_path.records.conversation import Turn
-from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.image_tags import IMAGE_TAG, as_written
 from composer_path.records.vocabulary import TextEncoder
 
 ImagePosition = Literal["front", "inline"]  # of an image: in front of its turn's text, or where its tag stands
@@ -55,8 +55,9 @@ def question_of(text: str, image_position: ImagePosition) -> Segments:
     """A human turn with its images: in front of the text (one as in the reference, several line by line), or inline."""
     parts = text.split(IMAGE_TAG)
     if len(parts) == 1 or image_position == "inline":
-        return [Text(parts[0]), *(segment for part in parts[1:] for segment in (ImageSlot(), Text(part)))]
-    rest = "".join(parts).strip()
+        first, *others = map(as_written, parts)
+        return [Text(first), *(segment for part in others for segment in (ImageSlot(), Text(part)))]
+    rest = as_written("".join(parts)).strip()
     return [*image_row(len(parts) - 1), *([Text("\n" + rest)] if rest else [])]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from fresh_imports import slow_libraries
 from tiny_model import IMAGES, MAX_SEQ_LEN, NUM_IMAGE_TOKENS, tiny_model_folder
 
 from composer_path.asking.assistant import Assistant
+from composer_path.asking.sampling import Sampling
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.tokenize import IGNORE_INDEX, IMAGE_TOKEN_ID, tokenize_conversation, tokenize_prompt
 
@@ -80,6 +83,42 @@ def test_an_answer_ends_at_the_token_that_training_put_at_its_end(assistant: Ass
     assert assistant.end_ids() == [assistant.tokenizer.eos_token_id]
 
 
+def test_several_answers_at_once_are_those_of_one_after_the_other(assistant: Assistant) -> None:
+    tiles = [assistant.read_image(TILE), assistant.read_image(OTHER_TILE)]
+    told = [Turn("human", "Hello."), Turn("assistant", "Hello.")]
+    asked: list[tuple[list[Turn], list[Any], str | None]] = [
+        ([Turn("human", QUESTION)], tiles[:1], None),
+        ([Turn("human", QUESTION)], tiles, None),
+        ([Turn("human", f"Look at <image> first. {QUESTION}")], tiles[1:], "Answer in one word."),
+        ([*told, Turn("human", QUESTION)], [], None),
+    ]
+    expected = [
+        assistant.answer([(turn.role, turn.text) for turn in turns], images, system=system, max_new_tokens=12)
+        for turns, images, system in asked
+    ]
+    prompts = [assistant.prompt(turns, images, system=system) for turns, images, system in asked]
+    before = assistant.features.num_encoded
+    for batch_size in (1, 3, 8):
+        assert assistant.answers(prompts, Sampling(12), batch_size=batch_size) == expected
+    assert assistant.features.num_encoded == before + 2
+    cut = assistant.answers(prompts[:2], [Sampling(12), Sampling(3)])
+    assert cut[0] == expected[0] and cut[1] != expected[1] and expected[1].startswith(cut[1])
+    assert assistant.answers([]) == []
+
+
+def test_a_tokenizers_image_token_is_never_written(assistant: Assistant) -> None:
+    model, prompt = assistant.model, assistant.prompt([Turn("human", QUESTION)])
+    first = model.generate(prompt.input_ids, max_new_tokens=1, pad_token_id=0).item()
+    tokenizer = copy.deepcopy(assistant.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    id = tokenizer.convert_tokens_to_ids("<image>")
+    knowing = Assistant(model, tokenizer, assistant.text, assistant.images)
+    assert knowing.never_written == [id] and assistant.never_written == []
+    knowing.never_written = [first]  # as if the model wrote it
+    said = knowing.answer([("human", QUESTION)], max_new_tokens=8)
+    assert [said] == knowing.answers([prompt], Sampling(8)) != assistant.answers([prompt], Sampling(8))
+
+
 def test_a_conversation_that_fills_the_context_is_refused(assistant: Assistant) -> None:
     with pytest.raises(ValueError, match=rf"takes \d+ tokens of {MAX_SEQ_LEN}; start a new one"):
         assistant.answer([("human", "nucleus " * MAX_SEQ_LEN)])
@@ -131,7 +170,14 @@ def test_a_caption_is_what_the_training_prompt_leads_to(captioner: Assistant, as
     said = captioner.caption(images, max_new_tokens=8)
     assert said == captioner.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert said != captioner.caption([captioner.read_image(OTHER_TILE)], max_new_tokens=8)
+    assert captioner.answers([captioner.prompt([], images)], Sampling(8)) == [said]
     with pytest.raises(ValueError, match="a caption needs an image"):
         captioner.caption([])
+    with pytest.raises(ValueError, match="a caption needs an image"):
+        captioner.prompt([])
+    with pytest.raises(ValueError, match="template 'plain', which takes no question"):
+        captioner.prompt([Turn("human", QUESTION)], images)
+    with pytest.raises(ValueError, match="takes a question; give one"):
+        assistant.prompt([], images)
     with pytest.raises(ValueError, match="takes a question; give one"):
         assistant.caption(images)

@@ -19,6 +19,8 @@ from composer_path.asking.closed_questions import (
     parse_answer,
     read_closed_questions,
 )
+from composer_path.asking.sampling import Sampling
+from composer_path.records.conversation import Turn
 
 TEST_DATA = Path(__file__).resolve().parent.parent.parent / "test_data"
 IMAGES = TEST_DATA / "imgs"
@@ -29,6 +31,7 @@ class Oracle:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
+        self.batches: list[int] = []
 
     def tokenizer(self, text: str) -> dict[str, list[int]]:
         return {"input_ids": [0] * len(text.split())}
@@ -36,10 +39,15 @@ class Oracle:
     def read_image(self, path: Path, region: None = None) -> torch.Tensor:
         return torch.full((3, 4, 4), 40 if "dark" in path.name else 200, dtype=torch.uint8)
 
-    def answer(
-        self, turns: Sequence[tuple[str, str]], images: list[torch.Tensor], *, system: str | None, max_new_tokens: int
-    ) -> str:
-        self.asked.append((tuple(turns), system, max_new_tokens))
+    def prompt(self, turns: Sequence[Turn], images: list[torch.Tensor], *, system: str | None) -> Any:
+        return tuple((turn.role, turn.text) for turn in turns), images, system
+
+    def answers(self, prompts: Sequence[Any], sampling: Sequence[Sampling], *, batch_size: int) -> list[str]:
+        self.batches.append(len(prompts))
+        return [self.answer(*prompt, one.max_new_tokens) for prompt, one in zip(prompts, sampling, strict=True)]
+
+    def answer(self, turns: Any, images: list[torch.Tensor], system: str | None, max_new_tokens: int) -> str:
+        self.asked.append((turns, system, max_new_tokens))
         value = images[0].float().mean()
         return "I can't tell." if value == 255 else "Pale." if value > 128 else "It is dark, I think."
 
@@ -51,6 +59,27 @@ def test_options_that_are_no_list_are_refused_with_their_record(tmp_path: Path, 
         json.dumps([{"conversations": turns, "meta": {"options": options, "answer": "A"}}])
     )
     with pytest.raises(ValueError, match=r"record 0: meta\.options must be a list of two options or more"):
+        read_closed_questions(tmp_path / "q.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "said"),
+    [
+        (["A", "B"], "C", r"meta\.answer must be one of meta\.options"),
+        (["nest", " Nest. "], "nest", "must differ in more than case and blanks, found two alike"),
+        (["A", ""], "A", "must be texts or numbers"),
+        (["A", None], "A", "must be texts or numbers"),
+        (["A", "B"], None, "must be texts or numbers"),
+        (["A", {"text": "B"}], "A", "must be texts or numbers"),
+    ],
+)
+def test_a_question_that_no_answer_is_right_for_is_refused_with_its_record(
+    tmp_path: Path, options: object, answer: object, said: str
+) -> None:
+    turns = [{"from": "human", "value": "A or B?"}, {"from": "gpt", "value": "A"}]
+    right = {"conversations": turns, "meta": {"options": ["A", "B"], "answer": "A"}}
+    (tmp_path / "q.json").write_text(json.dumps([right, right | {"meta": {"options": options, "answer": answer}}]))
+    with pytest.raises(ValueError, match=rf"q\.json': record 1: .*{said}"):
         read_closed_questions(tmp_path / "q.json")
 
 
@@ -171,8 +200,8 @@ def test_answers_about_white_pictures_are_shared_only_where_all_that_is_asked_is
     ]
 
     class Obedient(Oracle):
-        def answer(self, turns: Any, images: Any, *, system: str | None, max_new_tokens: int) -> str:
-            super().answer(turns, images, system=system, max_new_tokens=max_new_tokens)
+        def answer(self, turns: Any, images: Any, system: str | None, max_new_tokens: int) -> str:
+            super().answer(turns, images, system, max_new_tokens)
             return "dark" if system else "pale"
 
     oracle = Obedient()
@@ -184,6 +213,24 @@ def test_answers_about_white_pictures_are_shared_only_where_all_that_is_asked_is
         (None, 12),
     ]
     assert result.count("asked") == 5 and result.count("correct") == 2  # the one told to, and "pale"
+
+
+def test_pictures_of_a_few_batches_are_held_at_a_time(questions: list[ClosedQuestion], tmp_path: Path) -> None:
+    oracle = Oracle()
+    result = evaluate_closed(oracle, questions * 5, tmp_path, batch_size=1)  # type: ignore[arg-type]
+    assert oracle.batches == [8, 8, 4] and result.count("asked") == 20 and result.count("correct") == 15
+
+
+def test_a_question_that_cannot_be_asked_is_named_by_its_record(
+    questions: list[ClosedQuestion], tmp_path: Path
+) -> None:
+    class Full(Oracle):
+        def prompt(self, turns: Any, images: Any, *, system: str | None) -> Any:
+            raise ValueError("the conversation takes 9 tokens of 8")
+
+    asked = dataclasses.replace(questions[0], where="record 7")
+    with pytest.raises(ValueError, match=r"^record 7: the conversation takes 9 tokens of 8"):
+        evaluate_closed(Full(), [asked], tmp_path)  # type: ignore[arg-type]
 
 
 def test_an_image_outside_of_the_folder_is_refused(questions: list[ClosedQuestion], tmp_path: Path) -> None:

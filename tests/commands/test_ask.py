@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +85,45 @@ def test_a_model_that_takes_no_question_captions_the_images(
     monkeypatch.setattr(Assistant, "takes_question", False, raising=False)
     monkeypatch.setattr(Assistant, "caption", caption, raising=False)
     assert ask(capsys, folder, "--image", TILE, "--max-new-tokens", 8) == "1 images, 8 tokens\n"
+
+
+@pytest.mark.parametrize(
+    ("verb", "file", "key", "value"),
+    [
+        ("ask", "config.json", "language_model", 5),
+        ("ask", "config.json", "vision_encoder", {"name": "timm/vit_tiny_patch16_224", "image_size": "large"}),
+        ("ask", "config.json", "projector", None),
+        ("ask", "processor_config.json", "template", 0),
+        ("ask", "processor_config.json", "max_seq_len", {}),
+        ("ask", "processor_config.json", "fit", []),
+        ("ask", "tokenizer.json", "model", None),
+        ("ask", "tokenizer_config.json", "extra_special_tokens", [True]),
+        ("ask", "tokenizer_config.json", "model_max_length", "x"),
+        ("evaluate", "processor_config.json", "template", 0),
+        ("serve", "processor_config.json", "template", 0),
+    ],
+)
+def test_a_damaged_folder_is_one_message(
+    verb: str, file: str, key: str, value: Any, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    content = json.loads((model / file).read_text(encoding="utf-8"))
+    (model / file).write_text(json.dumps(content | {key: value}), encoding="utf-8")
+    more = {"ask": [QUESTION], "serve": ["--port", "0"]}
+    more["evaluate"] = ["--data", str(IMAGES.parent / "heldout.json"), "--images", str(IMAGES)]
+    assert main([verb, str(model), *more[verb]]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if line.startswith(f"composer-path {verb}: ")]) == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model_type": "llava"}'])
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_file_that_is_none_is_one_message(
+    file: str, content: bytes, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / file).write_bytes(content)
+    assert main(["ask", str(model), QUESTION]) == 2
+    assert capsys.readouterr().err.count("composer-path ask: ") == 1
