@@ -1,11 +1,14 @@
 """composer_path: train and finetune pathology vision-language models on MosaicML Composer and Streaming.
 
 The public names, each imported when it is first asked for: importing this package takes no time. Training is
-`from composer_path.train import train`. Type checkers read the same names in `__init__.pyi`.
+`from composer_path.train import train`. Type checkers read the same names in `__init__.pyi`. transformers knows the
+models from then on (`AutoModelForImageTextToText`, `AutoProcessor`, ...).
 """
 
 from importlib import import_module
 from typing import Any
+
+from composer_path.hugging_face.registration import register
 
 __version__ = "0.1.0"
 
@@ -40,3 +43,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

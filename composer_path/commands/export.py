@@ -1,4 +1,4 @@
-"""Write a model folder from a run or one of its checkpoints."""
+"""Write a model folder from a run or one of its checkpoints, or one in another program's shape."""
 
 from __future__ import annotations
 
@@ -6,22 +6,40 @@ import argparse
 from pathlib import Path
 
 from composer_path.asking.run_table import CONFIG, PLACES
-from composer_path.commands.verb import add_import
+from composer_path.commands.verb import add_import, import_given
+
+PROCESSOR_CONFIG = "processor_config.json"  # in an exported folder
+# Names are those of composer_path/handing_on/shapes.py, which takes seconds to import.
+SHAPES = {
+    "llava-hf": "a stock LLaVA of transformers",
+    "reference": "a folder of the reference's",
+    "language-model": "the language model alone",
+    "projector": "the projector alone",
+    "onnx": "vision encoder and projector as one graph",
+    "peft": "LoRA's adapters apart",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """From where, and where to."""
     parser.add_argument(
-        "run", metavar="RUN", type=Path, help="a run's folder (its newest whole checkpoint), or a checkpoint"
+        "run",
+        metavar="RUN",
+        type=Path,
+        help="a run's folder (its newest whole checkpoint), a checkpoint, or with --as an exported folder",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     parser.add_argument("--config", type=Path, help="the run's config.yaml (default: the one of the run)")
     add_import(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
+    words = "in another shape: " + "; ".join(f"{name} ({what})" for name, what in SHAPES.items())
+    parser.add_argument("--as", dest="shape", metavar="SHAPE", choices=tuple(SHAPES), help=words)
 
 
 def run(options: argparse.Namespace) -> int:
     """Export."""
+    if options.shape is not None and (options.run / PROCESSOR_CONFIG).is_file():
+        return hand_on_folder(options)
     checkpoint, config_path = find_checkpoint(options.run)
     config_path = options.config or config_path
     if not config_path.is_file():
@@ -31,11 +49,35 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.config.reading import load_config
 
     config = load_config(config_path, allowed_imports=options.imports)
+    if options.shape is None:
+        from composer_path.run.export import export_checkpoint
 
-    from composer_path.run.export import export_checkpoint
+        export_checkpoint(checkpoint, config, options.out, options.dtype)
+        print(f"model folder: {options.out}")
+        return 0
 
-    export_checkpoint(checkpoint, config, options.out, options.dtype)
-    print(f"model folder: {options.out}")
+    from composer_path.handing_on.published import written_before
+    from composer_path.handing_on.shapes import SHAPES as WRITERS
+    from composer_path.run.export import read_trained
+
+    written_before(options.out)  # refused before weights are read
+    WRITERS[options.shape](options.out, read_trained(checkpoint, config), options.dtype)
+    print(f"{options.shape}: {options.out}")
+    return 0
+
+
+def hand_on_folder(options: argparse.Namespace) -> int:
+    """The same for a folder that an export wrote."""
+    if options.config is not None:
+        raise ValueError(f"--config: is of a run, and '{options.run}' is an exported folder; leave it out")
+    import_given(options)
+    from composer_path.handing_on.published import written_before
+    from composer_path.handing_on.shapes import SHAPES as WRITERS
+    from composer_path.handing_on.trained_model import of_folder
+
+    written_before(options.out)
+    WRITERS[options.shape](options.out, of_folder(options.run), options.dtype)
+    print(f"{options.shape}: {options.out}")
     return 0
 
 

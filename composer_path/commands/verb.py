@@ -19,7 +19,7 @@ from composer_path.printable import printable_lines
 
 # In the order in which one uses them.
 DATA_VERBS = ("init", "census", "convert", "merge", "shards", "lengths", "encode")
-ROAD = (*DATA_VERBS, "encoders", "check", "plan", "train", "export", "ask", "serve", "evaluate", "summary")
+ROAD = (*DATA_VERBS, "encoders", "check", "plan", "train", "export", "compare", "ask", "serve", "evaluate", "summary")
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,6 +15,7 @@ from composer_path.config.agreement import disagreements
 from composer_path.config.check import check_keys
 from composer_path.config.imported import import_named
 from composer_path.config.interpolations import fill_in
+from composer_path.config.model_path import expand_model_path
 from composer_path.config.plain_yaml import check_plain
 from composer_path.config.schema import complete
 from composer_path.config.sections import config_schema
@@ -54,6 +55,7 @@ def load_config(
     """
     problems: list[str] = []
     config = _read(path, overrides, problems)
+    problems += expand_model_path(config)
     given: Any = OmegaConf.to_container(config, resolve=False)
     if unfit := import_named(config, given, Path(path).resolve().parent, allowed_imports):
         raise ConfigError(path, unfit)

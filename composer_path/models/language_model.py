@@ -30,7 +30,22 @@ MOST = {"hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**7, "
 MOST |= dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 10**4) | {"max_position_embeddings": 10**9}
 
 # Vision-language models whose folder has a language model in it, and its type where `text_config` doesn't say it.
-WRAPPERS = {"llava": "llama", "llava_next": "llama", "gemma3": "gemma3_text"}
+WRAPPERS = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_next": "llama",
+    "gemma3": "gemma3_text",
+    "composer_path": "",
+}
+# LLaVA's own configuration has its LLaMA's keys beside others, which are about images, training and generation.
+# fmt: off
+LLAMA_KEYS = frozenset((
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
+    "hidden_act", "rms_norm_eps", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+))
+# fmt: on
 STOCK = "eager"  # what a model is built with: transformers looks at what our names have in them
 MERGE = "merge the adapter into its base model (peft: merge_and_unload, then save_pretrained) and name that folder"
 NOT_QUANTIZED = "take its weights in bf16 or fp32"
@@ -111,7 +126,10 @@ def read_config_file(source: str) -> dict[str, Any]:
     code = " with code of its own (auto_map), which is never run" if keys.pop("auto_map", None) else ""
     model_type = keys.get("model_type")
     if isinstance(model_type, str) and model_type in WRAPPERS:
-        if not isinstance(text := keys.get("text_config"), dict):
+        text = keys.get("text_config", keys.get("language_model"))  # the latter in our first version
+        if text is None and "mm_projector_type" in keys:
+            text = {key: value for key, value in keys.items() if key in LLAMA_KEYS and value is not None}
+        if not isinstance(text, dict):
             rule = f"of model_type {model_type!r} must have a text_config, its language model's configuration"
             raise ValueError(f"'{file}': {rule}; found {type(text).__name__}; take a folder that transformers wrote")
         outer = {key: keys[key] for key in ("tie_word_embeddings", "quantization_config") if key in keys}

@@ -55,7 +55,7 @@ class Projector(nn.Module):
             )
         weight = next(self.parameters(), features)  # the identity has none
         vectors = self.project(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
-        expected = (len(features), self.num_image_tokens(features.shape[1]), self.out_dim)
+        expected = (features.shape[0], self.num_image_tokens(features.shape[1]), self.out_dim)
         if tuple(vectors.shape) != expected:
             found = f"found {tuple(vectors.shape)} of {type(self).__name__}; correct project or num_image_tokens"
             raise ValueError(f"projector: must give {expected} (images, image tokens, width); {found}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -15,8 +15,12 @@ def tied_names(language_model: PreTrainedModel) -> tuple[str, str] | None:
     embedding: Any = language_model.get_input_embeddings()
     if head is None or not language_model.config.tie_word_embeddings:
         return None
-    names = {id(module): name for name, module in language_model.named_modules()}
-    return f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
+    return f"{name_of(language_model, head)}.weight", f"{name_of(language_model, embedding)}.weight"
+
+
+def name_of(language_model: PreTrainedModel, module: nn.Module) -> str:
+    """What one of its modules is called."""
+    return next(name for name, one in language_model.named_modules() if one is module)
 
 
 def add_rows(language_model: PreTrainedModel, rows: int) -> int:
@@ -44,7 +48,11 @@ def add_rows(language_model: PreTrainedModel, rows: int) -> int:
 
 
 def _longer(weight: nn.Parameter, added: int) -> nn.Parameter:
-    """A parameter with rows added to it: means, computed in fp32."""
-    mean = weight.detach().float().mean(0, keepdim=True).to(weight.dtype)
-    rows = torch.cat([weight.detach(), mean.expand(added, *weight.shape[1:])])
-    return nn.Parameter(rows, requires_grad=weight.requires_grad)
+    """A parameter with rows added to it."""
+    return nn.Parameter(with_mean_rows(weight.detach(), added), requires_grad=weight.requires_grad)
+
+
+def with_mean_rows(rows: Tensor, added: int) -> Tensor:
+    """Rows, and so many more, each their mean, computed in fp32."""
+    mean = rows.float().mean(0, keepdim=True).to(rows.dtype)
+    return torch.cat([rows, mean.expand(added, *rows.shape[1:])])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
 from composer_path.images.pixels import ImagePreparation
-from composer_path.models.lora import merged, peft_config, peft_weights
-from composer_path.models.pattern import learning_modules
+from composer_path.models.lora import is_adapter, merged, peft_config, peft_weights
+from composer_path.models.pattern import MODULES, learning_modules
 from composer_path.models.projector import PooledMlp
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
@@ -61,9 +62,14 @@ def write_adapters(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor])
     """
     for name in ("language_model", "vision_encoder"):
         if config := peft_config(getattr(model, name)):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / name / "adapter_model.safetensors", peft_weights(part_of(weights, name)), {})
-            write_json(folder / name / "adapter_config.json", config)
+            write_adapter(folder / name, config, part_of(weights, name))
+
+
+def write_adapter(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Write the adapters among a module's weights, as peft reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "adapter_model.safetensors", peft_weights(weights), {})
+    write_json(folder / "adapter_config.json", config)
 
 
 def part_of(weights: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -87,12 +93,8 @@ def write_model(
     Raises:
         ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
-    if dtype is not None:
-        weights = {
-            key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in weights.items()
-        }
+    weights = dict(weights)
+    cast(weights, dtype)
     check_replaceable(folder)
     weights = merged(model, weights)
 
@@ -155,19 +157,42 @@ def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
     return {name: tensors[prefix + name] for name in names}
 
 
-def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
-    """Write a model folder from a checkpoint and the configuration of its run.
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and all that is known of how it is asked.
+
+    Attributes:
+        model: The architecture; its own weights needn't be the trained ones.
+        weights: The trained ones, by the names of `model`; those of adapters apart.
+        tokenizer: Of its language model.
+        text: How text was prepared.
+        images: How images were.
+        trained_modules: Which modules learned; None where that isn't known.
+    """
+
+    model: PathMLLM
+    weights: dict[str, Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    text: TextPreparation
+    images: ImagePreparation
+    trained_modules: list[str] | None = None
+
+
+def read_trained(checkpoint: Path, config: Any) -> Trained:
+    """The model of a checkpoint and the configuration of its run.
 
     Frozen modules are no part of a checkpoint; they are built again as the run built them: from their files, or random
     from its seed. The template is the one that was trained; of a mixture with several, the one named for asking, which
-    is `train_loader.dataset.template`. Weights are written as `bf16`, `fp32`, or (None) as trained.
+    is `train_loader.dataset.template`.
     """
-    check_replaceable(folder)
     settings = plain(config)
     settle_precision(settings["trainer"], "gpu" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(**settings["tokenizer"])
     held = held_as(settings) | {"vocabulary": num_ids(tokenizer)}
-    model = assemble_model(**with_local_weights(settings)["model"], **held)
+    section = with_local_weights(settings)["model"]
+    whole = _all_trained(assemble_model(**section, **held | {"empty": True}))
+    # What a checkpoint has all of needn't be there before: a model is held once.
+    model = assemble_model(**section, **held | {"empty": whole})
     names = set(model.state_dict()) - frozen_names(model)
     if tied := model.tied_names():
         names.discard(tied[0])
@@ -175,13 +200,58 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     trained = read_checkpoint(checkpoint, names)
     check_tensors(str(checkpoint), {name: weights[name] for name in names}, trained)
     weights |= trained
-    learned, weights = weights, merged(model, weights)
+    if tied:
+        weights[tied[0]] = weights[tied[1]]
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
-    write_model(folder, model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), dtype)
-    write_adapters(folder / ADAPTERS, model, learned)
-    if "projector" in learning_modules(settings["model"]):
-        vision = part_of(weights, "vision_encoder")
-        origin = origin_of(model.projector, model.vision_encoder, text.template.to_json(), weights=vision)
-        write_projector(folder, model, weights, origin)
+    learning = learning_modules(settings["model"])
+    return Trained(model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), learning)
+
+
+def _all_trained(model: PathMLLM) -> set[str]:
+    """The modules of which a checkpoint holds every tensor."""
+    frozen = {name.partition(".")[0] for name in frozen_names(model)}
+    buffers = {name.partition(".")[0] for name in model.state_dict().keys() - dict(model.named_parameters()).keys()}
+    tied = {"language_model"} if model.tied_names() else set()  # whose head is in the state only
+    whole = {*map(str, MODULES)} - frozen - (buffers - tied)
+    # A projector's file is checked against the encoder's weights, which must then be there.
+    return whole if "projector" in whole else whole - {"vision_encoder"}
+
+
+def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
+    """Write a model folder from a checkpoint and the configuration of its run; returns the model that it is of, empty.
+
+    Weights are written as `bf16`, `fp32`, or (None) as trained.
+    """
+    check_replaceable(folder)
+    found = read_trained(checkpoint, config)
+    model, weights = found.model, merged(found.model, found.weights)
+    adapters = {name: value for name, value in found.weights.items() if is_adapter(name)}
+    origin = origin_of_trained(found, weights) if "projector" in (found.trained_modules or ()) else None
+    projector = part_of(weights, "projector")
+    found.weights.clear()  # so that a weight is held once while the next ones are cast
+    cast(weights, dtype)
+    write_model(folder, model, weights, found.tokenizer, found.text, found.images)
+    write_adapters(folder / ADAPTERS, model, adapters)
+    if origin is not None:
+        write_projector(folder, model, {f"projector.{name}": value for name, value in projector.items()}, origin)
     return model
+
+
+def cast(weights: dict[str, Tensor], dtype: str | None) -> None:
+    """Cast weights in their dict, one after the other; whole numbers stay, and None leaves all as they are.
+
+    Raises:
+        ValueError: An unknown dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        for name, value in weights.items():
+            weights[name] = value.to(DTYPES[dtype]) if value.is_floating_point() else value
+
+
+def origin_of_trained(found: Trained, weights: Mapping[str, Tensor]) -> ProjectorOrigin:
+    """What a projector was trained with, where the encoder's merged weights are among these."""
+    vision = part_of(weights, "vision_encoder")
+    return origin_of(found.model.projector, found.model.vision_encoder, found.text.template.to_json(), weights=vision)

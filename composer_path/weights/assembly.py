@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def assemble_model(
     seed: int = 17,
     frozen_dtype: torch.dtype = torch.float32,
     vocabulary: int | None = None,
-    empty: bool = False,
+    empty: bool | Collection[str] = False,
 ) -> PathMLLM:
     """Build the three modules, with weights from files or random, and freeze what isn't trained.
 
@@ -49,30 +49,35 @@ def assemble_model(
         seed: Of random weights.
         frozen_dtype: What is frozen is held in, in whole FSDP units; the others are fp32.
         vocabulary: How many ids the tokenizer has, for `resize_embeddings`; None adds no rows.
-        empty: Parameters without storage, for a rank that receives them.
+        empty: Parameters without storage, for a rank that receives them; or of which modules, where they come from
+            elsewhere.
     """
+    without = set(MODULES) if empty is True else set(empty or ())
     log.info("attention: %s", kernel_in_words(resolve_attention(attention)))  # refused before weights are read
     chosen = {name: dict(keywords) for name, keywords in (lora or {}).items() if keywords is not None}
     touched = modules_of([*trainable, *(name for name, keywords in chosen.items() if keywords.get("use_dora"))])
     dtypes = {name: torch.float32 if name in touched else frozen_dtype for name in MODULES}
-    if empty:  # only the rank that holds weights reads their files
+    if "vision_encoder" in without:  # only the rank that holds weights reads their files
         vision_encoder = {**vision_encoder, "weights": None}
+    if "projector" in without:
         projector = {**projector, "weights": None, "pooler_weights": None}
     hidden_size = load_language_model_config(language_model.get("path") or language_model.get("config")).hidden_size
     with torch.random.fork_rng(devices=[]):
-        with empty_parameters(enabled=empty):
+        with empty_parameters(enabled="vision_encoder" in without):
             torch.manual_seed(seed)
             vision = build_vision_encoder(**vision_encoder)
+        with empty_parameters(enabled="projector" in without):
             torch.manual_seed(seed + 1)
             adapter = build_projector(**projector, vision_encoder=vision, in_dim=vision.dim, out_dim=hidden_size)
         torch.manual_seed(seed + 2)
-        held: dict[str, Any] = {"dtype": dtypes["language_model"], "vocabulary": vocabulary, "empty": empty}
+        held: dict[str, Any] = {"dtype": dtypes["language_model"], "vocabulary": vocabulary}
+        held["empty"] = "language_model" in without
         llm = build_language_model(**language_model, attention=attention, **held)
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)
     model.trainable(trainable)
-    with empty_parameters(enabled=empty):
+    with empty_parameters(enabled=empty is True):
         add_adapters(model, chosen, seed + 3)
     hold_frozen_units(model, frozen_dtype)
     return model

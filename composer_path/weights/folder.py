@@ -15,7 +15,11 @@ from composer_path.weights.tensor_file import INDEX, write_tensors
 
 
 def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], max_shard_size: str = "5GB"
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: str = "5GB",
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights (tied ones once) and configuration; weight files of an earlier write are removed.
 
@@ -29,7 +33,7 @@ def write_folder(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for name, keys in split.filename_to_tensors.items():
-        write_tensors(folder / name, {key: tensors[key] for key in keys})
+        write_tensors(folder / name, {key: tensors[key] for key in keys}, metadata)
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     write_json(folder / "config.json", config)

@@ -15,7 +15,9 @@ from composer_path.weights.tensor_file import WeightsError, some
 AROUND = ("module.", "base_model.model.", "model.")
 COMPILED = "_orig_mod."  # may stand inside a name
 # Beside the language model, in folders of transformers' vision-language models.
-BESIDE = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)\b")
+BESIDE = re.compile(
+    r"(model\.)?(vision_tower|vision_model|multi_modal_projector|mm_projector|image_newline|vision_encoder|projector)\b"
+)
 # Computed, not learned; old checkpoints hold them.
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|\.position_ids)$")
 ADAPTER = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)\.")

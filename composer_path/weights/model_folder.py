@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import __version__
 
+from composer_path.hugging_face.configuration import text_keys
+from composer_path.hugging_face.model_config import MODEL_TYPE, checked_config, model_config, vision_keywords
 from composer_path.models import path_mllm
 from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import empty_parameters, untrained_language_model
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
-from composer_path.models.vocabulary_rows import tied_names
+from composer_path.models.vocabulary_rows import name_of, tied_names
 from composer_path.own_parts.registry import check_sources, sources_of
 from composer_path.storage.json_object import read_json_object
 from composer_path.weights.folder import write_folder
 from composer_path.weights.tensor_file import check_tensors, read_tensor_folder
-
-MODEL_TYPE = "composer_path"
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -36,18 +37,37 @@ def is_model_folder(folder: Path) -> bool:
 class PathMLLM(path_mllm.PathMLLM):
     """The model as users get it and runs train it: the architecture, and its way to and from a folder."""
 
-    def config(self) -> dict[str, Any]:
-        """Keywords that rebuild the architecture, as written to `config.json`."""
+    image_token_id: int | None = None  # of the folder it was read from
+
+    def config(self, image_token_id: int | None = None, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Keywords that rebuild the architecture, as written to `config.json`.
+
+        Args:
+            image_token_id: Of the token that stands for an image; by default the one that the model was read with.
+            weights: The model's, where they are others than its own: of other rows or another dtype.
+        """
         vision, projector = self.vision_encoder.config, self.projector.config
-        imports = sources_of(vision_encoders=vision["name"], projectors=projector.get("type"))
-        return {
-            "model_type": MODEL_TYPE,
-            "version": 1,
-            **({"imports": imports} if imports else {}),
-            "vision_encoder": vision,
-            "projector": projector,
-            "language_model": json.loads(self.language_model.config.to_json_string(use_diff=False)),
-        }
+        text = text_keys(self.language_model.config)
+        weights = self.state_dict() if weights is None else weights
+        embedding = weights.get(self.embedding_name())
+        if embedding is not None:
+            text["vocab_size"] = len(embedding)
+        dtypes = {value.dtype for value in weights.values() if value.is_floating_point()}
+        return model_config(
+            vision=vision,
+            projector=projector,
+            text=text,
+            num_image_tokens=self.num_image_tokens(),
+            image_token_id=self.image_token_id if image_token_id is None else image_token_id,
+            imports=sources_of(vision_encoders=vision["name"], projectors=projector.get("type")),
+            dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None,
+            transformers_version=__version__,
+        )
+
+    def embedding_name(self) -> str:
+        """The name of the language model's embedding."""
+        embedding: Any = self.language_model.get_input_embeddings()
+        return f"language_model.{name_of(self.language_model, embedding)}.weight"
 
     def tied_names(self) -> tuple[str, str] | None:
         """The names of the language model's head and embedding where they are one tensor, which is written once."""
@@ -61,6 +81,8 @@ class PathMLLM(path_mllm.PathMLLM):
         state_dict: Mapping[str, Tensor] | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: str = "5GB",
+        image_token_id: int | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write a folder of safetensors shards and `config.json` that `from_pretrained` reads; tied weights once.
 
@@ -69,13 +91,16 @@ class PathMLLM(path_mllm.PathMLLM):
             state_dict: The gathered weights where this module is sharded; its own by default.
             dtype: Of the written weights; as they are by default.
             max_shard_size: Of one safetensors file.
+            image_token_id: Of the token that stands for an image; by default the one that the model was read with.
+            metadata: Further texts that stand in each safetensors file.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
         if tied := self.tied_names():
             tensors.pop(tied[0], None)
         if dtype is not None:
             tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        write_folder(Path(folder), self.config(), tensors, max_shard_size)
+        config = self.config(image_token_id, tensors)
+        write_folder(Path(folder), config, tensors, max_shard_size, metadata)
 
     @classmethod
     def from_pretrained(
@@ -94,25 +119,21 @@ class PathMLLM(path_mllm.PathMLLM):
         file = Path(folder) / "config.json"
         if not file.is_file():
             raise ValueError(f"no config.json in '{folder}'; it must be a folder written by export or save_pretrained")
-        config = read_json_object(file)
-        if config.get("model_type") != MODEL_TYPE:
-            raise ValueError(
-                f"'{file}' has model_type '{config.get('model_type')}', expected '{MODEL_TYPE}'; a folder in "
-                "the reference's names is loaded by composer_path.load_reference_model"
-            )
+        config = checked_config(f"'{file}'", read_json_object(file))
         check_sources(str(file), config)
         try:
             with empty_parameters():
                 model = cls(
-                    untrained_vision_encoder(**config["vision_encoder"]),
-                    untrained_projector(**config["projector"]),
-                    untrained_language_model(config["language_model"], attention=attention),
+                    untrained_vision_encoder(**vision_keywords(config)),
+                    untrained_projector(**config["projector_config"]),
+                    untrained_language_model(config["text_config"], attention=attention),
                 )
         except (KeyError, TypeError, AttributeError) as error:
             fix = "export the model again"
             raise ValueError(
                 f"'{file}': must be as export wrote it; found {type(error).__name__}: {error}; {fix}"
             ) from None
+        model.image_token_id = config["image_token_id"]
         return model.filled(str(folder), read_tensor_folder(folder), dtype)
 
     def filled(self, source: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> PathMLLM:

@@ -15,6 +15,7 @@ from torch import Tensor
 from composer_path.models.projector import PooledMlp, Projector, untrained_projector
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.storage.atomic import write_whole
+from composer_path.weights.projector_names import MARKER, from_reference_projector, to_reference_projector
 from composer_path.weights.projector_origin import ProjectorOrigin
 from composer_path.weights.tensor_file import (
     WeightsError,
@@ -23,6 +24,7 @@ from composer_path.weights.tensor_file import (
     read_tensor_file,
     write_tensors,
 )
+from composer_path.weights.whole_folder import WholeFolder, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,8 @@ SAFETENSORS = "projector.safetensors"
 REFERENCE_BIN = "mm_projector.bin"
 CONFIG_KEY = "composer_path.projector"  # in the safetensors metadata: the config as JSON
 ORIGIN_KEY = "composer_path.projector_origin"  # likewise: what it was trained with
-MARKER = "mm_projector."
 POOLER_KEY = "model.projector.pooler_weights"
 EITHER = "give the one (a whole projector) or the other (CoCa's pooler alone)"
-# Beginnings of keys: ours, the reference's. Without a pooler the reference's projector is the MLP itself.
-WITH_POOLER = (("pooler.", "attn_pool."), ("ln.", "ln."), ("mlp.", "proj."))
-WITHOUT_POOLER = (("mlp.", ""),)
 # How CoCa's own files call the pooler and the LayerNorm behind it: the reference's, CONCH's, open_clip's.
 COCA_NAMES = (("attn_pool.", "ln."), ("attn_pool_caption.", "ln_caption."), ("attn_pool.", "ln_post."))
 
@@ -66,36 +64,6 @@ def build_projector(
     if pooler_weights is not None:
         load_pooler_weights(pooler_weights, projector)
     return projector
-
-
-def to_reference_projector(state_dict: Mapping[str, Tensor], prefix: str = "model." + MARKER) -> dict[str, Tensor]:
-    """A projector's tensors under the reference's names.
-
-    A single linear layer is a bare `nn.Linear` there (`proj.weight`), a deeper MLP a sequence (`proj.0.weight`, ...).
-    """
-    table = WITH_POOLER if any(key.startswith("pooler.") for key in state_dict) else WITHOUT_POOLER
-    single = not any(key.startswith("mlp.2.") for key in state_dict)
-    tensors = {}
-    for key, tensor in state_dict.items():
-        ours, theirs = next(pair for pair in table if key.startswith(pair[0]))
-        rest = key.removeprefix(ours + "0.") if single and ours == "mlp." else key.removeprefix(ours)
-        tensors[prefix + theirs + rest] = tensor
-    return tensors
-
-
-def from_reference_projector(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A projector's tensors under our names, from the reference's without what stands before and in `mm_projector.`.
-
-    Names that the reference doesn't have are kept as they are, and so are left over when keys are compared.
-    """
-    table = WITH_POOLER if any(key.startswith("attn_pool.") for key in tensors) else WITHOUT_POOLER
-    renamed = {}
-    for key, tensor in tensors.items():
-        ours, theirs = next((pair for pair in table if key.startswith(pair[1])), ("", ""))
-        rest = key.removeprefix(theirs)
-        bare = ours == "mlp." and rest in ("weight", "bias")  # an nn.Linear of its own
-        renamed[f"{ours}{'0.' if bare else ''}{rest}"] = tensor
-    return renamed
 
 
 def save_projector(
@@ -135,12 +103,12 @@ def load_projector_weights(path: str | Path, projector: Projector, encoder: Visi
         WeightsError: The file is of another projector, or was trained with another encoder (all differences are listed,
             with both values), lacks a part, or can't be read.
     """
+    if (whole := _whole(path)) is not None:
+        _load_from_whole(whole, projector)
+        return
     file = find_projector_file(path)
     config, origin = _described(file)
-    if config is not None and config != projector.config:
-        raise WeightsError(
-            f"weights: '{file}' is of another projector. " + "; ".join(_unlike(config, projector.config))
-        )
+    _check_config(str(file), config, projector)
     if encoder is not None and origin is not None and (differences := origin.differences(projector, encoder)):
         fix = "take the encoder that it was trained with, or train a projector for this one"
         raise WeightsError(f"weights: '{file}' was trained with another encoder. {'; '.join(differences)}; {fix}")
@@ -158,6 +126,27 @@ def load_projector_weights(path: str | Path, projector: Projector, encoder: Visi
     projector.load_state_dict(tensors)
     if encoder is not None and origin is None:
         log.warning("%s doesn't say which vision encoder it was trained with, so that can't be verified", file)
+
+
+def _whole(path: str | Path) -> WholeFolder | None:
+    """A whole model's folder that has no projector's file beside its weights."""
+    files = [Path(path) / name for name in (SAFETENSORS, REFERENCE_BIN)]
+    return None if not Path(path).is_dir() or any(file.is_file() for file in files) else whole_folder(path)
+
+
+def _load_from_whole(whole: WholeFolder, projector: Projector) -> None:
+    if whole.kind == "composer_path":
+        said = whole.config.get("projector_config", whole.config.get("projector"))
+        _check_config(str(whole.path), said if isinstance(said, dict) else None, projector)
+    tensors = whole.projector()
+    check_tensors(str(whole.path), projector.state_dict(), tensors)
+    projector.load_state_dict(tensors)
+
+
+def _check_config(source: str, config: Mapping[str, Any] | None, projector: Projector) -> None:
+    """Refuse a file that says it is of another projector."""
+    if config is not None and (unlike := _unlike(config, projector.config)):
+        raise WeightsError(f"weights: '{source}' is of another projector. {'; '.join(unlike)}")
 
 
 def load_pooler_weights(path: str | Path, projector: Projector) -> None:

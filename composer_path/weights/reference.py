@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import empty_parameters, untrained_language_model
+from composer_path.models.language_model import LLAMA_KEYS, empty_parameters, untrained_language_model
 from composer_path.models.projector import Projector, untrained_projector
 from composer_path.models.rope_keys import old_rope_keys
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.weights.folder import write_folder
 from composer_path.weights.model_folder import PathMLLM
-from composer_path.weights.projector_file import MARKER, from_reference_projector, to_reference_projector
+from composer_path.weights.projector_names import MARKER, from_reference_projector, to_reference_projector
 from composer_path.weights.tensor_file import WeightsError, read_tensor_folder
 
 VISION_PREFIX = "model.vision_tower.vision_tower."
@@ -27,16 +27,8 @@ TRUNK = "vision_encoder.trunk."
 VISION_TOWER = "coca_vit-l"
 MODEL_TYPE = "llava"
 IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # computed, not learned; old checkpoints hold it
+OURS = "use PathMLLM.save_pretrained"
 POOLER_HEADS = 8  # fixed in the reference, not visible in any shape
-# What LLaMA is built from. Everything else in the reference's config.json is about generation, training or the images.
-# fmt: off
-LLAMA_KEYS = frozenset((
-    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout", "mlp_bias",
-    "hidden_act", "rms_norm_eps", "initializer_range", "rope_theta", "rope_scaling", "rope_parameters",
-    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-))
-# fmt: on
 
 
 def load_reference_model(
@@ -79,7 +71,12 @@ def load_reference_model(
 
 
 def save_reference_model(
-    model: PathMLLM, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None, max_shard_size: str = "5GB"
+    model: PathMLLM,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    max_shard_size: str = "5GB",
+    more_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
 
@@ -88,12 +85,15 @@ def save_reference_model(
         folder: Made if it isn't there.
         state_dict: The gathered weights where `model` is sharded; its own by default.
         max_shard_size: Of one safetensors file.
+        more_config: Further keys of `config.json`, or others in place of these.
 
     Raises:
         WeightsError: A part that the reference has no names for.
     """
     vision, projector = model.vision_encoder.config, model.projector.config
     language_config: Any = model.language_model.config
+    if "mlp" not in projector:
+        raise WeightsError(f"the reference's format has no place for: projector '{projector.get('type')}'; {OURS}")
     pooler, depth = projector["pooler"], projector["mlp"]["depth"]
     unknown = []
     if vision["name"] != VISION_TOWER or vision["tokens"] != "all":
@@ -103,9 +103,7 @@ def save_reference_model(
     if language_config.model_type != "llama":
         unknown.append(f"language model '{language_config.model_type}'")
     if unknown:
-        raise WeightsError(
-            f"the reference's format has no place for: {', '.join(unknown)}; use PathMLLM.save_pretrained"
-        )
+        raise WeightsError(f"the reference's format has no place for: {', '.join(unknown)}; {OURS}")
     mlp = {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
     tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
     if language_config.tie_word_embeddings:
@@ -125,6 +123,10 @@ def save_reference_model(
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "mm_projector_lr": None,
+        **(more_config or {}),
     }
     write_folder(Path(folder), config, tensors, max_shard_size)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from composer_path.storage.atomic import write_whole
@@ -28,11 +28,17 @@ class WeightsError(ValueError):
     """A file whose weights can't be read or don't fit; the message lists everything that is wrong."""
 
 
-def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file or a torch pickle (`.bin`, `.pth`, `.pt`, `.ckpt`).
+def everything(name: str) -> bool:
+    """Whether a tensor is wanted: it is, whatever its name."""
+    return True
 
-    A pickle that holds anything but tensors and plain containers is refused, and so is a tensor that is larger than
-    what is stored of it. One that holds its weights under `state_dict` or `model` is unwrapped.
+
+def read_tensor_file(path: str | Path, wanted: Callable[[str], bool] = everything) -> dict[str, Tensor]:
+    """The wanted tensors, by default all, of a `.safetensors` file or a torch pickle (`.bin`, `.pth`, `.pt`, `.ckpt`).
+
+    Those of safetensors are the file's pages, read when they are looked at. A pickle that holds anything but tensors
+    and plain containers is refused, and so is a tensor that is larger than what is stored of it. One that holds its
+    weights under `state_dict` or `model` is unwrapped.
 
     Raises:
         WeightsError: No such file, another kind of file, or a pickle with other things than tensors in it.
@@ -44,7 +50,8 @@ def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights: '{path}' must end with .safetensors or one of {', '.join(PICKLES)}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
         content = read_torch_file(path)
     except SafetensorError as error:
         raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from error
@@ -60,7 +67,18 @@ def read_tensor_file(path: str | Path) -> dict[str, Tensor]:
         raise WeightsError(f"weights: '{path}' must hold a dict of tensors by name, found a {type(content).__name__}")
     if others := sorted(str(key) for key, value in content.items() if not isinstance(value, Tensor)):
         raise WeightsError(f"weights: '{path}' must hold tensors only, found other things under {some(others)}")
-    return dict(content)
+    return {name: value for name, value in content.items() if wanted(name)}
+
+
+def shapes_of_file(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors by name; of safetensors no data are read."""
+    if path.suffix != ".safetensors":
+        return {name: tuple(value.shape) for name, value in read_tensor_file(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -99,22 +117,53 @@ def _first_of(folder: Path) -> str:
     return found
 
 
-def read_tensor_folder(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not."""
-    folder = Path(folder)
-    found = _first_of(folder)
+def read_tensor_folder(folder: str | Path, wanted: Callable[[str], bool] = everything) -> dict[str, Tensor]:
+    """The wanted tensors of a Hugging Face folder: safetensors or `pytorch_model.bin`, sharded or not."""
     tensors: dict[str, Tensor] = {}
-    for name in _shards_of(folder / found) if found.endswith(".json") else [found]:
-        shard = read_tensor_file(folder / name)
-        if twice := sorted(tensors.keys() & shard.keys()):
-            raise WeightsError(f"weights: '{folder / name}' holds tensors that another shard holds too: {some(twice)}")
+    seen: set[str] = set()
+
+    def note(name: str) -> bool:
+        seen.add(name)
+        return wanted(name)
+
+    for file in files_of_folder(Path(folder)):
+        before, shard = set(tensors), read_tensor_file(file, note)
+        _refuse_twice(file, before, shard)
         tensors |= shard
+    _check_index(Path(folder), seen)
+    return tensors
+
+
+def shapes_of_folder(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a Hugging Face folder's tensors by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files_of_folder(folder):
+        shard = shapes_of_file(file)
+        _refuse_twice(file, set(shapes), shard)
+        shapes |= shard
+    _check_index(folder, set(shapes))
+    return shapes
+
+
+def files_of_folder(folder: Path) -> list[Path]:
+    """The files that hold a Hugging Face folder's weights."""
+    found = _first_of(folder)
+    return [folder / name for name in (_shards_of(folder / found) if found.endswith(".json") else [found])]
+
+
+def _refuse_twice(file: Path, before: set[str], shard: Iterable[str]) -> None:
+    if twice := sorted(before & set(shard)):
+        raise WeightsError(f"weights: '{file}' holds tensors that another shard holds too: {some(twice)}")
+
+
+def _check_index(folder: Path, names: set[str]) -> None:
+    """Refuse an index that names what its shards don't hold."""
+    found = _first_of(folder)
     if found.endswith(".json"):
         said: dict[str, str] = read_json_object(folder / found)["weight_map"]
-        if wrong := sorted(f"{key} in {name}" for key, name in said.items() if key not in tensors):
+        if wrong := sorted(f"{key} in {name}" for key, name in said.items() if key not in names):
             where = f"weights: '{folder / found}' names what isn't there"
             raise WeightsError(f"{where}: {some(wrong)}; copy the whole folder again")
-    return tensors
 
 
 def _shards_of(index: Path) -> list[str]:

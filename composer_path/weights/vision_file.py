@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from composer_path.weights.vision_folder import check_what_a_folder_says, read_v
 from composer_path.weights.vision_layout import Found, find_vit
 from composer_path.weights.vision_names import from_open_clip, to_open_clip
 from composer_path.weights.vision_positions import resample_positions
+from composer_path.weights.whole_folder import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,18 @@ def load_vision_weights(path: str | Path, encoder: VisionEncoder, *, normalizati
         WeightsError: It can't be read, no or several ViTs are in it, keys and shapes differ (all listed), or a
             folder's configuration says another architecture or, where none is given, another normalisation.
     """
-    if Path(path).is_dir():
+    whole = whole_folder(path) if Path(path).is_dir() else None
+    if whole is not None and whole.kind == "composer_path":
+        tensors = whole.tensors_of("vision_encoder")
+        check_tensors(str(path), encoder.state_dict(), tensors)
+        encoder.load_state_dict(tensors)
+        return
+    if whole is not None and whole.kind != "llava-hf":  # its configuration says nothing of the tower
+        tensors, said = whole.tensors_of("vision_encoder"), True
+    elif Path(path).is_dir():
         folder = read_vision_folder(Path(path))
+        if gives_hidden_state(encoder) and folder.facts and (folder.facts.depth or 0) > len(encoder.blocks):
+            folder.facts = replace(folder.facts, depth=None)  # the rest is left out
         check_what_a_folder_says(folder, encoder, normalization_given=normalization_given)
         tensors = folder.tensors
         said = folder.mean is not None
@@ -102,6 +114,11 @@ def fitted(source: str, found: Found, encoder: VisionEncoder) -> dict[str, Tenso
         expected = from_open_clip(dict(expected))
     dropped = [key for key in found.tensors if re.match(layout.left_out, key)]
     renamed = layout.to_timm({key: value for key, value in found.tensors.items() if key not in dropped})
+    if gives_hidden_state(encoder):
+        depth = len(encoder.blocks)
+        later = [key for key in renamed if key.startswith("norm.") or _block(key) >= depth]
+        dropped += later
+        renamed = {key: value for key, value in renamed.items() if key not in later}
     pooled = [
         key for key in renamed if key.startswith("norm.") and key not in expected and _norm_is_pooled(found, trunk)
     ]
@@ -123,6 +140,17 @@ def fitted(source: str, found: Found, encoder: VisionEncoder) -> dict[str, Tenso
         shape = tuple(expected[key].shape)
         tensors[key] = resample_positions(source, tensors[key], shape, num_prefix, grid, layout.resampling)
     return to_open_clip(tensors) if into_open_clip else tensors
+
+
+def gives_hidden_state(encoder: VisionEncoder) -> bool:
+    """Whether an encoder is built to end at a hidden state, as LLaVA takes them: what lies behind it is left out."""
+    return encoder.config["kwargs"].get("final_norm") is False
+
+
+def _block(key: str) -> int:
+    """The number of the block that a tensor is in; -1 of what is in none."""
+    found = re.match(r"blocks\.(\d+)\.", key)
+    return int(found[1]) if found else -1
 
 
 def _norm_is_pooled(found: Found, trunk: Any) -> bool:

@@ -106,19 +106,28 @@ def from_hugging_face_dinov3(tensors: Tensors) -> Tensors:
 
 def from_hugging_face_clip(tensors: Tensors) -> Tensors:
     """Read transformers' CLIP and SigLIP vision models: `encoder.layers.N`; CLIP's is `pre_layrnorm` indeed."""
-    names = {
-        "embeddings.patch_embedding.": "patch_embed.proj.",
-        "embeddings.class_embedding": "cls_token",
-        "embeddings.position_embedding.weight": "pos_embed",
-        "pre_layrnorm.": "norm_pre.",
-        "post_layernorm.": "norm.",
-        "encoder.layers.": "blocks.",
-        "self_attn.out_proj.": "attn.proj.",
-        "layer_norm1.": "norm1.",
-        "layer_norm2.": "norm2.",
-    }
+    names = {theirs: timm for timm, theirs in HUGGING_FACE_CLIP.items()}
     renamed = _renamed(tensors, lambda key: _replaced(key, names))
     return _in_timm_shapes(_fused(renamed, {part: f"self_attn.{part}_proj." for part in "qkv"}))
+
+
+def to_hugging_face_clip(tensors: Tensors) -> Tensors:
+    """Rename timm's CLIP or SigLIP as transformers names it, queries, keys and values apart."""
+    apart: Tensors = {}
+    for key, value in tensors.items():
+        if ".attn.qkv." in key:
+            apart |= {key.replace("attn.qkv.", f"self_attn.{part}_proj."): third for part, third in _thirds(value)}
+        else:
+            apart[key] = value
+    renamed = _renamed(apart, lambda key: _replaced(key, HUGGING_FACE_CLIP))
+    for key, axes in (("embeddings.class_embedding", 1), ("embeddings.position_embedding.weight", 2)):
+        while key in renamed and renamed[key].ndim > axes and len(renamed[key]) == 1:
+            renamed[key] = renamed[key][0]
+    return renamed
+
+
+def _thirds(value: Tensor) -> list[tuple[str, Tensor]]:
+    return list(zip("qkv", value.chunk(3), strict=True))
 
 
 def from_open_clip(tensors: Tensors) -> Tensors:
@@ -161,7 +170,19 @@ def from_beit3(tensors: Tensors) -> Tensors:
     return _fused(renamed, {part: f"self_attn.{part}_proj." for part in "qkv"})
 
 
-# timm's names of the parts of a CLIP, and open_clip's
+# timm's names of the parts of a CLIP, and transformers'
+HUGGING_FACE_CLIP = {
+    "patch_embed.proj.": "embeddings.patch_embedding.",
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding.weight",
+    "norm_pre.": "pre_layrnorm.",
+    "norm.": "post_layernorm.",
+    "blocks.": "encoder.layers.",
+    "attn.proj.": "self_attn.out_proj.",
+    "norm1.": "layer_norm1.",
+    "norm2.": "layer_norm2.",
+}
+# timm's names, and open_clip's
 OPEN_CLIP = {
     "patch_embed.proj.": "conv1.",
     "cls_token": "class_embedding",
