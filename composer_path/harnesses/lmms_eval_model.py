@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from composer_path.asking.answer import Picture, Prompt
@@ -158,25 +157,15 @@ class SimpleComposerPath(ComposerPath):
     def _loss(self, turns: list[Turn], pictures: list[Picture], answer: str) -> tuple[float, bool]:
         conversation = conversation_of([*turns, Turn("assistant", answer)], len(pictures), self.system)
         tokens = self.assistant.text.tokenize(conversation, self.assistant.tokenizer)
-        ids, labels = tokens.input_ids.to(self.device), tokens.labels.to(self.device)
-        scores = self._scores(ids, pictures)[:-1]
-        learned = labels[1:] != IGNORE_INDEX
+        embeds = self.assistant.features.embedded([Prompt(tokens.input_ids, tuple(pictures), 1)])[0][None]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        scores = self.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[0, :-1]
+        labels = tokens.labels[1:].to(scores.device)
+        learned = labels != IGNORE_INDEX
         if not learned.any():
-            raise ValueError(
-                f"composer_path: the question takes all of the model's {len(ids)} tokens; ask a shorter one"
-            )
-        scores, wanted = scores[learned].float(), labels[1:][learned]
-        loss = torch.nn.functional.cross_entropy(scores, wanted)
-        return float(loss), bool((scores.argmax(-1) == wanted).all())
-
-    def _scores(self, ids: Tensor, pictures: list[Picture]) -> Tensor:
-        vectors = self.assistant.features.of(pictures)
-        width = self.model.language_model.get_input_embeddings().weight.shape[1]
-        images = torch.stack(vectors) if vectors else torch.zeros((0, 1, width), device=self.device)
-        embeds = self.model.embed_tokens(ids, images, (ids < 0).nonzero()[:, 0])[None]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=self.device)
-        scores: Tensor = self.model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits[0]
-        return scores
+            raise ValueError("composer_path: the question leaves no room for an answer; ask a shorter one")
+        loss = torch.nn.functional.cross_entropy(scores[learned].float(), labels[learned])
+        return float(loss), bool((scores[learned].argmax(-1) == labels[learned]).all())
 
 
 def sampling_of(generation: Mapping[str, Any]) -> Sampling:

@@ -13,9 +13,11 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from composer_path.hugging_face.model_config import vision_keywords
 from composer_path.models.language_model import cast_parameters
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
+from composer_path.own_parts.registry import check_sources
 from composer_path.vllm_plugin.inputs import ComposerPathDummyInputs, ComposerPathInfo, ComposerPathInputs
 from composer_path.weights.tensor_file import check_tensors
 
@@ -40,12 +42,13 @@ class ComposerPathForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.config, self.multimodal_config = config, vllm_config.model_config.multimodal_config
-        text = config.get_text_config()
+        said, text = config.to_dict(), config.get_text_config()
+        check_sources("the model's folder", said)
         self.configure_mm_token_handling(text.vocab_size, [config.image_token_id])
         dtype = vllm_config.model_config.dtype
         with self._mark_tower_model(vllm_config, "image"):
-            self.vision_encoder = built(untrained_vision_encoder, config.vision_config, dtype)
-            self.projector = built(untrained_projector, config.projector_config, dtype)
+            self.vision_encoder = built(untrained_vision_encoder, vision_keywords(said), dtype)
+            self.projector = built(untrained_projector, said["projector_config"], dtype)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -120,18 +123,13 @@ class ComposerPathForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
         )
 
 
-def built(build: Any, config: Any, dtype: torch.dtype) -> nn.Module:
+def built(build: Any, keywords: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     """A module of ours; what its checkpoint doesn't hold (positions' angles) stays as exact as it was made."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        module: nn.Module = build(**keywords_of(config))
+        module: nn.Module = build(**keywords)
     finally:
         torch.set_default_dtype(before)
     cast_parameters(module, dtype)
     return module.eval().requires_grad_(False)
-
-
-def keywords_of(config: Any) -> dict[str, Any]:
-    """The keywords that a part of the folder's configuration holds."""
-    raise NotImplementedError  # to be filled when the configuration's module is there

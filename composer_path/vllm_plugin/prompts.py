@@ -5,35 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from composer_path.asking.answer import Prompt
-from composer_path.asking.assistant import Assistant
-
-
-@torch.inference_mode()
-def embedded(assistant: Assistant, prompts: Sequence[Prompt]) -> list[Float[Tensor, "tokens hidden"]]:
-    """What the language model reads of each prompt: the words' embeddings, with the images' vectors between them.
-
-    For `{"prompt_embeds": ...}` of a vLLM that was started with `enable_prompt_embeds` on the folder of
-    `composer-path export --as language-model`. Each image is encoded once.
-
-    Args:
-        assistant: Of the exported folder.
-        prompts: From `assistant.prompt`.
-    """
-    vectors = iter(assistant.features.of([image for prompt in prompts for image in prompt.images]))
-    device = next(assistant.model.language_model.parameters()).device
-    rows = []
-    for prompt in prompts:
-        ids = prompt.input_ids.to(device)
-        images = [next(vectors) for _ in prompt.images]
-        width = assistant.model.language_model.get_input_embeddings().weight.shape[1]
-        stacked = torch.stack(images) if images else torch.zeros((0, 1, width), device=device)
-        rows.append(assistant.model.embed_tokens(ids, stacked, (ids < 0).nonzero()[:, 0]).cpu())
-    return rows
 
 
 def as_ids(prompt: Prompt, image_token_id: int, num_image_tokens: int, pictures: Sequence[Any]) -> dict[str, Any]:
