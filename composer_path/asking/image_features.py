@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,7 +59,7 @@ class ImageFeatures:
     def embedded(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "tokens hidden"]]:
         """What the language model reads of each prompt: its words' embeddings, and images' vectors between them."""
         vectors = iter(self.of([image for prompt in prompts for image in prompt.images]))
-        words = self._model.language_model.get_input_embeddings()
+        words: Any = self._model.language_model.get_input_embeddings()
         # No image: nothing of the vision encoder's is in a prompt that is only read.
         none = torch.zeros((0, 1, words.weight.shape[1]), device=words.weight.device, dtype=words.weight.dtype)
         rows = []
