@@ -148,9 +148,9 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     "the model's folder knows no image token: it is of version 1; export the model again to show images"
                 )
+            found = f"{num_images} images of {each} vectors each, {expected} in all"
             raise ValueError(
-                f"{count} image tokens (id {id}) in the input for {num_images} images of {each} vectors each, {expected} "
-                "in all; make both with the folder's processor"
+                f"{count} image tokens (id {id}) in the input for {found}; make both with the folder's processor"
             )
         if pixel_values is None or num_images == 0:
             return embeds
