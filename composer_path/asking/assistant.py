@@ -47,8 +47,9 @@ class Assistant:
         vocabulary = tokenizer.get_vocab()
         self._byte_ids = frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
         added = tokenizer.added_tokens_decoder.items()
+        images_own = {id for id, token in added if token.special and token.content == IMAGE_TAG}
         # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
-        self.never_written = [id for id, token in added if token.special and token.content == IMAGE_TAG]
+        self.never_written = sorted(images_own | ({model.image_token_id} - {None}))
 
     @classmethod
     def from_pretrained(
@@ -230,8 +231,7 @@ class Assistant:
 
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the one the template trains, and the tokenizer's own."""
-        trained, own = self.text.end_id(self.tokenizer), self.tokenizer.eos_token_id
-        return sorted({trained, own if own is not None else trained})
+        return self.text.end_ids(self.tokenizer)
 
 
 def _captioned(num_images: int) -> Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from composer.core import Callback, Event, State
@@ -15,6 +16,7 @@ from composer_path.checkpoints.folder import on_first_rank
 from composer_path.checkpoints.manifest import CheckpointError
 from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.guards.guards import settle
+from composer_path.hugging_face.provenance import Provenance
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.tokenize import TextPreparation
 from composer_path.run.export import ADAPTERS, write_adapters, write_model, write_projector
@@ -54,6 +56,7 @@ class SaveWeights(Callback):
         self.model, self.trained_only = model, trained_only
         self.prepared = tokenizer, text, images
         self.last_saved: int | None = None
+        self.provenance = Provenance(trained=tuple(sorted(trained_only.modules)))
         self.only_projector = trained_only.modules == {"projector"}
         if self.only_projector and dist.get_global_rank() == 0:  # later on, the encoder's weights may be sharded
             self.origin = origin_of(model.projector, model.vision_encoder, text.template.to_json())
@@ -65,6 +68,7 @@ class SaveWeights(Callback):
         if self.due(state, event) and self.last_saved != state.timestamp.batch.value:
             settle(state)
             self.last_saved = state.timestamp.batch.value
+            self.provenance = replace(self.provenance, run=state.run_name, step=self.last_saved)
             self.trained_only.check(state.optimizers)
             with averaged_weights(state):
                 self.save()
@@ -84,6 +88,7 @@ class SaveWeights(Callback):
                 write_projector(self.run_folder, self.model, weights, self.origin)
             else:
                 write_adapters(self.run_folder / ADAPTERS, self.model, weights)
-                write_model(self.run_folder / "model", self.model, weights, *self.prepared, self.dtype)
+                place = self.run_folder / "model"
+                write_model(place, self.model, weights, *self.prepared, self.dtype, self.provenance)
         except WeightsError as error:
             raise CheckpointError(str(error)) from None

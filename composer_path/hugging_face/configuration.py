@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, __version__
 
@@ -61,7 +61,7 @@ class ComposerPathConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"text_config": PretrainedConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": PretrainedConfig}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,11 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = ComposerPathConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = _supports_cache_class = _supports_static_cache = True
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(self, config: ComposerPathConfig) -> None:
         super().__init__(config)
@@ -46,7 +46,7 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         said = config.to_dict()
         load_language_model_config(said["text_config"])  # refused where PathMLLM refuses it
         self._build_towers(said)
-        text = config.text_config
+        text: Any = config.text_config
         wanted = text._attn_implementation
         if wanted is None or (wanted == "sdpa" and padded_attention(text) != "sdpa"):
             wanted = padded_attention(text)
@@ -90,7 +90,8 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         told = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # so that all of them are told, below
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         tied = {f"language_model.{key}" for key in getattr(model.language_model, "_tied_weights_keys", None) or ()}
         may_lack = tied if model.config.tie_word_embeddings else set()
         mismatched = sorted(f"{key}: the file has {list(a)}, the model {list(b)}" for key, a, b in _rows(info))
@@ -138,25 +139,25 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: Another number of image tokens than of vectors.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        id = self.config.image_token_id
+        id, each = self.config.image_token_id, self.num_image_tokens()
         places = torch.zeros_like(input_ids, dtype=torch.bool) if id is None else input_ids == id
         num_images = 0 if pixel_values is None else len(pixel_values)
-        count, expected = int(places.sum()), num_images * self.config_num_image_tokens()
+        count, expected = int(places.sum()), num_images * each
         if count != expected:
             if id is None:
                 raise ValueError(
                     "the model's folder knows no image token: it is of version 1; export the model again to show images"
                 )
+            found = f"{num_images} images of {each} vectors each, {expected} in all"
             raise ValueError(
-                f"{count} image tokens (id {id}) in the input for {num_images} images of "
-                f"{self.config_num_image_tokens()} vectors each, {expected} in all; make both with the folder's processor"
+                f"{count} image tokens (id {id}) in the input for {found}; make both with the folder's processor"
             )
         if pixel_values is None or num_images == 0:
             return embeds
         vectors = self.get_image_features(pixel_values).flatten(0, 1) / inputs_scale(self.config.text_config)
         return embeds.masked_scatter(places[..., None].to(embeds.device), vectors.to(embeds.device, embeds.dtype))
 
-    def config_num_image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         """How many vectors an image of the encoder's size becomes."""
         size = self.vision_encoder.image_size
         return self.projector.num_image_tokens(self.vision_encoder.num_tokens(size, size))
@@ -187,6 +188,7 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("the model needs input_ids or inputs_embeds: one of the two; found both or none")
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embed(input_ids, pixel_values)
         elif pixel_values is not None:
             raise ValueError("pixel_values go with input_ids; found inputs_embeds, where images stand already")

@@ -85,15 +85,20 @@ class _Finder:
                 continue
             spec = finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def executed(module: ModuleType) -> None:
-                    execute(module)
-                    REGISTRATIONS[name](module)
-
-                spec.loader.exec_module = executed  # type: ignore[method-assign]
+                spec.loader.exec_module = _Executing(name, spec.loader.exec_module)  # type: ignore[method-assign]
                 return spec
         return None
+
+
+class _Executing:
+    """Executes a module of auto classes, then adds ours."""
+
+    def __init__(self, name: str, execute: Callable[[ModuleType], None]) -> None:
+        self.name, self.execute = name, execute
+
+    def __call__(self, module: ModuleType) -> None:
+        self.execute(module)
+        REGISTRATIONS[self.name](module)
 
 
 def register() -> None:

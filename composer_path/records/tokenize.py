@@ -93,6 +93,11 @@ class TextPreparation:
         labels = self.tokenize(Conversation(turns=(Turn("human", "?"), Turn("assistant", "!"))), tokenizer).labels
         return int(labels[labels != IGNORE_INDEX][-1])
 
+    def end_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """Tokens that end an answer: the one the template trains, and the tokenizer's own."""
+        trained, own = self.end_id(tokenizer), tokenizer.eos_token_id
+        return sorted({trained, own if own is not None else trained})
+
     def _tokenize(self, conversation: Conversation, encoder: TextEncoder, limit: int | None) -> TokenizedConversation:
         """1. Segments of the template. 2. Ids of each, with its mark as label. 3. Stop where the limit is reached."""
         segments = _joined(self.template.segments(conversation, encoder, self.image_position))

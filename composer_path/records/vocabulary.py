@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.storage.json_object import file_inside, read_json_object
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
 def check_vocabulary(tokenizer: Tokenizer, num_embeddings: int) -> None:
     """Refuse a tokenizer with ids that the language model has no embedding for; unused embeddings are usual.
 
-    A token that only fills batches up is never met: no batch is padded.
+    Two tokens are never met: one that only fills batches up, as no batch is padded, and an image's, which exports add.
 
     Raises:
         ValueError: With the first such token, and how many there are.
@@ -76,6 +77,9 @@ def check_vocabulary(tokenizer: Tokenizer, num_embeddings: int) -> None:
     ids = {id: token for token, id in tokenizer.get_vocab().items() if not 0 <= id < num_embeddings}
     if tokenizer.pad_token_id not in met:
         ids.pop(tokenizer.pad_token_id, None)
+    ids = {
+        id: token for id, token in ids.items() if token != IMAGE_TAG or not tokenizer.added_tokens_decoder[id].special
+    }
     if ids:
         first, fix = min(ids), "take this language model's own, or set model.language_model.resize_embeddings: true"
         found = f"found {len(ids)} tokens beyond, from id {first} ({ids[first]!r}) on"

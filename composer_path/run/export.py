@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
+from composer_path.hugging_face.generation_config import GENERATION_CONFIG, generation_config
+from composer_path.hugging_face.image_token import with_image_row, with_image_token
+from composer_path.hugging_face.model_card import CARD, is_others_card, model_card
+from composer_path.hugging_face.provenance import Provenance, hash_of
 from composer_path.images.pixels import ImagePreparation
 from composer_path.models.lora import is_adapter, merged, peft_config, peft_weights
 from composer_path.models.pattern import MODULES, learning_modules
 from composer_path.models.projector import PooledMlp
 from composer_path.records.tokenize import TextPreparation
-from composer_path.records.vocabulary import load_tokenizer, num_ids, save_tokenizer
+from composer_path.records.vocabulary import FILES, load_tokenizer, num_ids, save_tokenizer
 from composer_path.run.place import with_local_weights
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
@@ -85,10 +90,12 @@ def write_model(
     text: TextPreparation,
     images: ImagePreparation,
     dtype: str | None = None,
+    provenance: Provenance | None = None,
 ) -> None:
-    """Write everything that `composer-path ask` needs: weights, configuration, tokenizer, how inputs are prepared.
+    """Write everything that `composer-path ask`, transformers and those who build on it need.
 
-    An earlier model in the folder stays until the new one is complete, and takes its evaluation with it.
+    An earlier model in the folder stays until the new one is complete, and takes its evaluation with it. The model and
+    the tokenizer stay as they are: what is written has a token for an image, see `hugging_face/image_token.py`.
 
     Raises:
         ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
@@ -96,21 +103,26 @@ def write_model(
     weights = dict(weights)
     cast(weights, dtype)
     check_replaceable(folder)
-    weights = merged(model, weights)
+    tokenizer, token = with_image_token(tokenizer)
+    weights = with_image_row(model.language_model, merged(model, weights), token)
+    origin = provenance or Provenance()
+    keeps_card = is_others_card(folder / CARD)
 
     def write(new: Path) -> None:
         save_tokenizer(tokenizer, new)
         write_processor_config(new, text, images)
-        model.save_pretrained(new, state_dict=weights)
+        write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id))
+        if not keeps_card:
+            (new / CARD).write_text(model_card(model, weights, text, images, token, origin), encoding="utf-8")
+        model.save_pretrained(new, state_dict=weights, image_token_id=token.id, metadata=origin.metadata())
 
-    replace_files(folder, write, is_model_file, last="config.json")
+    replace_files(folder, write, lambda name: is_model_file(name) and not (keeps_card and name == CARD), "config.json")
 
 
 def is_model_file(name: str) -> bool:
     """Whether a file of a model folder belongs to its model, by its name."""
-    return name in ("config.json", PROCESSOR_CONFIG, EVALUATION, SAFETENSORS, REFERENCE_BIN) or name.startswith(
-        ("model", "tokenizer")
-    )
+    ours = {"config.json", GENERATION_CONFIG, PROCESSOR_CONFIG, CARD, EVALUATION, SAFETENSORS, REFERENCE_BIN}
+    return name in ours | {"preprocessor_config.json", *FILES} or name.startswith(("model", "tokenizer"))
 
 
 def check_replaceable(folder: Path) -> None:
@@ -168,6 +180,7 @@ class Trained:
         text: How text was prepared.
         images: How images were.
         trained_modules: Which modules learned; None where that isn't known.
+        provenance: Of which run and step it is; None where that isn't known.
     """
 
     model: PathMLLM
@@ -176,6 +189,7 @@ class Trained:
     text: TextPreparation
     images: ImagePreparation
     trained_modules: list[str] | None = None
+    provenance: Provenance | None = None
 
 
 def read_trained(checkpoint: Path, config: Any) -> Trained:
@@ -205,7 +219,15 @@ def read_trained(checkpoint: Path, config: Any) -> Trained:
     dataset = settings["train_loader"]["dataset"]
     text = text_of(dataset, asking_template(dataset["template"], dataset["streams"]), model.num_image_tokens())
     learning = learning_modules(settings["model"])
-    return Trained(model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), learning)
+    provenance = provenance_of(checkpoint, settings["trainer"]["run_name"], learning)
+    return Trained(model, weights, tokenizer, text, images_of(dataset, model.vision_encoder), learning, provenance)
+
+
+def provenance_of(checkpoint: Path, run: str, trained: Sequence[str]) -> Provenance:
+    """What a checkpoint says of where it comes from."""
+    found = named(checkpoint)
+    hashed = None if found.manifest is None else hash_of(found.manifest.fingerprint)
+    return Provenance(run, found.step or None, tuple(trained), hashed)
 
 
 def _all_trained(model: PathMLLM) -> set[str]:
@@ -231,7 +253,7 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     projector = part_of(weights, "projector")
     found.weights.clear()  # so that a weight is held once while the next ones are cast
     cast(weights, dtype)
-    write_model(folder, model, weights, found.tokenizer, found.text, found.images)
+    write_model(folder, model, weights, found.tokenizer, found.text, found.images, provenance=found.provenance)
     write_adapters(folder / ADAPTERS, model, adapters)
     if origin is not None:
         write_projector(folder, model, {f"projector.{name}": value for name, value in projector.items()}, origin)
@@ -239,16 +261,22 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
 
 
 def cast(weights: dict[str, Tensor], dtype: str | None) -> None:
-    """Cast weights in their dict, one after the other; whole numbers stay, and None leaves all as they are.
+    """Cast weights in their dict, one after the other, to one dtype; whole numbers stay.
+
+    None takes the widest that is there: transformers loads a folder in one dtype, and nothing is lost so.
 
     Raises:
         ValueError: An unknown dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype of written weights: unknown '{dtype}'; choose one of {', '.join(DTYPES)}")
-    if dtype is not None:
-        for name, value in weights.items():
-            weights[name] = value.to(DTYPES[dtype]) if value.is_floating_point() else value
+    there = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if not there:
+        return
+    wanted = functools.reduce(torch.promote_types, there) if dtype is None else DTYPES[dtype]
+    for name, value in weights.items():
+        if value.is_floating_point() and value.dtype != wanted:
+            weights[name] = value.to(wanted)
 
 
 def origin_of_trained(found: Trained, weights: Mapping[str, Tensor]) -> ProjectorOrigin:
