@@ -81,10 +81,6 @@ def write_tasks(data: Path, images: Path, folder: Path, name: str) -> int:
             raise ValueError(f"{question.where}: for lmms-eval a question stands alone; found more; leave it out")
         if not all(isinstance(image, str) for image in question.images):
             raise ValueError(f"{question.where}: for lmms-eval images are files; found a region; cut it out first")
-        if any(IMAGE_TAG in line and line != IMAGE_TAG for line in question.turns[0][1].split("\n")):
-            raise ValueError(
-                f"{question.where}: for lmms-eval {IMAGE_TAG} has its own line; found text beside; move it"
-            )
         files = [str(resolve_image(str(image), images)) for image in question.images]
         longest = max(longest, *(len(option.encode()) for option in question.options))
         rows.append(
@@ -112,14 +108,15 @@ def pictures(doc: dict[str, Any]) -> list[Any]:
 
 
 def messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-    """The question in parts: each line of text and each picture where its tag stands."""
-    images = iter(pictures(doc))
+    """The question in parts, each on lines of its own: texts, and the pictures where their tags stand."""
+    images = pictures(doc)
+    texts = doc["question"].split(IMAGE_TAG)
     parts: list[dict[str, Any]] = []
-    for line in doc["question"].split("\n"):
-        if line == IMAGE_TAG:
-            parts.append({"type": "image", "url": next(images)})
-        else:
-            parts.append({"type": "text", "text": line})
+    for place, text in enumerate(texts):
+        text = text.removeprefix("\n") if place else text
+        text = text.removesuffix("\n") if place < len(images) else text
+        parts += [{"type": "text", "text": text}] * bool(text)
+        parts += [{"type": "image", "url": image} for image in images[place : place + 1]]
     return [{"role": "user", "content": parts}]
 
 
