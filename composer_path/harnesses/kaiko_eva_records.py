@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from eva.language.data.messages import Message, TaskSystemMessage, UserMessage
 from eva.multimodal.data.datasets.text_image import TextImageDataset
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_image
 from torchvision.tv_tensors import Image
 
-from composer_path.asking.closed_questions import ClosedQuestion, read_closed_questions
+from composer_path.asking.closed_questions import ClosedQuestion, parse_answer, read_closed_questions
 from composer_path.images.fitting import rgb_image
 from composer_path.images.folder import resolve_image
 from composer_path.records.image_tags import IMAGE_TAG
@@ -50,9 +52,9 @@ class RecordQuestions(TextImageDataset[int]):
         return len(self.questions)
 
     def load_text(self, index: int) -> list[Message]:
-        """The question, without the tags that the wrapper's pictures stand for."""
+        """The question; the wrapper puts all of its pictures before it."""
         question = self.questions[index]
-        asked: list[Message] = [UserMessage(content=question.turns[0][1].removeprefix(_tags(question)))]
+        asked: list[Message] = [UserMessage(content=_text(question))]
         return asked if question.system is None else [TaskSystemMessage(content=question.system), *asked]
 
     def load_images(self, index: int) -> list[Image]:
@@ -74,13 +76,29 @@ class RecordQuestions(TextImageDataset[int]):
             rule, fix = f"options must be {self.options}", "name another kind, or its options"
         elif len(question.turns) != 1:
             rule, fix = "a question must be the first of its conversation", "leave the record out"
-        elif IMAGE_TAG in question.turns[0][1].removeprefix(_tags(question)):
-            rule, fix = "images must stand before the question", "leave the record out"
+        elif IMAGE_TAG in _text(question):
+            rule, fix = f"{IMAGE_TAG} must stand on a line of its own", "move it"
         elif not all(isinstance(image, str) for image in question.images):
             rule, fix = "images must be files", "cut regions of slides out first"
         if rule:
             raise ValueError(f"{question.where}: for kaiko-eva {rule}; found another form; {fix}")
 
 
-def _tags(question: ClosedQuestion) -> str:
-    return f"{IMAGE_TAG}\n" * len(question.images)
+class OptionOfAnswer:
+    """The index of the option that an answer names, as `composer-path evaluate` reads it; one more where it is none.
+
+    Args:
+        options: As the data set has them.
+    """
+
+    def __init__(self, options: list[str]) -> None:
+        self.options = options
+
+    def __call__(self, answers: list[str]) -> Tensor:
+        """Of each answer."""
+        chosen = [parse_answer(answer, self.options) for answer in answers]
+        return torch.tensor([len(self.options) if one is None else self.options.index(one) for one in chosen])
+
+
+def _text(question: ClosedQuestion) -> str:
+    return "\n".join(line for line in question.turns[0][1].split("\n") if line != IMAGE_TAG)
