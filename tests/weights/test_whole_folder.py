@@ -113,7 +113,7 @@ def test_tensors_that_are_nobodys_are_named(tmp_path: Path) -> None:
     ("part", "words"),
     [
         ("multi_modal_projector.linear_2.bias", r"missing \(1\): mlp.2.bias"),
-        ("encoder.layers.1.mlp.fc1.weight", r"missing \(1\): blocks.1.mlp.fc1.weight"),
+        ("encoder.layers.1.mlp.fc2.weight", r"missing \(1\): blocks.1.mlp.fc2.weight"),
         ("layers.1.mlp.gate_proj.weight", r"missing \(1\): model.layers.1.mlp.gate_proj.weight"),
     ],
 )
