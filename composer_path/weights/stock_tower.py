@@ -56,9 +56,8 @@ def tower_keywords(
     for key, value in values.items():
         wanted: tuple[type, ...] = (str,) if key == "hidden_act" else (float,) if key == "layer_norm_eps" else (int,)
         if type(value) not in wanted or (not isinstance(value, str) and not 0 < value < 10**5):
-            raise ValueError(
-                f"{where}: {key} must be of type {wanted[0].__name__}, such as a ViT can have; found {value!r:.60}"
-            )
+            rule = f"{key} must be of type {wanted[0].__name__}, such as a ViT can have"
+            raise ValueError(f"{where}: {rule}; found {value!r:.60}")
     if values["hidden_act"] not in LAYERS:
         raise ValueError(f"{where}: hidden_act must be one of {', '.join(LAYERS)}; found {values['hidden_act']!r:.60}")
     blocks = values["num_hidden_layers"]
