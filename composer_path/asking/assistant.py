@@ -48,7 +48,8 @@ class Assistant:
         self._byte_ids = frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
         added = tokenizer.added_tokens_decoder.items()
         # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
-        self.never_written = [id for id, token in added if token.special and token.content == IMAGE_TAG]
+        of_images = {id for id, token in added if token.special and token.content == IMAGE_TAG}
+        self.never_written = sorted(of_images | ({getattr(model, "image_token_id", None)} - {None}))
 
     @classmethod
     def from_pretrained(
