@@ -49,7 +49,8 @@ class Assistant:
         added = tokenizer.added_tokens_decoder.items()
         # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
         of_images = {id for id, token in added if token.special and token.content == IMAGE_TAG}
-        self.never_written = sorted(of_images | ({getattr(model, "image_token_id", None)} - {None}))
+        of_folder: int | None = getattr(model, "image_token_id", None)
+        self.never_written = sorted(of_images if of_folder is None else {*of_images, of_folder})
 
     @classmethod
     def from_pretrained(
