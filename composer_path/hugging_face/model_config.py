@@ -36,7 +36,7 @@ def model_config(
     vision: Mapping[str, Any],
     projector: Mapping[str, Any],
     text: Mapping[str, Any],
-    num_image_tokens: int,
+    num_image_tokens: int | None,
     image_token_id: int | None = None,
     imports: list[str] | None = None,
     dtype: str | None = None,
@@ -48,7 +48,7 @@ def model_config(
         vision: Keywords of `untrained_vision_encoder`.
         projector: Keywords of `untrained_projector`.
         text: The language model's own configuration, as transformers writes it.
-        num_image_tokens: Of an image of the encoder's size.
+        num_image_tokens: Of an image of the encoder's size; None where the model wasn't built yet.
         image_token_id: Of the token that stands where an image's vectors go; None where no tokenizer is at hand.
         imports: What must be imported to have parts of one's own.
         dtype: Of the weights.

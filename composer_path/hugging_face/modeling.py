@@ -52,6 +52,7 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
             wanted = padded_attention(text)
         self.language_model = AutoModelForCausalLM.from_config(text, attn_implementation=wanted)
         self.config.text_config = self.language_model.config
+        self.config.num_image_tokens = self.num_image_tokens()
         unsplit = {"VisionEncoder", type(self.projector).__name__, *(self.language_model._no_split_modules or ())}
         self._no_split_modules: Any = sorted(unsplit)
         if TRANSFORMERS_MAJOR < 5:  # which doesn't ask the language model
@@ -204,6 +205,22 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Several answers to each prompt: transformers would repeat each image, where a prompt's come after another."""
+        ids, kept = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if pixel_values is not None and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(1) // self.num_image_tokens()
+            groups = pixel_values.split(counts.tolist()) if int(counts.sum()) == len(pixel_values) else [pixel_values]
+            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
+        return ids, kept if pixel_values is None else kept | {"pixel_values": pixel_values}
 
     def prepare_inputs_for_generation(
         self,

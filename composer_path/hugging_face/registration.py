@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -77,7 +77,7 @@ class _Room(ModuleType):
 class _Finder:
     """Finds modules of auto classes as the finders behind it do, and has ours added when they are executed."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name not in REGISTRATIONS:
             return None
         for finder in sys.meta_path:
