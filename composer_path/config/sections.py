@@ -111,6 +111,11 @@ def _model() -> Section:
     sizes = dict.fromkeys(("in_dim", "out_dim", "vision_encoder"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
     decided |= {"attention": "use model.attention", "vocabulary": "leave it out; it is the tokenizer's"}
+    decided |= {
+        "bits": "use execution.frozen_weights: int8 or nf4",
+        "load_in_8bit": "use execution.frozen_weights: int8",
+    }
+    decided |= {"load_in_4bit": "use execution.frozen_weights: nf4"}
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), _from_1(10**5)))
     mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0, "at_most": 100}})
     vision: dict[str, Any] = {"name": {"check": check_vision_name}, "image_size": _from_1(10**4)}
