@@ -125,7 +125,7 @@ class Decoding:
         """The rows after the language model has read `inputs`, whose last tokens are those of the mask."""
         num_read = next(iter(inputs.values())).shape[1]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -num_read:]
-        kept = DynamicCache()  # without a configuration every layer keeps all tokens, and windows are the mask's
+        kept: Any = DynamicCache()  # without a configuration every layer keeps all tokens, and windows are the mask's
         for layer, (keys, values) in enumerate(cache):
             kept.update(keys, values, layer)
         output = self.model.language_model(
