@@ -57,7 +57,8 @@ def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
     if isinstance(model.projector, PooledMlp):  # the reference has no others
         save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
-    write_json(folder / "config.json", model.config())
+    if not any(folder.glob("model*.safetensors")):  # a whole model's says more, such as its image token
+        write_json(folder / "config.json", model.config())
 
 
 def write_adapters(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]) -> None:
