@@ -76,7 +76,9 @@ def questions() -> list[Question]:
             wanted[kind] -= 1
             names = record["image"] if isinstance(record["image"], list) else [record["image"]]
             texts = [turn["value"] for turn in record["conversations"]]
-            first = texts[0].removeprefix("<image>\n" * len(names))
+            first = "\n".join(line for line in texts[0].split("\n") if line != "<image>")
+            if "<image>" in first:
+                continue
             upto = 1 if kind != "dialogue" else 1 + 2 * (wanted[kind] % 3)
             asked.append(Question((first, *texts[1:upto]), tuple(IMAGES / name for name in names)))
     return asked
