@@ -6,11 +6,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.models.vocabulary_rows import with_mean_rows
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.run.export import Trained
 
@@ -51,6 +51,5 @@ def _with_rows(found: Trained, weights: dict[str, Tensor], rows: int) -> dict[st
         for kind in ("weight", "bias"):
             name = f"language_model.{names[id(module)]}.{kind}"
             if name in grown and (added := rows - len(grown[name])) > 0:
-                mean = grown[name].float().mean(0, keepdim=True).to(grown[name].dtype)
-                grown[name] = torch.cat([grown[name], mean.expand(added, *grown[name].shape[1:])])
+                grown[name] = with_mean_rows(grown[name], added)
     return grown
