@@ -36,6 +36,7 @@ MAX_PIXELS = 2**28
 MAX_ASPECT_RATIO = 256
 
 _EXIF_ORIENTATION = 0x0112
+_PHOTOMETRIC = 262  # 0 where white is zero
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -151,6 +152,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I;16":
         image = Image.fromarray(scale_to_8_bit(np.asarray(image)))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """8-bit RGB of a picture that somebody has opened with Pillow, as of its file; the picture stays as it is.
+
+    Raises:
+        ImageError: Too large, or it can't be decoded or made plain.
+    """
+    _check_size(image.width, image.height, max_pixels)
+    inverted = image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    try:
+        image.load()
+    except Exception as error:
+        raise _unreadable(getattr(image, "format", None) or "image", b"", error) from None
+    orientation = orientation_of(image)
+    upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+    return to_rgb(plain_pixels(upright, False, inverted)[0])
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> list[str]:

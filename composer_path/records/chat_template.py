@@ -39,7 +39,7 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
     marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
     messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
     day = read_date(date)
-    template = _with_fixed_date(tokenizer.get_chat_template(), day)
+    template = fixed_template(tokenizer.get_chat_template(), day)
     date_string = day.strftime("%d %b %Y")  # what LLaMA-3's template looks for
     try:
         rendered = tokenizer.apply_chat_template(
@@ -78,7 +78,7 @@ def read_date(date: str | datetime.date) -> datetime.date:
     raise ValueError(f'template.date: found {date!r}; write it as "26 Jul 2024" or "2024-07-26"')
 
 
-def _with_fixed_date(chat_template: str, date: datetime.date) -> str:
+def fixed_template(chat_template: str, date: datetime.date) -> str:
     """Write the date into the template; transformers 5 lets no function of ours take `strftime_now`'s place."""
     fixed = re.sub(
         r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(date.strftime(match[2])), chat_template

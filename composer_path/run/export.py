@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerBase
 
 from composer_path.algorithms.ema import AVERAGES
-from composer_path.asking.processor_config import PROCESSOR_CONFIG, write_processor_config
 from composer_path.asking.run_table import EVALUATION
 from composer_path.batches.mixture import asking_template
 from composer_path.checkpoints.gate import read_pickle
@@ -25,6 +24,7 @@ from composer_path.config.reading import plain
 from composer_path.hugging_face.generation_config import GENERATION_CONFIG, generation_config
 from composer_path.hugging_face.image_token import with_image_row, with_image_token
 from composer_path.hugging_face.model_card import CARD, is_others_card, model_card
+from composer_path.hugging_face.processor_folder import CHAT_TEMPLATE, IMAGE_CONFIG, PROCESSOR_CONFIG, write_processor
 from composer_path.hugging_face.provenance import Provenance, hash_of
 from composer_path.images.pixels import ImagePreparation
 from composer_path.models.lora import is_adapter, merged, peft_config, peft_weights
@@ -110,7 +110,8 @@ def write_model(
 
     def write(new: Path) -> None:
         save_tokenizer(tokenizer, new)
-        write_processor_config(new, text, images)
+        encoder = model.vision_encoder
+        write_processor(new, tokenizer, text, images, token.text, (encoder.mean, encoder.std))
         write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id))
         if not keeps_card:
             (new / CARD).write_text(model_card(model, weights, text, images, token, origin), encoding="utf-8")
@@ -122,7 +123,7 @@ def write_model(
 def is_model_file(name: str) -> bool:
     """Whether a file of a model folder belongs to its model, by its name."""
     ours = {"config.json", GENERATION_CONFIG, PROCESSOR_CONFIG, CARD, EVALUATION, SAFETENSORS, REFERENCE_BIN}
-    return name in ours | {"preprocessor_config.json", *FILES} or name.startswith(("model", "tokenizer"))
+    return name in ours | {IMAGE_CONFIG, CHAT_TEMPLATE, *FILES} or name.startswith(("model", "tokenizer"))
 
 
 def check_replaceable(folder: Path) -> None:
