@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import FunctionType
@@ -131,6 +132,17 @@ def llama_tokenizer_path(request: pytest.FixtureRequest) -> Path:
 def mistral_tokenizer_path() -> Path:
     """The Apache-2.0 vocabulary of the demo, a sentencepiece model of 32,000 pieces."""
     return REPO_ROOT / "test_data" / "tokenizer"
+
+
+@pytest.fixture(autouse=True)
+def signals_as_found() -> Iterator[None]:
+    """A test that leaves SIGTERM ignored lets a later one wait for its children for ever."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    after = signal.getsignal(signal.SIGTERM)
+    if after is not before and after != before:
+        signal.signal(signal.SIGTERM, before)
+        pytest.fail(f"SIGTERM is left as {after}")
 
 
 @pytest.fixture

@@ -48,9 +48,10 @@ class Assistant:
         vocabulary = tokenizer.get_vocab()
         self._byte_ids = frozenset(vocabulary[name] for n in range(256) if (name := f"<0x{n:02X}>") in vocabulary)
         added = tokenizer.added_tokens_decoder.items()
-        images_own = {id for id, token in added if token.special and token.content == IMAGE_TAG}
         # An image's token stands for vectors in a prompt; no answer holds it, though it has a row as all have.
-        self.never_written = sorted(images_own | ({model.image_token_id} - {None}))
+        of_images = {id for id, token in added if token.special and token.content == IMAGE_TAG}
+        of_folder: int | None = getattr(model, "image_token_id", None)
+        self.never_written = sorted(of_images if of_folder is None else {*of_images, of_folder})
 
     @classmethod
     def from_pretrained(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -80,7 +79,7 @@ class Decoding:
     @torch.inference_mode()
     def begin(self, answers: Sequence[Answer]) -> None:
         """Read the prompts of further answers, whose rows stand below those that are there."""
-        embeds = self._embedded(answers)
+        embeds = self.features.embedded([answer.prompt for answer in answers])
         longest = max(len(one) for one in embeds)
         rows = torch.stack([torch.nn.functional.pad(one, (0, 0, longest - len(one), 0)) for one in embeds])
         lengths = torch.tensor([len(one) for one in embeds], device=self._device)
@@ -122,27 +121,11 @@ class Decoding:
         self.answers = [self.answers[row] for row in rows]
         self._rows = self._rows.kept(rows) if rows and self._rows is not None else None
 
-    def _embedded(self, answers: Sequence[Answer]) -> list[Tensor]:
-        """Each prompt's embeddings; of all images each is encoded once."""
-        vectors = iter(self.features.of([image for answer in answers for image in answer.prompt.images]))
-        embedded = []
-        for answer in answers:
-            ids = answer.prompt.input_ids.to(self._device)
-            images = [next(vectors) for _ in answer.prompt.images]
-            # No image: nothing of the vision encoder's is in a prompt that is only read.
-            stacked = torch.stack(images) if images else self._no_vectors()
-            embedded.append(self.model.embed_tokens(ids, stacked, (ids < 0).nonzero()[:, 0]))
-        return embedded
-
-    def _no_vectors(self) -> Tensor:
-        embedding: Any = self.model.language_model.get_input_embeddings()
-        return torch.zeros((0, 1, embedding.weight.shape[1]), device=self._device, dtype=embedding.weight.dtype)
-
     def _forward(self, cache: _Cache, mask: Tensor, **inputs: Tensor) -> _Rows:
         """The rows after the language model has read `inputs`, whose last tokens are those of the mask."""
         num_read = next(iter(inputs.values())).shape[1]
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -num_read:]
-        kept = DynamicCache()  # without a configuration every layer keeps all tokens, and windows are the mask's
+        kept: Any = DynamicCache()  # without a configuration every layer keeps all tokens, and windows are the mask's
         for layer, (keys, values) in enumerate(cache):
             kept.update(keys, values, layer)
         output = self.model.language_model(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from composer_path.asking.answer import Picture
+from composer_path.asking.answer import Picture, Prompt
 from composer_path.models.path_mllm import PathMLLM
 
 Vectors = Float[Tensor, "image_tokens hidden"]
@@ -53,6 +54,21 @@ class ImageFeatures:
         while len(self._known) > self._kept:
             self._known.popitem(last=False)
         return [found[key] for key in keys]
+
+    @torch.no_grad()
+    def embedded(self, prompts: Sequence[Prompt]) -> list[Float[Tensor, "tokens hidden"]]:
+        """What the language model reads of each prompt: its words' embeddings, and images' vectors between them."""
+        vectors = iter(self.of([image for prompt in prompts for image in prompt.images]))
+        words: Any = self._model.language_model.get_input_embeddings()
+        # No image: nothing of the vision encoder's is in a prompt that is only read.
+        none = torch.zeros((0, 1, words.weight.shape[1]), device=words.weight.device, dtype=words.weight.dtype)
+        rows = []
+        for prompt in prompts:
+            ids = prompt.input_ids.to(words.weight.device)
+            images = [next(vectors) for _ in prompt.images]
+            stacked = torch.stack(images) if images else none
+            rows.append(self._model.embed_tokens(ids, stacked, (ids < 0).nonzero()[:, 0]))
+        return rows
 
 
 def _key(image: Picture) -> bytes:

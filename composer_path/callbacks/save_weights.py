@@ -18,6 +18,7 @@ from composer_path.checkpoints.trained_only import TrainedOnly, gather_weights
 from composer_path.guards.guards import settle
 from composer_path.hugging_face.provenance import Provenance
 from composer_path.images.pixels import ImagePreparation
+from composer_path.models.rounded_linear import is_rounded
 from composer_path.records.tokenize import TextPreparation
 from composer_path.run.export import ADAPTERS, write_adapters, write_model, write_projector
 from composer_path.weights.model_folder import PathMLLM
@@ -30,7 +31,8 @@ class SaveWeights(Callback):
 
     Where only the projector is trained: `projector.safetensors`, `mm_projector.bin` (the reference's names) and
     `config.json` in the run's folder. Else a folder `model` with everything, which
-    `PathMLLM.from_pretrained` loads.
+    `PathMLLM.from_pretrained` loads. Where `execution.frozen_weights` rounds what adapters stand beside,
+    these alone, and the projector if it is trained: `export` adds them to the weights as they were read.
 
     Args:
         interval: A Composer time such as `1ep` or `500ba` (a number counts epochs); the end is always included.
@@ -57,8 +59,9 @@ class SaveWeights(Callback):
         self.prepared = tokenizer, text, images
         self.last_saved: int | None = None
         self.provenance = Provenance(trained=tuple(sorted(trained_only.modules)))
-        self.only_projector = trained_only.modules == {"projector"}
-        if self.only_projector and dist.get_global_rank() == 0:  # later on, the encoder's weights may be sharded
+        # Of a language model that is kept rounded, the whole is no part of what this run makes.
+        self.in_parts = trained_only.modules == {"projector"} or is_rounded(model)
+        if self.in_parts and dist.get_global_rank() == 0:  # later on, the encoder's weights may be sharded
             self.origin = origin_of(model.projector, model.vision_encoder, text.template.to_json())
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
@@ -79,16 +82,16 @@ class SaveWeights(Callback):
         Raises:
             CheckpointError: They can't be written, on all ranks; the earlier ones are as they were.
         """
-        weights = gather_weights(self.model, self.trained_only, everything=not self.only_projector)
+        weights = gather_weights(self.model, self.trained_only, everything=not self.in_parts)
         on_first_rank(lambda: self._write(weights))
 
     def _write(self, weights: dict[str, Tensor]) -> None:
         try:
-            if self.only_projector:
-                write_projector(self.run_folder, self.model, weights, self.origin)
-            else:
-                write_adapters(self.run_folder / ADAPTERS, self.model, weights)
+            write_adapters(self.run_folder / ADAPTERS, self.model, weights)
+            if not self.in_parts:
                 place = self.run_folder / "model"
                 write_model(place, self.model, weights, *self.prepared, self.dtype, self.provenance)
+            elif "projector" in self.trained_only.modules:
+                write_projector(self.run_folder, self.model, weights, self.origin)
         except WeightsError as error:
             raise CheckpointError(str(error)) from None

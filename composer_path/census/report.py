@@ -40,6 +40,8 @@ def rows_of(census: Census) -> Iterator[tuple[str, str]]:
             yield f"{words} {key}", f"in {count:,} records"
     for why, count in tally.left_out.items():
         yield f"left out by {why}", f"{count:,} rows"
+    for layout, count in tally.layouts.most_common():
+        yield f"layout {layout or '(none fits)'}", f"{count:,} records"
     for source, counts in sorted(tally.sources.items(), key=lambda item: -item[1]["records"]):
         refused = f", {counts['refused']:,} refused" if counts["refused"] else ""
         yield f"source {source or '(none)'}", f"{counts['records']:,} records, {counts['images']:,} pictures{refused}"
@@ -72,6 +74,7 @@ def json_of(census: Census) -> dict[str, Any]:
             kind: {"repeated": one.num_repeated, "most": [vars(repeated) for repeated in one.most]}
             for kind, one in census.repetitions.items()
         },
+        "layouts": dict(tally.layouts.most_common()),
         "sources": {source: dict(counts) for source, counts in sorted(tally.sources.items())},
         "oddities": dict(tally.oddities),
         "left_out": dict(tally.left_out),

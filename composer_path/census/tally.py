@@ -62,6 +62,7 @@ class Tally:
     unusable: int = 0
     rules: Counter[str] = field(default_factory=Counter)  # rule -> records that break it
     sources: dict[str, Counter[str]] = field(default_factory=dict)  # source, "" for none -> records, images, refused
+    layouts: Counter[str] = field(default_factory=Counter)  # layout, "" for none -> records
     left_out: Counter[str] = field(default_factory=Counter)  # condition -> rows that it leaves out
     oddities: Counter[str] = field(default_factory=Counter)  # of pictures, see `plain_pixels.ODDITIES`
     keys: dict[str, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in KEY_COUNTS})
@@ -82,6 +83,7 @@ class Tally:
             self.left_out[record.value.why] += 1
             return
         self.records += 1
+        self.layouts[record.layout] += 1
         counts = self.sources.setdefault(source_of(conversation) if conversation is not None else "", Counter())
         counts["records"] += 1
         for rule in {problem.rule for problem in problems}:

@@ -128,7 +128,8 @@ def run(options: argparse.Namespace) -> int:
     from composer_path.conversion.convert import convert
 
     places = (options.data, options.images, options.out)
-    return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out)
+    overwrite = bool(keywords.get("overwrite"))
+    return convert_and_report(lambda progress: convert(*places, progress=progress, **keywords), options.out, overwrite)
 
 
 def wanted_lengths(options: argparse.Namespace) -> list[WantedLengths]:
@@ -143,12 +144,13 @@ def wanted_lengths(options: argparse.Namespace) -> list[WantedLengths]:
     return wanted_lengths(settings, options.out)
 
 
-def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> int:
+def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str, overwrite: bool = False) -> int:
     """Convert or merge, print what came of it, and return the exit code."""
     from composer_path.conversion.progress import ConvertProgress
     from composer_path.conversion.rejected_file import ConvertError, explained
     from composer_path.storage.errors import StorageError, shown
 
+    again = f"the same command with --resume{' in place of --overwrite' if overwrite else ''} goes on"
     try:
         with closing(ConvertProgress(sys.stderr)) as progress:
             summary = work(progress)
@@ -156,11 +158,11 @@ def convert_and_report(work: Callable[[Progress], ConvertSummary], out: str) -> 
         print(printable_lines(str(error)), file=sys.stderr)
         return 1
     except OSError as error:  # no space left, no right to write
-        said = f"{explained(error, shown(out))}; then the same command with --resume goes on"
+        said = f"{explained(error, shown(out))}; then {again}"
         print(printable_lines(said), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on", file=sys.stderr)
+        print(f"interrupted; {again}", file=sys.stderr)
         return 130
     print(printable_lines(str(summary)))
     return 0

@@ -11,10 +11,11 @@ from composer_path.batches.mixture import asking_template, check_streams, templa
 from composer_path.config.parts import of_the_parts
 from composer_path.config.types import hint
 from composer_path.encoders.table import ENCODERS
-from composer_path.models.execution import FROZEN_ONLY
+from composer_path.models.execution import FROZEN_ONLY, NO_DORA
 from composer_path.models.lora import NEEDED, has_peft
 from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.pattern import MODULES, learning_modules, module_of, modules_of
+from composer_path.models.rounded_linear import NF4_NEEDS, has_nf4
 from composer_path.run.evaluations import HELD_OUT, OTHERS, loader_sections
 from composer_path.run.optimizer import ADAFACTOR
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
@@ -86,6 +87,7 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
         return  # already reported
     for name in sorted({*lora} & {*modules_of(trainable)}):
         yield f"model.lora.{name}: stands beside weights that stay frozen; take {name} out of model.trainable, or this"
+    yield from _of_rounded_weights(get, modules_of(trainable), lora.get("language_model", {}))
     trainable = learning_modules({"trainable": trainable, "lora": lora})
     rates = rates if isinstance(rates, Mapping) else trainable
     for name in [name for name in rates if name not in trainable]:
@@ -94,15 +96,25 @@ def _of_what_is_trained(get: Get) -> Iterator[str]:
     for name in [name for name in trainable if name not in rates]:
         yield f"optimizer.lr.{name}: is missing; give each trained module a rate"
     yield from _of_the_groups(get, trainable)
-    if get("execution.frozen_weights") is not None:
-        if "language_model" in trainable:
-            yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {FROZEN_ONLY}"
-        if get("trainer.parallelism_config.fsdp") is not None:
-            why = "FSDP shards weights of one dtype; trainer.parallelism_config=null, which this lever makes room for"
-            yield f"execution.frozen_weights: found {get('execution.frozen_weights')}; {why}, or leave it out"
     if get("execution.vision_chunk") is not None and "vision_encoder" in trainable:
         why = "saves nothing where vision_encoder is trained (its activations are kept anyway)"
         yield f"execution.vision_chunk: {why}; remove it"
+
+
+def _of_rounded_weights(get: Get, trained: list[str], lora: Mapping[str, Any]) -> Iterator[str]:
+    rounding = get("execution.frozen_weights")
+    if rounding is None:
+        return
+    where = f"execution.frozen_weights: found {rounding}"
+    if "language_model" in trained:
+        yield f"{where}; {FROZEN_ONLY}"
+    if lora.get("use_dora"):
+        yield f"{where}; {NO_DORA}"
+    if get("trainer.parallelism_config.fsdp") is not None:
+        why = "FSDP shards weights of one dtype; trainer.parallelism_config=null, which this lever makes room for"
+        yield f"{where}; {why}, or leave it out"
+    if rounding == "nf4" and not has_nf4():
+        yield f"execution.frozen_weights: {NF4_NEEDS}"
 
 
 def _of_the_groups(get: Get, trained: list[str]) -> Iterator[str]:

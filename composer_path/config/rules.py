@@ -97,6 +97,21 @@ check_number_to_keep = _rule(
 )
 
 
+def check_warmup(value: str) -> None:
+    """A moment, at most the run's end."""
+    check_moment(value)
+    if (time := Time.from_input(value, "ep")).unit.value == "dur" and time.value > 1:
+        raise ValueError(f"found {value}; it must be at most 1dur, the whole run, and is usually 0.03dur")
+
+
+def check_rates(lr: int | float | Mapping[str, Any]) -> None:
+    """A learning rate, or several by module, that teach something."""
+    for name, rate in lr.items() if isinstance(lr, Mapping) else [("", lr)]:
+        if not isinstance(rate, bool) and isinstance(rate, int | float) and not rate > 0:
+            where = f"{name}: " if name else ""
+            raise ValueError(f"{where}found {rate}; it must be above 0; what shall not learn, leave out of trainable")
+
+
 def check_projector_type(name: str) -> None:
     """A projector that there is."""
     own = own_classes("projectors")

@@ -6,7 +6,7 @@ import inspect
 from contextlib import suppress
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from composer import Trainer
 from composer.core import Precision
@@ -34,7 +34,7 @@ from composer_path.own_parts.registry import Kind, own_classes
 from composer_path.own_parts.registry import version as parts_version
 from composer_path.records.prompts import get_template
 from composer_path.records.vocabulary import RESERVED as TOKENIZER_RESERVED
-from composer_path.records.vocabulary import load_tokenizer
+from composer_path.records.vocabulary import TokenizerKeywords, load_tokenizer
 from composer_path.run.foreign_names import foreign_names
 from composer_path.run.names import library_classes, named_classes
 from composer_path.run.optimizer import REFUSED as REFUSED_OPTIMIZERS
@@ -75,14 +75,18 @@ def config_schema() -> Section:
 
 @lru_cache(maxsize=2)
 def _config_schema(version: int) -> Section:
+    of_schedules: dict[str, Any] = dict.fromkeys(("alpha", "alpha_i", "alpha_f", "gamma", "power"), AT_LEAST_0)
+    of_schedules["t_warmup"] = {"check": rules.check_warmup}
     timing = section_of(build_schedule, leave_out=("name",)).keys
     schedules = {
-        name: section_of(build_schedule, cls, leave_out=("name",)) for name, cls in library_classes("scheduler").items()
+        name: section_of(build_schedule, cls, leave_out=("name",), changes=of_schedules)
+        for name, cls in library_classes("scheduler").items()
     }
     for name, cls in own_classes("schedulers").items():
         schedules[name] = Section({**own_section(cls, (*timing,)).keys, **timing}, None)
     metrics = {name: own_section(cls) for name, cls in own_classes("metrics").items()}
     no_code = dict.fromkeys(TOKENIZER_RESERVED, "leave it out; no code of a tokenizer is run, and nothing fetched")
+    said_of_tokenizers = {name: Key(kind, ABSENT) for name, kind in get_type_hints(TokenizerKeywords).items()}
     chunks = dict.fromkeys(("vision_chunk", "loss_chunk", "row_multiple"), AT_LEAST_1)
     return Section(
         {
@@ -91,7 +95,7 @@ def _config_schema(version: int) -> Section:
             "seed": Key(int, **SEEDS),
             "save_root": Key(str, check=rules.check_save_root),
             "variables": Section({}, {}, open=True),
-            "tokenizer": section_of(load_tokenizer, refused=no_code, default=REQUIRED),
+            "tokenizer": Section({**section_of(load_tokenizer).keys, **said_of_tokenizers}, REQUIRED, no_code),
             "model": _model(),
             "execution": section_of(choose_execution, leave_out=("model",), changes=chunks, default={}),
             "train_loader": _loader(REQUIRED),
@@ -111,6 +115,11 @@ def _model() -> Section:
     sizes = dict.fromkeys(("in_dim", "out_dim", "vision_encoder"), "leave it out; it is read from the built parts")
     decided = dict.fromkeys(("dtype", "empty"), "leave it out; it follows from trainer.precision and the sharding")
     decided |= {"attention": "use model.attention", "vocabulary": "leave it out; it is the tokenizer's"}
+    decided |= {
+        "bits": "use execution.frozen_weights: int8 or nf4",
+        "load_in_8bit": "use execution.frozen_weights: int8",
+    }
+    decided |= {"load_in_4bit": "use execution.frozen_weights: nf4"}
     pooler = section_of(PoolerSettings, changes=dict.fromkeys(("dim", "num_queries", "num_heads"), _from_1(10**5)))
     mlp = section_of(MlpSettings, changes={"depth": {"at_least": 0, "at_most": 100}})
     vision: dict[str, Any] = {"name": {"check": check_vision_name}, "image_size": _from_1(10**4)}
@@ -199,7 +208,8 @@ def _loader(default: Any) -> Section:
 
 
 def _optimizer() -> Choice:
-    changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("lr", "weight_decay", "eps")}
+    changes: dict[str, Any] = {name: dict(AT_LEAST_0) for name in ("weight_decay", "eps")}
+    changes["lr"] = {"check": rules.check_rates}
     changes["groups"] = {"annotation": list[dict[str, Any]] | None, "check": rules.check_own_rate}
     changes["layer_wise_lr_decay"] = {"check": rules.check_share}
     changes |= {key: {"check": rules.check_beta} for key in ("betas", "momentum", "rho", "alpha")}

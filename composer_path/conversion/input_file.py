@@ -95,8 +95,10 @@ class InputFile:
 
     def _read(self, row: RawRecord, layout: str | None = None) -> RawRecord:
         """Return a row as a plain record, by the layout of its file if that has one."""
-        value, ignored, embedded = self._reading.record(row.value, row.position, layout)
-        return replace(row, value=value, ignored=ignored, embedded=embedded)
+        value, read = self._reading.record(row.value, row.position, layout)
+        if not isinstance(value, dict):
+            return replace(row, value=value, layout=read.layout)
+        return replace(row, value=value, ignored=read.ignored, embedded=read.embedded, layout=read.layout)
 
     def _kind(self) -> Kind:
         with open_file(self._path) as file:

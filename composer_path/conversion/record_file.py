@@ -27,6 +27,7 @@ class RawRecord:
     end: int = 0  # the byte after its last one (after the line's end in a JSONL file)
     ignored: tuple[str, ...] = ()  # keys of its row that its layout doesn't read
     embedded: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # pictures in the row, by name
+    layout: str = ""  # that it was read by; empty where none fits
 
     @property
     def where(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -41,24 +40,22 @@ class Reading:
         """The conditions, understood."""
         return tuple(map(Condition.parse, self.where))
 
-    def record(
-        self, values: Any, position: int | None, layout: str | None = None
-    ) -> tuple[Any, tuple[str, ...], Mapping[str, bytes]]:
-        """Return a row's plain record (or why there is none), the keys that nothing has read, and pictures within.
+    def record(self, values: Any, position: int | None, layout: str | None = None) -> tuple[Any, Row]:
+        """Return a row's plain record, or why there is none, and the row, which knows what was read and how.
 
         `layout` is what the whole file is known to have.
         """
         if not isinstance(values, dict):
-            return values, (), {}  # the rules say what it should be
+            return values, Row({}, position)  # the rules say what it should be
         row = Row(values, position)
         try:
             record = read_row(row, layout or self.layout, self.caption_prompts)
             for condition in self.conditions:
                 if (why := condition.why_left_out(row, record.get("image"))) is not None:
-                    return LeftOut(why), (), {}
+                    return LeftOut(why), row
         except RecordError as error:
-            return error, (), {}
-        return record, row.ignored, row.embedded
+            return error, row
+        return record, row
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what of it shapes a set: what differs from the defaults."""

@@ -94,9 +94,12 @@ def read_row(row: Row, layout: str, prompts: Sequence[str]) -> dict[str, Any]:
         RecordError: 'unknown-layout', 'unsupported-layout', or what is wrong with the row.
     """
     if layout in own_layouts():
+        row.layout = layout
         record = read_by_own(layout, row, prompts)
     else:
-        record = (LAYOUTS[layout] if layout != "auto" else recognise(row.values)).read(row, prompts)
+        chosen = LAYOUTS[layout] if layout != "auto" else recognise(row.values)
+        row.layout = chosen.name
+        record = chosen.read(row, prompts)
     image = record.get("image")
     for one in image if isinstance(image, list) else [image]:
         if isinstance(one, str) and one.lower().endswith(_FEATURE_ENDINGS) and one not in row.embedded:

@@ -30,11 +30,13 @@ class Row:
 
     Attributes:
         embedded: Bytes of the pictures that lie in the row itself, by the names that stand for them in the record.
+        layout: The name of the layout that it was read by, once it is.
     """
 
     def __init__(self, values: Mapping[str, Any], position: int | None = None) -> None:
         self.values = values
         self.embedded: dict[str, bytes] = {}
+        self.layout = ""
         self._position = position
         self._read: set[str] = set()
         self._names: dict[str, list[str]] = {}

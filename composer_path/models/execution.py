@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from composer_path.models.float8_linear import hold_in_float8
 from composer_path.models.language_types import decoder_blocks
+from composer_path.models.lora import is_adapter, is_dora
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.rounded_linear import Rounding, hold_rounded
 
 Checkpointing = Literal["off", "selective", "full"]
 Fusion = Literal["off", "compile", "liger"]
@@ -26,6 +27,7 @@ KEPT = re.compile(
     r"|flash_attn::_flash_attn_varlen_forward|torch_attn::_varlen_attn"
 )
 FROZEN_ONLY = "it must be null where language_model is trained; leave it out of this stage"
+NO_DORA = "DoRA reads the weights beside its adapters whole; leave out model.lora.language_model.use_dora, or this"
 # Heads whose logits are more than a product with one matrix; `loss_chunk` computes just that.
 SCALED_HEADS = (
     "final_logit_softcapping",
@@ -44,7 +46,7 @@ def choose_execution(
     vision_chunk: int | None = None,
     loss_chunk: int | None = None,
     row_multiple: int | None = None,
-    frozen_weights: Literal["float8"] | None = None,
+    frozen_weights: Rounding | None = None,
 ) -> PathMLLM:
     """Set the levers on a model, before it is sharded.
 
@@ -60,8 +62,9 @@ def choose_execution(
         loss_chunk: Logits exist for at most so many answer tokens at once, and are recomputed in the backward pass;
             None for all at once.
         row_multiple: Rows are filled up to a multiple of so many tokens, so that compiled kernels see few shapes.
-        frozen_weights: `float8` keeps the linear layers of a frozen language model's blocks in half the bytes. The one
-            lever that changes what is computed: weights are rounded to 3 bits of mantissa. None keeps them as read.
+        frozen_weights: The linear layers of a frozen language model's blocks, beside LoRA's adapters too, in half the
+            bytes (`float8`, `int8`) or in a quarter (`nf4`, QLoRA's). The one lever that changes what is computed:
+            weights are rounded (`composer_path.models.rounded_linear`). None keeps them as read.
 
     Raises:
         ValueError: Unknown words, numbers below 1, or a lever that this model or machine can't use.
@@ -82,9 +85,11 @@ def choose_execution(
     vision_trained = any(parameter.requires_grad for parameter in model.vision_encoder.parameters())
     llm_blocks, vision_blocks = decoder_blocks(model.language_model), model.vision_encoder.blocks
     if frozen_weights is not None:
-        if any(parameter.requires_grad for parameter in model.language_model.parameters()):
+        if any(p.requires_grad and not is_adapter(name) for name, p in model.language_model.named_parameters()):
             raise ValueError(f"execution.frozen_weights: found {frozen_weights}; {FROZEN_ONLY}")
-        hold_in_float8(llm_blocks)
+        if any(is_dora(layer) for layer in model.language_model.modules() if hasattr(layer, "use_dora")):
+            raise ValueError(f"execution.frozen_weights: found {frozen_weights}; {NO_DORA}")
+        hold_rounded(llm_blocks, frozen_weights)
     if fused == "liger":
         _use_liger(model)
     if checkpointing != "off":

@@ -20,6 +20,7 @@ from composer_path.models.attentional_pooler import AttentionalPooler
 from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.models.projector import PooledMlp
+from composer_path.models.rounded_linear import num_weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FlopCounter:
         all_tokens = self.vision_tokens - vision.num_kept_prefix_tokens + vision.num_prefix_tokens
         patches = self.vision_tokens - vision.num_kept_prefix_tokens
         # The patches' convolution is a product too; its input, the pixels, never gets a gradient.
-        self.vision_patches = 2.0 * patches * sum(p.numel() for p in vision.parameters() if p.ndim == 4)
+        self.vision_patches = 2.0 * patches * sum(num_weights(p) for p in vision.parameters() if p.ndim == 4)
         self.vision_matrices = 2.0 * all_tokens * _matrix_entries(vision.blocks)
         self.vision_attention = 4.0 * all_tokens**2 * vision.dim * len(vision.blocks)
         self.pooled = _pooler_flops(model, self.vision_tokens)
@@ -64,7 +65,7 @@ class FlopCounter:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.attention = 4.0 * heads * head_dim * len(blocks)
         head: Any = model.language_model.get_output_embeddings()
-        self.head = 2.0 * head.weight.numel()
+        self.head = 2.0 * num_weights(head.weight)
         self.vision_trained = trained["vision_encoder"]
         self.projector_passes = _passes(trained["projector"], before=self.vision_trained)
         learns_before = self.vision_trained or trained["projector"]
@@ -121,8 +122,8 @@ def _passes_of_blocks(blocks: nn.ModuleList, before: bool) -> tuple[float, float
         attention += 3 if before or any(p.requires_grad for name, p in named if "attn" in name) else 1
         for _, p in named:
             if p.ndim >= 2:
-                entries += p.numel()
-                matrices += p.numel() * (1 + p.requires_grad + before)  # forward, of the weight, of the input
+                entries += num_weights(p)
+                matrices += num_weights(p) * (1 + p.requires_grad + before)  # forward, of the weight, of the input
             before = before or p.requires_grad
     return matrices / max(entries, 1), attention / max(len(blocks), 1)
 
@@ -130,7 +131,9 @@ def _passes_of_blocks(blocks: nn.ModuleList, before: bool) -> tuple[float, float
 def _matrix_entries(modules: Iterable[nn.Module], share_of_experts: float = 1.0) -> float:
     """Entries of all matrices; of a mixture of experts, those that one token meets."""
     matrices = ((name, p) for module in modules for name, p in module.named_parameters() if p.ndim >= 2)
-    return sum((p.numel() * (share_of_experts if ".experts." in f".{name}." else 1.0) for name, p in matrices), 0.0)
+    return sum(
+        (num_weights(p) * (share_of_experts if ".experts." in f".{name}." else 1.0) for name, p in matrices), 0.0
+    )
 
 
 def _share_of_experts(config: object) -> float:

@@ -106,7 +106,7 @@ def _units(model: nn.Module) -> list[nn.Module]:
     DoRA's read each other's weights, and stay in their block's unit.
     """
     layers: list[Any] = [layer for layer in model.modules() if ADAPTER in getattr(layer, "lora_A", ())]
-    pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers if not _is_dora(layer)]
+    pairs = [(layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]) for layer in layers if not is_dora(layer)]
     return [part for pair in pairs for part in pair]
 
 
@@ -126,7 +126,7 @@ def merged(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
             continue
         first, second = (weights[f"{name}.lora_{half}.{ADAPTER}.weight"].float() for half in "AB")
         summed = weights[f"{name}.base_layer.weight"].float() + layer.scaling[ADAPTER] * (second @ first)
-        if _is_dora(layer):
+        if is_dora(layer):
             length = weights[f"{name}.lora_magnitude_vector.{ADAPTER}.weight"].float()
             summed = summed * (length / torch.linalg.norm(summed, dim=1))[:, None]
         plain[f"{name}.weight"] = summed
@@ -152,7 +152,8 @@ def peft_config(module: Any) -> dict[str, Any]:
     return found | {"inference_mode": True}
 
 
-def _is_dora(layer: Any) -> bool:
+def is_dora(layer: Any) -> bool:
+    """Whether one of peft's layers learns lengths of rows too."""
     return bool(layer.use_dora.get(ADAPTER))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.rounded_linear import num_weights
 from composer_path.run.sharding import mesh_degrees
 
 GPUS_A_NODE = 8
@@ -43,7 +44,7 @@ class Traffic:
 
 def size_of(parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
     """Weights, and those that learn."""
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    return sum(map(num_weights, parameters)), sum(num_weights(p) for p in parameters if p.requires_grad)
 
 
 def replicas_and_shards(fsdp: Mapping[str, Any] | None, gpus: int) -> tuple[int, int]:
@@ -73,14 +74,15 @@ def traffic_of_step(
 
 
 def standing_bytes(model: PathMLLM, fsdp: Mapping[str, Any] | None, optimizer: str, shards: int) -> Standing:
-    """Bytes of one GPU beside activations: fp32 for what learns, bf16 for what is frozen (or a byte where in float8).
+    """Bytes of one GPU beside activations: fp32 for what learns, bf16 for what is frozen (less where rounded).
 
     Under FSDP a block is gathered while the one before it still computes; both, and the root (embeddings, final norm,
     head), are whole in bf16. Gradients of such a pair are whole in bf16, and once more in fp32 for their reduction.
     """
     count, trained = size_of(list(model.parameters()))
-    in_float8 = sum(parameter.numel() for parameter in model.parameters() if parameter.dtype == torch.uint8)
-    spread = 4.0 * trained + 2.0 * (count - trained) - in_float8, 4.0 * trained, MOMENTS[optimizer] * trained
+    rounded = [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]
+    saved = sum(2.0 * num_weights(parameter) - parameter.numel() for parameter in rounded)
+    spread = 4.0 * trained + 2.0 * (count - trained) - saved, 4.0 * trained, MOMENTS[optimizer] * trained
     if fsdp is None:  # autocast keeps a bf16 copy of each weight it has used
         return Standing(*spread, 2.0 * trained)
     root, *blocks = _units(model)

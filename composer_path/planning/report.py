@@ -29,7 +29,7 @@ def _memory(plan: Plan) -> list[str]:
     for name, (count, learns) in plan.parameters.items():
         lines.append(f"  {name:15} {count / 1e6:10,.1f} M weights  {'trained' if learns else 'frozen'}")
     rows = [
-        ("weights", standing.weights, "fp32 where trained, bf16 (or float8) where frozen"),
+        ("weights", standing.weights, "fp32 where trained, bf16 (less where rounded) where frozen"),
         ("gradients", standing.gradients, "fp32"),
         ("moments", standing.moments, "of the optimizer"),
         ("gathered", standing.gathered, "weights and gradients that are whole for the moment"),

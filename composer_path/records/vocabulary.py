@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.storage.json_object import file_inside, read_json_object
@@ -40,16 +40,37 @@ _Encode = Callable[[str], list[int]]
 _PROBE_TEXT = "The slide shows 12 nuclei (H&E, 3 µm).\nNext line."
 
 
+class TokenizerKeywords(TypedDict, total=False):
+    """What may be said of a tokenizer beside where it lies; transformers would take any word and value in silence."""
+
+    use_fast: bool
+    legacy: bool
+    add_bos_token: bool
+    add_eos_token: bool
+    add_prefix_space: bool
+    clean_up_tokenization_spaces: bool
+    padding_side: Literal["left", "right"]
+    truncation_side: Literal["left", "right"]
+    model_max_length: int
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    unk_token: str
+    pad_token: str
+
+
 def load_tokenizer(path: str | Path, **kwargs: Any) -> Tokenizer:
     """Load a tokenizer from the local disk, without network and without running code from the folder.
 
     Args:
         path: A Hugging Face tokenizer folder, a folder that holds only `tokenizer.model`, or a `.model` file itself
             (the last two are read as a LLaMA tokenizer whose BOS, EOS and unknown token are the file's own).
-        **kwargs: Passed to transformers (`use_fast`, `legacy`, `padding_side`, …).
+        **kwargs: Of `TokenizerKeywords`, passed to transformers.
     """
     if refused := sorted(RESERVED & set(kwargs)):
         raise ValueError(f"tokenizer.{refused[0]}: is not set here; no code is run and nothing fetched; leave it out")
+    for unknown in sorted(kwargs.keys() - TokenizerKeywords.__annotations__):
+        raise ValueError(f"tokenizer.{unknown}: unknown key; there are {', '.join(TokenizerKeywords.__annotations__)}")
     path = Path(path).expanduser()
     if path.is_file():
         return _load_sentencepiece_file(path, **kwargs)

@@ -14,6 +14,7 @@ from torch import nn
 from composer_path.models.language_types import decoder_blocks
 from composer_path.models.path_mllm import PathMLLM
 from composer_path.models.pattern import MODULES, pick
+from composer_path.models.rounded_linear import num_weights
 from composer_path.own_parts.registry import own_classes
 from composer_path.run.lion import Lion
 
@@ -193,7 +194,7 @@ def optimizer_class(name: str) -> Any:
 def count_parameters(module: nn.Module) -> dict[str, int]:
     """Numbers of trained and frozen parameters."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return {"trained": trained, "frozen": sum(p.numel() for p in module.parameters()) - trained}
+    return {"trained": trained, "frozen": sum(map(num_weights, module.parameters())) - trained}
 
 
 def describe_parameters(model: PathMLLM) -> str:
@@ -206,7 +207,9 @@ def describe_parameters(model: PathMLLM) -> str:
         parameters = list(getattr(model, name).parameters())
         trained = any(p.requires_grad for p in parameters)
         held = "" if trained else ", " + "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        count, learning = (sum(p.numel() for p in parameters if p.requires_grad or all_of) for all_of in (True, False))
+        count, learning = (
+            sum(num_weights(p) for p in parameters if p.requires_grad or all_of) for all_of in (True, False)
+        )
         held = f", {learning:,} of them trained" if 0 < learning < count else held
         words["trained" if trained else "frozen"].append(f"{name} ({count:,} weights{held})")
     return "; ".join(f"{state}: {', '.join(names) or 'nothing'}" for state, names in words.items())

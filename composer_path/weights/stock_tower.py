@@ -56,7 +56,8 @@ def tower_keywords(
     for key, value in values.items():
         wanted: tuple[type, ...] = (str,) if key == "hidden_act" else (float,) if key == "layer_norm_eps" else (int,)
         if type(value) not in wanted or (not isinstance(value, str) and not 0 < value < 10**5):
-            raise ValueError(f"{where}: {key} must be a {wanted[0].__name__} that a ViT can have; found {value!r:.60}")
+            rule = f"{key} must be of type {wanted[0].__name__}, such as a ViT can have"
+            raise ValueError(f"{where}: {rule}; found {value!r:.60}")
     if values["hidden_act"] not in LAYERS:
         raise ValueError(f"{where}: hidden_act must be one of {', '.join(LAYERS)}; found {values['hidden_act']!r:.60}")
     blocks = values["num_hidden_layers"]
@@ -84,6 +85,32 @@ def tower_keywords(
     return {"name": name, **size, "mean": list(mean), "std": list(std), "kwargs": kwargs}
 
 
+def check_tower_shapes(where: str, shapes: Mapping[str, tuple[int, ...]], keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that the tensors contradict, before a tower of such sizes is built.
+
+    Args:
+        where: The folder.
+        shapes: Of its tensors; those of a tower are known by how their names end.
+        keywords: From `tower_keywords`.
+
+    Raises:
+        ValueError: With what is said and what was found.
+    """
+    sizes, side = keywords["kwargs"], keywords["kwargs"]["patch_size"]
+    width, prefix = sizes["embed_dim"], int("_clip_" in keywords["name"])
+    expected = {
+        "embeddings.patch_embedding.weight": (width, 3, side, side),
+        "embeddings.position_embedding.weight": ((keywords["image_size"] // side) ** 2 + prefix, width),
+        f"encoder.layers.{sizes['depth'] - 1}.mlp.fc1.weight": (int(width * sizes["mlp_ratio"]), width),
+    }
+    for ending, shape in expected.items():
+        found = next((found for name, found in shapes.items() if f".{name}".endswith(f".{ending}")), None)
+        if found != shape:
+            words = "nothing" if found is None else str(list(found))
+            rule = f"{ending} must be {list(shape)}, as its config.json says"
+            raise ValueError(f"'{where}': its vision tower's {rule}; found {words}; take the folder of one model")
+
+
 def _ratio(inner: int, width: int) -> float:
     """The ratio of which timm makes this width again, by cutting the product."""
     ratio = inner / width
@@ -97,6 +124,8 @@ def _normalization(folder: Path, kind: str) -> tuple[Any, Any]:
     own = (CLIP_MEAN, CLIP_STD) if kind == "clip_vision_model" else ((0.5,) * 3, (0.5,) * 3)
     found = tuple(said.get(key, default) for key, default in zip(("image_mean", "image_std"), own, strict=True))
     for key, value in zip(("image_mean", "image_std"), found, strict=True):
-        if len(value) != 3 or not all(isinstance(number, int | float) for number in value):
+        numbers = value if isinstance(value, list | tuple) else ()
+        least = 0 if key == "image_mean" else 1e-6
+        if len(numbers) != 3 or not all(type(number) in (int, float) and least <= number <= 1e3 for number in numbers):
             raise ValueError(f"'{file}': {key} must be three numbers; found {value!r:.60}")
     return found

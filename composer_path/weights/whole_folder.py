@@ -14,7 +14,7 @@ from torch import Tensor
 
 from composer_path.storage.json_object import read_json_object
 from composer_path.weights.projector_names import from_reference_projector, from_stock_projector
-from composer_path.weights.stock_tower import tower_keywords
+from composer_path.weights.stock_tower import check_tower_shapes, tower_keywords
 from composer_path.weights.tensor_file import WeightsError, read_tensor_folder, shapes_of_folder, some
 
 Part = Literal["vision_encoder", "projector", "language_model"]
@@ -132,6 +132,7 @@ def sections_of(path: str | Path, tower: str | None = None) -> dict[str, dict[st
         sections = _own(found)
     elif found.kind == "llava-hf":
         vision = tower_keywords(found.path, _mapping(found, "vision_config"), _layer(found), found.config)
+        check_tower_shapes(str(path), shapes, vision)
         sections = {"vision_encoder": vision, "projector": _stock_projector(found)}
     else:
         sections = _llava(found, shapes, tower)
@@ -184,6 +185,7 @@ def _llava(found: WholeFolder, shapes: dict[str, tuple[int, ...]], tower: str | 
     said = read_json_object(Path(place, "config.json"))
     vision = said["vision_config"] if isinstance(said.get("vision_config"), dict) else said
     keywords = tower_keywords(Path(place), vision, _layer(found), _select(config), str(said.get("model_type")))
+    check_tower_shapes(str(found.path if inside else place), inside or shapes_of_folder(Path(place)), keywords)
     return {"vision_encoder": keywords | ({} if inside else {"weights": place}), "projector": projector}
 
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import NUM_IMAGE_TOKENS, tiny_model_folder
+from tiny_model import NUM_IMAGE_TOKENS, REPO_ROOT, tiny_model_folder
 
 from composer_path import PathMLLM
-from composer_path.asking.processor_config import PROCESSOR_CONFIG, read_processor_config, write_processor_config
+from composer_path.asking.processor_config import read_processor_config
+from composer_path.hugging_face.image_token import with_image_token
+from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG, write_processor
 from composer_path.images.pixels import ImagePreparation, pad_color_of
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
+from composer_path.records.vocabulary import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,9 @@ def test_both_preparations_come_back_as_they_were(model: PathMLLM, tmp_path: Pat
     text = TextPreparation(get_template(template), NUM_IMAGE_TOKENS, 99, "inline")
     color = pad_color_of(model.vision_encoder.mean)
     images = ImagePreparation(32, "crop", "torchvision", color, 1000)
-    write_processor_config(tmp_path, text, images)
+    tokenizer, token = with_image_token(load_tokenizer(REPO_ROOT / "test_data" / "tokenizer"))
+    encoder = model.vision_encoder
+    write_processor(tmp_path, tokenizer, text, images, token.text, (encoder.mean, encoder.std))
     assert json.loads((tmp_path / PROCESSOR_CONFIG).read_text())["template"] == template
     assert read_processor_config(tmp_path, model) == (text, images)
 
@@ -42,7 +47,7 @@ def test_a_folder_of_an_earlier_version_has_the_usual_limit_of_pixels(model: Pat
     [
         (None, "no processor_config.json"),
         ("{", "is damaged"),
-        ("[]", "lacks"),
+        ("[]", "must be an object"),
         ('{"template": "plain"}', r"lacks \['decoder', 'fit', 'image_position', 'max_seq_len'\]"),
         (
             '{"a": 1, "template": "plain", "image_position": "front", "max_seq_len": 9, "fit": "pad", "decoder": ""}',

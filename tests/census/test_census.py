@@ -64,6 +64,18 @@ def test_records_are_counted_and_what_would_be_refused_is_named(folder: Path) ->
     assert kept["refused"] == 2 and kept["duplicate_ids"] == 1
 
 
+def test_records_are_counted_by_the_layout_that_each_is_of(folder: Path) -> None:
+    assert json_of(census_of(folder))["layouts"] == {"llava": 7}
+    asked = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    caption = {"image": "secret_0.png", "caption": "A caption."}
+    lines = [json.dumps(one) for one in (record(8, None, "Text."), asked, caption, {"nothing": 1})]
+    (folder / "data.json").unlink()
+    (folder / "mixed.jsonl").write_text("\n".join(lines))
+    census = take_census(folder / "mixed.jsonl", folder / "images")
+    assert json_of(census)["layouts"] == {"llava": 1, "messages": 1, "captions": 1, "": 1}
+    assert "layout (none fits)" in text_of_census(census)
+
+
 def test_what_comes_again_is_found_by_words_and_by_pixels(folder: Path) -> None:
     repeated = json_of(census_of(folder))["repeated"]
     assert repeated["answers"] == {"repeated": 1, "most": [{"times": 2, "size": len(SECRET), "first": 0}]}

@@ -155,7 +155,7 @@ def test_each_option_of_a_turn_goes_on_with_it() -> None:
     from composer_path.layouts.reading import Reading
 
     given = [{**turn, "loss": False} for turn in turns("role", "content", "user", "assistant")]
-    record, _, _ = Reading().record({"messages": given, "images": ["a.png"]}, 0)
+    record, _ = Reading().record({"messages": given, "images": ["a.png"]}, 0)
     assert [turn["loss"] for turn in record["conversations"]] == [False, False]
 
 

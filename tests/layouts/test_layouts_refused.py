@@ -36,7 +36,7 @@ def message_of(path: Path, images: Path, **options: Any) -> str:
 
 
 def refused(row: dict[str, Any], layout: str = "auto") -> RecordError:
-    value, _, _ = Reading(layout=layout).record(row, 0)
+    value, _ = Reading(layout=layout).record(row, 0)
     assert isinstance(value, RecordError), value
     assert SECRET not in str(value)
     return value
@@ -139,7 +139,7 @@ def test_any_value_in_any_place_of_a_row_ends_in_a_record_or_a_rule(name: str) -
             for inner in value[0] if isinstance(value[0], dict) else ():
                 others += [{**row, key: [{**value[0], inner: one}, *value[1:]]} for one in junk]
         for other in others:
-            record, _, _ = Reading().record(other, 0)
+            record, _ = Reading().record(other, 0)
             assert isinstance(record, dict | RecordError)
             problems = [record] if isinstance(record, RecordError) else problems_of(record)
             assert SECRET not in "".join(map(str, problems))

@@ -113,7 +113,7 @@ def test_tensors_that_are_nobodys_are_named(tmp_path: Path) -> None:
     ("part", "words"),
     [
         ("multi_modal_projector.linear_2.bias", r"missing \(1\): mlp.2.bias"),
-        ("encoder.layers.1.mlp.fc1.weight", r"missing \(1\): blocks.1.mlp.fc1.weight"),
+        ("encoder.layers.1.mlp.fc2.weight", r"missing \(1\): blocks.1.mlp.fc2.weight"),
         ("layers.1.mlp.gate_proj.weight", r"missing \(1\): model.layers.1.mlp.gate_proj.weight"),
     ],
 )
@@ -138,8 +138,11 @@ def test_what_is_missing_or_misshapen_in_any_part_is_named(tmp_path: Path, part:
         ({"vision_feature_select_strategy": "some"}, "must be 'default' or 'full'; found 'some'"),
         ({"vision_config": 3}, "must have vision_config, an object; found int"),
         ({"vision_config": {"model_type": "pixtral"}}, "must be a CLIP or SigLIP of transformers; found 'pixtral'"),
-        ({"vision_config": VISION | {"hidden_size": -3}}, "hidden_size must be a int"),
+        ({"vision_config": VISION | {"hidden_size": -3}}, "hidden_size must be of type int"),
         ({"vision_config": VISION | {"hidden_act": "__import__"}}, "hidden_act must be one of"),
+        ({"vision_config": VISION | {"hidden_size": 99_000}}, r"patch_embedding.weight must be \[99000, 3, 8, 8\]"),
+        ({"vision_config": VISION | {"num_hidden_layers": 99_000}}, "mlp.fc1.weight must be .* found nothing"),
+        ({"vision_config": VISION | {"image_size": 99_000}}, r"position_embedding.weight must be .* found \[17, 24\]"),
         ({"model_type": "llama"}, "found model_type 'llama'; take such a folder"),
     ],
 )
