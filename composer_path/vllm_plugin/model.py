@@ -105,7 +105,7 @@ class ComposerPathForConditionalGeneration(nn.Module, SupportsMultiModal, Suppor
                 room, _, rest = name.partition(".")
                 if room == "language_model":
                     yield rest, tensor
-                else:
+                elif room in OURS:  # vLLM also reads the folder's projector.safetensors, whose names say no room
                     ours[name] = tensor
 
         loaded = {f"language_model.{name}" for name in self.language_model.load_weights(others())}
