@@ -45,6 +45,8 @@ class ComposerPathProcessor(ProcessorMixin):
         **kwargs: Nothing else.
     """
 
+    tokenizer: Any
+    image_processor: Any
     attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
     if TRANSFORMERS_MAJOR < 5:  # which reads them; later ones ask the Auto classes
         image_processor_class = "AutoImageProcessor"
