@@ -48,7 +48,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor], origin: ProjectorOrigin) -> None:
-    """Write the projector for the next stage, and in the reference's file format, beside the model's configuration.
+    """Write the projector for the next stage, and in the reference's file format.
+
+    Beside it stands the configuration of the model that it is of, unless the whole model stands there with its own.
 
     Its weights are those of `projector.`; others may be there. `origin` is what it was trained with.
     """
@@ -57,7 +59,8 @@ def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
     if isinstance(model.projector, PooledMlp):  # the reference has no others
         save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
-    write_json(folder / "config.json", model.config())
+    if not (folder / GENERATION_CONFIG).is_file():
+        write_json(folder / "config.json", model.config())
 
 
 def write_adapters(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor]) -> None:
