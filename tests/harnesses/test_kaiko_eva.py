@@ -24,7 +24,14 @@ def test_kaiko_eva_finds_as_many_right_answers_as_evaluate(tmp_path: Path, repo_
     data.write_text(json.dumps(records), encoding="utf-8")
     command = ["-m", "eva", "test", "--config", str(repo_root / "docs" / "harnesses" / "kaiko_eva_records.yaml")]
     where = {"MODEL": str(folder), "RECORDS": str(data), "IMAGES": str(IMAGES), "ACCELERATOR": "cpu", "BATCH_SIZE": "8"}
-    said = run_there(python, command, tmp_path / "eva", **where, OUTPUT_ROOT=str(tmp_path / "logs"))
+    said = run_there(
+        python,
+        command,
+        tmp_path / "eva",
+        **where,
+        OUTPUT_ROOT=str(tmp_path / "logs"),
+        LITELLM_LOCAL_MODEL_COST_MAP="True",
+    )
     found = re.search(r"MulticlassAccuracy\W+([\d.]+)", said)
     assert found, said[-3000:]
     assistant = Assistant.from_pretrained(folder, device="cpu", dtype=torch.float32)
