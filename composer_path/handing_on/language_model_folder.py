@@ -13,7 +13,10 @@ from composer_path.weights.folder import write_folder, write_json
 
 
 def write_language_model(folder: Path, found: Trained, dtype: str | None = None) -> None:
-    """Write a folder that `AutoModelForCausalLM` loads: weights without their prefix, configuration, tokenizer."""
+    """Write a folder that `AutoModelForCausalLM` loads: weights without their prefix, configuration, tokenizer.
+
+    Of an exported folder it has the image token's row, of a run it hasn't: adapters fit the latter.
+    """
     weights = part_of(whole_weights(found, dtype), "language_model")
     config = stock_config(found.model.language_model.config) | {"torch_dtype": dtype_word(weights)}
 

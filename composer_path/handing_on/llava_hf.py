@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from composer_path.handing_on.image_row import with_image_token
 from composer_path.handing_on.llava_hf_vision import stock_tower
 from composer_path.handing_on.published import publish
 from composer_path.handing_on.stock_chat import stock_chat_template
 from composer_path.handing_on.stock_config import dtype_word, generation_config, stock_config
 from composer_path.handing_on.trained_model import whole_weights
+from composer_path.hugging_face.image_token import with_image_row, with_image_token
 from composer_path.models.language_types import inputs_scale
 from composer_path.models.projector import PooledMlp, Projector
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
@@ -37,11 +37,12 @@ def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> No
         raise ValueError(f"--as llava-hf: '{kind}' scales its embeddings, images' too in a stock LLaVA; leave --as out")
     weights = whole_weights(found, dtype)
     tower = stock_tower(model.vision_encoder, part_of(weights, "vision_encoder"))
-    token = with_image_token(found, weights)
+    tokenizer, token = with_image_token(found.tokenizer)
+    weights = with_image_row(model.language_model, weights, token)
     projector = to_stock_projector(part_of(weights, "projector"))
     tensors = tower.weights | {f"multi_modal_projector.{key}": value for key, value in projector.items()}
-    tensors |= {key: value for key, value in token.weights.items() if key.startswith("language_model.")}
-    text = stock_config(model.language_model.config) | {"vocab_size": token.rows}
+    tensors |= {key: value for key, value in weights.items() if key.startswith("language_model.")}
+    text = stock_config(model.language_model.config) | {"vocab_size": len(weights[model.embedding_name()])}
     config = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -65,7 +66,7 @@ def write_llava_hf(folder: Path, found: Trained, dtype: str | None = None) -> No
     }
 
     def write(new: Path) -> None:
-        save_tokenizer(token.tokenizer, new)
+        save_tokenizer(tokenizer, new)
         _write_chat_template(new, found, token.text)
         write_json(new / "processor_config.json", processor)
         write_json(new / "preprocessor_config.json", image_processor(found))

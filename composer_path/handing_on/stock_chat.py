@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from composer_path.records.chat_template import own_template
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.prompts import ChatTemplate, LlavaLlama2Template, PlainTemplate
@@ -89,7 +90,7 @@ def stock_chat_template(text: TextPreparation, tokenizer: PreTrainedTokenizerBas
     elif isinstance(template, PlainTemplate):
         body = _PLAIN
     elif isinstance(template, ChatTemplate) and isinstance(tokenizer.chat_template, str):
-        body = (_SYSTEM if template.system is not None else "") + tokenizer.chat_template
+        body = (_SYSTEM if template.system is not None else "") + own_template(tokenizer)
     else:
         return None
     said = {

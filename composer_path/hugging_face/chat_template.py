@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from composer_path.hugging_face.spelling import BORDER, NOTHING, spelled_out
-from composer_path.records.chat_template import fixed_template, read_date
+from composer_path.records.chat_template import OWN_ENDS, OWN_STARTS, fixed_template, own_template, read_date
 from composer_path.records.prompts import ChatTemplate, LlavaLlama2Template, PlainTemplate
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import TextEncoder
@@ -142,7 +142,7 @@ def chat_template_of(text: TextPreparation, encoder: TextEncoder, writing: Writi
         return _set(constants) + _CONTENTS + _LLAMA_2.rstrip()
     if isinstance(template, ChatTemplate):
         day = read_date(template.date)
-        own = fixed_template(tokenizer.get_chat_template(), day)
+        own = OWN_STARTS + fixed_template(own_template(tokenizer), day) + OWN_ENDS
         constants["DATE"] = day.strftime("%d %b %Y")
         return (_set(constants) + _CONTENTS + _BEFORE_OWN).rstrip() + own + _AFTER_OWN.rstrip()
     return None

@@ -95,11 +95,10 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model, info = loaded
         tied = {f"language_model.{key}" for key in getattr(model.language_model, "_tied_weights_keys", None) or ()}
         may_lack = tied if model.config.tie_word_embeddings else set()
-        mismatched = sorted(f"{key}: the file has {list(a)}, the model {list(b)}" for key, a, b in _rows(info))
         differences = {
             "missing": sorted(set(info["missing_keys"]) - may_lack),
             "left over": sorted(info["unexpected_keys"]),
-            "other shapes": mismatched,
+            "other shapes": sorted(map(_in_words, info["mismatched_keys"])),
         }
         if problems := [f"{title} ({len(keys)}): {some(keys)}" for title, keys in differences.items() if keys]:
             raise WeightsError(f"weights: '{model.name_or_path}' doesn't fit the model. " + ". ".join(problems))
@@ -245,5 +244,9 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return inputs
 
 
-def _rows(info: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    return [tuple(row) for row in info["mismatched_keys"]]
+def _in_words(mismatched: str | tuple[str, Any, Any]) -> str:
+    """A tensor of another shape; transformers 4 tells its name only."""
+    if isinstance(mismatched, str):
+        return mismatched
+    name, in_file, in_model = mismatched
+    return f"{name}: the file has {list(in_file)}, the model {list(in_model)}"

@@ -9,16 +9,23 @@ from transformers import BatchEncoding
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from composer_path.asking.messages import conversation_of, read_messages
 from composer_path.hugging_face.image_processor import flat
+from composer_path.hugging_face.pictures import picture_in
 from composer_path.hugging_face.spelling import pieces_of
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
+from composer_path.own_parts.registry import check_sources
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.prompts import get_template
+from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import text_encoder
 
 # What callers may say of text; the rest is as in training.
 _TEXT_WORDS = {"add_special_tokens", "padding", "padding_side", "return_attention_mask", "return_tensors"}
 _TEXT_WORDS |= {"return_mm_token_type_ids", "return_token_type_ids", "return_text_replacement_offsets"}
+# What `processor_config.json` may say, and what transformers and we write beside it.
+_SETTINGS = ("template", "image_position", "max_seq_len", "image_token", "num_image_tokens", "imports", "chat_template")
+_BESIDE = {"processor_class", "auto_map", "transformers_version", "image_processor", "tokenizer"}
 _NESTED = ("text_kwargs", "images_kwargs", "common_kwargs", "videos_kwargs", "audio_kwargs")
 
 
@@ -38,6 +45,8 @@ class ComposerPathProcessor(ProcessorMixin):
         **kwargs: Nothing else.
     """
 
+    tokenizer: Any
+    image_processor: Any
     attributes: ClassVar[list[str]] = ["image_processor", "tokenizer"]
     if TRANSFORMERS_MAJOR < 5:  # which reads them; later ones ask the Auto classes
         image_processor_class = "AutoImageProcessor"
@@ -62,6 +71,17 @@ class ComposerPathProcessor(ProcessorMixin):
         self.image_ids = [self.image_token_id]
         self._prompt_template = get_template(template)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """From what a folder's files say; raises ValueError where that isn't what an export writes."""
+        told = kwargs.pop("return_unused_kwargs", False)
+        if unknown := sorted(processor_dict.keys() - {*_SETTINGS} - _BESIDE):
+            found = f"found unknown keys {unknown[:5]}"
+            raise ValueError(f"processor_config.json: must be as export wrote it; {found}; export the model again")
+        check_sources("processor_config.json", processor_dict)
+        processor = cls(*args, **{key: processor_dict[key] for key in _SETTINGS if key in processor_dict})
+        return (processor, kwargs) if told else processor
 
     def __call__(self, images: Any = None, text: Any = None, *args: Any, **kwargs: Any) -> BatchFeature:
         """Ids of one text or several, and the pixels of all their images, in order.
@@ -88,10 +108,87 @@ class ComposerPathProcessor(ProcessorMixin):
                     "give each its own, with apply_chat_template or by hand"
                 )
             result |= self._padded(rows, words)
+            if words.get("return_text_replacement_offsets"):
+                result["text_replacement_offsets"] = self.get_text_with_replacements(texts, [self._image] * found)[1]
+        return self._with_pixels(result, pictures, words, isinstance(text, str))
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        add_generation_prompt: bool | None = None,
+        images: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A conversation, or several, as text or (with `tokenize`) as what the model takes.
+
+        Ids are made of the messages themselves, as in training; nothing is fetched from a network. Messages that end
+        with a question end where the answer begins.
+
+        Args:
+            conversation: Messages `{role, content}`, or a list of such lists.
+            chat_template: Another one than the model's; then transformers does it all.
+            tokenize: Ids instead of text.
+            return_dict: All that the model takes instead of the ids alone.
+            add_generation_prompt: Of text: whether the answer's beginning is written; by default after a question.
+            images: Those for `<image>` in contents that are strings.
+            **kwargs: As calls of the processor take them, or transformers' own.
+
+        Raises:
+            ValueError: The messages aren't such, can't be told to the model, or another picture than a local one.
+        """
+        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        told = list(conversation) if several else [conversation]
+        for key in ("tools", "documents", "continue_final_message", "return_assistant_tokens_mask"):
+            if kwargs.pop(key, None):
+                raise ValueError(f"processor: '{key}' must be left out; the model was trained without it")
+        if not tokenize or chat_template not in (None, self.chat_template):
+            asks = all(one and one[-1].get("role") == "user" for one in told)
+            adds = asks if add_generation_prompt is None else add_generation_prompt
+            more = {"images": images} if images is not None else {}
+            return super().apply_chat_template(
+                conversation, chat_template, tokenize=tokenize, return_dict=return_dict, add_generation_prompt=adds,
+                **more, **kwargs,
+            )  # fmt: skip
+        words = self._words({**(kwargs.pop("processor_kwargs", None) or {}), **kwargs}, ())
+        images = words.pop("images", None) if images is None else images
+        rows, pictures = [], []
+        given = list(flat(images))
+        for messages in told:
+            asked = read_messages(messages)
+            held = [picture_in(one) for one in asked.pictures]
+            if not held and given:
+                count = sum(turn.text.count(IMAGE_TAG) for turn in asked.turns if turn.role == "human")
+                held, given = (given[:count], given[count:]) if count or several else (given, [])
+            rows.append(self._ids_of_turns(conversation_of(asked.turns, len(held), asked.system)))
+            pictures += held
+        if given:
+            raise ValueError(f"processor: each image must have its place; found {len(given)} more than {IMAGE_TAG}")
+        result = self._with_pixels(self._padded(rows, words), pictures, words, not several)
+        return result if return_dict else result["input_ids"]
+
+    def _ids_of_turns(self, conversation: Any) -> list[int]:
+        text = TextPreparation(self._prompt_template, self.num_image_tokens, None, self.image_position)
+        if conversation.turns[-1].role == "human":
+            ids = text.prompt(conversation, self.tokenizer)
+        else:
+            ids = text.tokenize(conversation, self.tokenizer).input_ids
+        return [self.image_token_id if id == IMAGE_TOKEN_ID else id for id in ids.tolist()]
+
+    @property
+    def _image(self) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def _with_pixels(
+        self, result: dict[str, Any], pictures: list[Any], words: Mapping[str, Any], alone: bool
+    ) -> BatchFeature:
         tensors = words.get("return_tensors")
         if pictures:
             result |= dict(self.image_processor(pictures, return_tensors=tensors))
-        if isinstance(text, str) and tensors is None and not words.get("padding"):
+        if alone and tensors is None and not words.get("padding"):
             result = {key: value[0] if key != "pixel_values" else value for key, value in result.items()}
         return BatchFeature(result, tensor_type=None)
 
@@ -152,7 +249,7 @@ class ComposerPathProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
         """What stands for an image: its token, as often as it takes ids."""
-        return self.image_token * self.num_image_tokens
+        return self._image
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         """How many ids images of some sizes take, for vLLM."""

@@ -144,15 +144,13 @@ def _conversations(
         messages.insert(0, {"role": "system", "content": system})
     what = f"{pictures} images, {'a' if system else 'no'} system message"
     yield Conversation(tuple(turns), ("",) * pictures, system=system), list(messages), f"one question, {what}"
-    for index, answer in enumerate(answers):
-        turns.append(Turn("assistant", answer))
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        answered = Conversation(tuple(turns), ("",) * pictures, system=system)
-        yield answered, list(messages), f"{index + 1} answers, {what}"
-        turns.append(Turn("human", "And now?"))
-        messages.append({"role": "user", "content": "And now?"})
-        asked = Conversation(tuple(turns), ("",) * pictures, system=system)
-        yield asked, list(messages), f"{index + 2} questions, {what}"
+    for answer in answers:
+        turns += [Turn("assistant", answer), Turn("human", "And now?")]
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And now?"}]
+    asked = Conversation(tuple(turns), ("",) * pictures, system=system)
+    yield asked, list(messages), f"{len(answers) + 1} questions, {what}"
+    answered = Conversation(tuple(turns[:-1]), ("",) * pictures, system=system)
+    yield answered, messages[:-1], f"{len(answers)} answers, {what}"
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 
 # For templates that ask for today's date: tokens must not change overnight. LLaMA-3's own falls back on this day.
 FIXED_DATE = "26 Jul 2024"
+# In an exported folder's chat template, around what was the tokenizer's own.
+OWN_STARTS, OWN_ENDS = "{# the tokenizer's own: #}", "{# its end #}"
 # The template removes white space at the content's start, at its end.
 Trim = tuple[bool, bool]
 
@@ -39,7 +41,7 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
     marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
     messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
     day = read_date(date)
-    template = fixed_template(tokenizer.get_chat_template(), day)
+    template = fixed_template(own_template(tokenizer), day)
     date_string = day.strftime("%d %b %Y")  # what LLaMA-3's template looks for
     try:
         rendered = tokenizer.apply_chat_template(
@@ -58,6 +60,13 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
             f"{len(found)} of them; use 'llava_llama_2' or change the tokenizer's chat template"
         )
     return chunks, [(not piece.startswith("\u2003"), not piece.endswith("\u2003")) for piece in found]
+
+
+def own_template(tokenizer: Any) -> str:
+    """The tokenizer's own chat template, also out of what an export wrote around it."""
+    found: str = tokenizer.get_chat_template()
+    inner = found.partition(OWN_STARTS)[2].rpartition(OWN_ENDS)[0]
+    return inner or found
 
 
 def trimmed(text: str, trim: Trim) -> str:

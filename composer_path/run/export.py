@@ -47,17 +47,20 @@ ADAPTERS = "adapters"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def write_projector(folder: Path, model: PathMLLM, weights: Mapping[str, Tensor], origin: ProjectorOrigin) -> None:
+def write_projector(
+    folder: Path, model: PathMLLM, weights: Mapping[str, Tensor], origin: ProjectorOrigin, *, alone: bool = True
+) -> None:
     """Write the projector for the next stage, and in the reference's file format, beside the model's configuration.
 
-    Its weights are those of `projector.`; others may be there. `origin` is what it was trained with.
+    Its weights are those of `projector.`; others may be there. `origin` is what it was trained with. Where it isn't
+    `alone`, the folder has a whole model, and that one's configuration.
     """
     state = part_of(weights, "projector")
     (folder / EVALUATION).unlink(missing_ok=True)  # of an earlier model
     save_projector(folder / SAFETENSORS, model.projector, state, origin)
     if isinstance(model.projector, PooledMlp):  # the reference has no others
         save_mm_projector(folder / REFERENCE_BIN, model.projector, state)
-    if not any(folder.glob("model*.safetensors")):  # a whole model's says more, such as its image token
+    if alone:
         write_json(folder / "config.json", model.config())
 
 
@@ -258,7 +261,8 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     write_model(folder, model, weights, found.tokenizer, found.text, found.images, provenance=found.provenance)
     write_adapters(folder / ADAPTERS, model, adapters)
     if origin is not None:
-        write_projector(folder, model, {f"projector.{name}": value for name, value in projector.items()}, origin)
+        named = {f"projector.{name}": value for name, value in projector.items()}
+        write_projector(folder, model, named, origin, alone=False)
     return model
 
 

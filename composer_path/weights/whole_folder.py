@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from composer_path.hugging_face.model_config import checked_config, vision_keywords
 from composer_path.storage.json_object import read_json_object
 from composer_path.weights.projector_names import from_reference_projector, from_stock_projector
 from composer_path.weights.stock_tower import check_tower_shapes, tower_keywords
@@ -142,12 +143,9 @@ def sections_of(path: str | Path, tower: str | None = None) -> dict[str, dict[st
 
 
 def _own(found: WholeFolder) -> dict[str, dict[str, Any]]:
-    vision = dict(_mapping(found, "vision_config" if "vision_config" in found.config else "vision_encoder"))
-    projector = dict(_mapping(found, "projector_config" if "projector_config" in found.config else "projector"))
-    vision.pop("model_type", None)
-    for key in ("in_dim", "out_dim", "model_type"):
-        projector.pop(key, None)
-    return {"vision_encoder": vision, "projector": projector}
+    config = checked_config(f"'{found.path}/config.json'", found.config)
+    projector = {key: value for key, value in config["projector_config"].items() if key not in ("in_dim", "out_dim")}
+    return {"vision_encoder": vision_keywords(config), "projector": projector}
 
 
 def _stock_projector(found: WholeFolder) -> dict[str, Any]:

@@ -118,8 +118,8 @@ def test_any_other_stage_writes_a_whole_model(tmp_path: Path, tokenizer: Any, tr
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
     loaded = PathMLLM.from_pretrained(tmp_path / "model").state_dict()
     with saver.trained_only.everything():
-        for name, value in saver.model.state_dict().items():
-            assert torch.equal(loaded[name], value), name
+        for name, value in saver.model.state_dict().items():  # behind the vocabulary's rows is the image token's
+            assert torch.equal(loaded[name][: len(value)], value), name
 
 
 @pytest.mark.parametrize("part", ["mlp", "pooler", "ln"])

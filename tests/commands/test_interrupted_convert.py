@@ -7,9 +7,7 @@ import pytest
 from composer_path.commands.convert import convert_and_report
 
 
-@pytest.mark.parametrize(
-    ("overwrite", "words"), [(False, "--resume"), (True, "--resume in place of --overwrite")]
-)
+@pytest.mark.parametrize(("overwrite", "words"), [(False, "--resume"), (True, "--resume in place of --overwrite")])
 @pytest.mark.parametrize(("ends", "code"), [(KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 1)])
 def test_the_command_that_goes_on_is_one_that_is_accepted(
     overwrite: bool, words: str, ends: BaseException, code: int, capsys: pytest.CaptureFixture[str]

@@ -204,9 +204,9 @@ def test_another_number_of_image_tokens_than_of_vectors_is_told_with_both(folder
     message = rf"{2 * each} image tokens \(id 96\) in the input for 1 images of {each} vectors each, {each} in all"
     with pytest.raises(ValueError, match=message):
         theirs(input_ids=ids, pixel_values=two_images(model)[:1])
-    with pytest.raises(ValueError, match="6 image tokens .* for 0 images"):
+    with pytest.raises(ValueError, match=r"6 image tokens .* for 0 images"):
         theirs.generate(input_ids=ids, max_new_tokens=2)
-    with pytest.raises(ValueError, match="0 image tokens .* for 2 images"):
+    with pytest.raises(ValueError, match=r"0 image tokens .* for 2 images"):
         theirs.generate(input_ids=ids[:, :3], pixel_values=two_images(model), max_new_tokens=2)
 
 

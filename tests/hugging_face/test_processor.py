@@ -1,0 +1,136 @@
+"""An exported folder's processor, as users of transformers load it, asks what `composer-path ask` asks."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import IMAGES, NUM_IMAGE_TOKENS, tiny_model_folder
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from composer_path.asking.assistant import Assistant
+from composer_path.images.pixels import normalize_image
+from composer_path.records.conversation import Conversation, Turn
+from composer_path.records.tokenize import IMAGE_TOKEN_ID
+
+PICTURES = sorted(IMAGES.iterdir())[:2]
+QUESTION = "What organ is this </s>?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_folder(tmp_path_factory.getbasetemp() / "tiny_model")
+
+
+@pytest.fixture(scope="module")
+def processor(folder: Path) -> Any:
+    return AutoProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def assistant(folder: Path) -> Assistant:
+    return Assistant.from_pretrained(folder, device="cpu")
+
+
+def asked(*pictures: Any) -> list[dict[str, Any]]:
+    """One question about pictures."""
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}]
+
+
+def trained(assistant: Assistant, processor: Any, count: int) -> list[int]:
+    """The ids of training of that question."""
+    turn = Turn("human", "<image>\n" * count + QUESTION)
+    ids = assistant.text.prompt(Conversation((turn,), ("",) * count), assistant.tokenizer).tolist()
+    return [processor.image_token_id if id == IMAGE_TOKEN_ID else id for id in ids]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_messages_and_their_text_give_the_ids_of_training(assistant: Assistant, processor: Any, count: int) -> None:
+    messages = asked(*PICTURES[:count])
+    expected = trained(assistant, processor, count)
+    whole = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    assert whole["input_ids"].tolist() == [expected]
+    said = processor.apply_chat_template(messages)
+    again = processor(text=said, images=PICTURES[:count] or None, return_tensors="pt")
+    assert again["input_ids"].tolist() == [expected]
+    if count:
+        assert torch.equal(again["pixel_values"], whole["pixel_values"])
+
+
+def test_pixels_are_those_of_training_from_paths_bytes_pictures_and_data_urls(
+    assistant: Assistant, processor: Any
+) -> None:
+    data = PICTURES[0].read_bytes()
+    encoder = assistant.model.vision_encoder
+    expected = normalize_image(assistant.images.load(data), mean=encoder.mean, std=encoder.std)
+    url = {"url": "data:image/png;base64," + base64.b64encode(data).decode()}
+    for picture in (str(PICTURES[0]), PICTURES[0], data, Image.open(PICTURES[0]), url):
+        part = {"type": "image_url", "image_url": picture} if picture is url else {"type": "image", "image": picture}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+        found = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(found["pixel_values"][0], expected)
+
+
+def test_a_picture_of_sixteen_bits_turned_by_exif_or_see_through_is_as_of_its_file(
+    assistant: Assistant, processor: Any, tmp_path: Path
+) -> None:
+    rows = np.arange(40 * 30).reshape(40, 30)
+    turned, seen = Image.Exif(), np.stack([rows % 256] * 4, -1).astype(np.uint8)
+    turned[0x0112] = 6
+    for name, picture, keywords in (
+        ("deep.png", Image.fromarray((rows * 50).astype(np.uint16)), {}),
+        ("turned.jpg", Image.fromarray(seen[..., :3]), {"exif": turned}),
+        ("clear.png", Image.fromarray(seen), {}),
+        ("cmyk.tif", Image.fromarray(seen, "CMYK"), {}),
+    ):
+        picture.save(tmp_path / name, **keywords)
+        expected = assistant.images.load((tmp_path / name).read_bytes())
+        encoder = assistant.model.vision_encoder
+        found = processor.image_processor([[Image.open(tmp_path / name)]], return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(found, normalize_image(expected, mean=encoder.mean, std=encoder.std)), name
+
+
+def test_several_texts_are_filled_up_on_the_left(assistant: Assistant, processor: Any) -> None:
+    found = processor.apply_chat_template(
+        [asked(PICTURES[0]), asked(*PICTURES)], tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    assert found["pixel_values"].shape[0] == 3
+    for row, mask, count in zip(found["input_ids"], found["attention_mask"], (1, 2), strict=True):
+        assert row[mask.bool()].tolist() == trained(assistant, processor, count)
+        assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_what_the_model_was_not_trained_for_is_refused(processor: Any) -> None:
+    said = processor.apply_chat_template(asked(*PICTURES))
+    with pytest.raises(ValueError, match=r"2 times <image> and there are 1 images"):
+        processor(text=said, images=PICTURES[:1])
+    with pytest.raises(ValueError, match="'truncation' can't be set"):
+        processor(text=said, images=PICTURES, truncation=True, max_length=4)
+    with pytest.raises(ValueError, match="found an address"):
+        processor.apply_chat_template(asked("http://127.0.0.1:9/a.png"), tokenize=True)
+    with pytest.raises(ValueError, match="base64"):
+        processor.apply_chat_template(asked("data:image/png;base64,%%"), tokenize=True)
+    with pytest.raises(ValueError, match="'tools' must be left out"):
+        processor.apply_chat_template(asked(), tools=[{"name": "x"}])
+
+
+def test_images_of_a_prompt_are_counted_for_vllm(processor: Any) -> None:
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(9, 9), (8, 8)])
+    assert counts["num_image_tokens"] == [NUM_IMAGE_TOKENS] * 2
+    assert processor.replace_image_token({}, 0) == "<image>" * NUM_IMAGE_TOKENS
+    types = processor(text="a <image> b", images=PICTURES[:1], return_mm_token_type_ids=True)["mm_token_type_ids"]
+    assert sum(types) == NUM_IMAGE_TOKENS
+
+
+def test_the_pipeline_says_what_ask_says(folder: Path, assistant: Assistant, processor: Any) -> None:
+    expected = assistant.answer([("human", QUESTION)], [assistant.read_image(PICTURES[0])], max_new_tokens=8)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    ask: Any = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    said = ask(text=asked(str(PICTURES[0])), max_new_tokens=8, return_full_text=False, do_sample=False)
+    assert said[0]["generated_text"] == expected
