@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flash_attn_2 = _supports_flex_attn = True
     _supports_attention_backend = _supports_cache_class = _supports_static_cache = True
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(self, config: ComposerPathConfig) -> None:
         super().__init__(config)
@@ -55,6 +54,7 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.num_image_tokens = self.num_image_tokens()
         unsplit = {"VisionEncoder", type(self.projector).__name__, *(self.language_model._no_split_modules or ())}
         self._no_split_modules: Any = sorted(unsplit)
+        self._skip_keys_device_placement = list(CACHES)
         if TRANSFORMERS_MAJOR < 5:  # which doesn't ask the language model
             tied = self.language_model._tied_weights_keys or ()
             self._tied_weights_keys: Any = [f"language_model.{key}" for key in tied]
@@ -206,20 +206,19 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor | None, dict[str, Any]]:
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> Any:
         """Several answers to each prompt: transformers would repeat each image, where a prompt's come after another."""
-        ids, kept = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        if pixel_values is not None and input_ids is not None:
+        images = model_kwargs.pop("pixel_values", None)
+        parent: Any = super()
+        ids, kept = parent._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        if images is None:
+            return ids, kept
+        if input_ids is not None:
             counts = (input_ids == self.config.image_token_id).sum(1) // self.num_image_tokens()
-            groups = pixel_values.split(counts.tolist()) if int(counts.sum()) == len(pixel_values) else [pixel_values]
-            pixel_values = torch.cat([group for group in groups for _ in range(expand_size)])
-        return ids, kept if pixel_values is None else kept | {"pixel_values": pixel_values}
+            groups = images.split(counts.tolist()) if int(counts.sum()) == len(images) else [images]
+            images = torch.cat([group for group in groups for _ in range(expand_size)])
+        return ids, kept | {"pixel_values": images}
 
     def prepare_inputs_for_generation(
         self,

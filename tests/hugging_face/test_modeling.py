@@ -79,7 +79,10 @@ def test_every_kind_of_encoder_and_projector_computes_what_path_mllm_does(
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_language_model_that_is_taken_computes_what_path_mllm_does(tmp_path: Path, name: str, kind: str) -> None:
-    model = exported(tiny_path_mllm(language_model=tiny(name, kind)), tmp_path)
+    config = tiny(name, kind)
+    if TRANSFORMERS_MAJOR < 5 and name in ("gpt2", "granitemoe", "olmoe"):
+        pytest.skip("refused there")
+    model = exported(tiny_path_mllm(language_model=config), tmp_path)
     assert_same_model(model, loaded(tmp_path))
 
 
