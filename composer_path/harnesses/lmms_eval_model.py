@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
@@ -93,7 +94,7 @@ class ComposerPath(lmms):
         """Tasks that ask on by what was answered; there are none for this model."""
         raise NotImplementedError("composer_path: no task of several rounds; choose tasks of one")
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Tasks of messages ask for none."""
         raise NotImplementedError("composer_path: likelihoods are asked with --force_simple; add it")
 
@@ -138,7 +139,7 @@ class SimpleComposerPath(ComposerPath):
         return [Turn("human", context if tagged else tag_as_text(context))], pictures
 
     @torch.inference_mode()
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """Of each request's answer: its loss as in training, its end included, and whether it is the greedy answer.
 
         It is a loss (nats for a token, the mean), not its negative: lmms-eval takes the least as the likeliest.
@@ -151,7 +152,8 @@ class SimpleComposerPath(ComposerPath):
                 context, target, *doc = request.args
                 _, doc_id, task, split = doc
                 answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-                found.append(self._loss(*self._question(context, *doc), str(answer).strip()))
+                pair = self._loss(*self._question(context, *doc), str(answer).strip())
+                found.append(GenerationResult(text=pair))  # lmms-eval 0.7.3 makes a string of a bare pair of numbers
         return found
 
     def _loss(self, turns: list[Turn], pictures: list[Picture], answer: str) -> tuple[float, bool]:
