@@ -94,7 +94,8 @@ def test_the_written_model_and_an_export_of_the_checkpoint_are_the_averages(foll
         for file in model.glob("model*.safetensors"):
             found |= load_file(file)
         averages = witness.averages[-1]
-        assert largest_error({name: found[name].float() for name in averages}, averages) < 1e-6
+        written = {name: found[name].float()[: len(averages[name])] for name in averages}  # but for the image's row
+        assert largest_error(written, averages) < 1e-6
 
 
 @pytest.mark.parametrize("other", [[], DDP], ids=["fsdp2", "ddp"])
@@ -123,7 +124,8 @@ def test_before_its_start_the_averages_are_the_weights(shards: Path, tmp_path: P
     run(config, witness)
     export_checkpoint(tmp_path / "finetune" / "checkpoints" / "latest", config, tmp_path / "out")
     found = load_file(next((tmp_path / "out").glob("model*.safetensors")))
-    assert largest_error({name: found[name] for name in witness.weights[-1]}, witness.weights[-1]) < 1e-6
+    weights = witness.weights[-1]
+    assert largest_error({name: found[name][: len(weights[name])] for name in weights}, weights) < 1e-6
 
 
 def test_a_checkpoint_amid_an_evaluation_holds_the_training_weights() -> None:

@@ -102,7 +102,7 @@ def test_a_check_sees_a_tokenizer_that_is_too_large_for_the_folder(tmp_path: Pat
     shutil.copytree(exported, tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     said = json.loads(file.read_text())
-    said["language_model" if "language_model" in said else "text_config"]["vocab_size"] = 500
+    said["text_config"]["vocab_size"], said["image_token_id"] = 500, 499
     file.write_text(json.dumps(said))
     more = [f"variables.shards={shards}", f"save_root={tmp_path}", *BARE]
     config = load_config(yaml_of(tmp_path, {"path": str(tmp_path / "model")}), more)

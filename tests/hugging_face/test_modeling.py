@@ -197,7 +197,7 @@ def test_in_bf16_only_parameters_are_cast(tmp_path: Path, encoder: str) -> None:
     with torch.no_grad():
         found = theirs(input_ids=ids, pixel_values=images).logits[0].float()
         expected = logits_of_path_mllm(ours, images).float()
-    assert (found - expected).abs().max() <= 0.03 * expected.abs().max() 
+    assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
 def test_another_number_of_image_tokens_than_of_vectors_is_told_with_both(folder: Path) -> None:
