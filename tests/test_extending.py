@@ -236,4 +236,6 @@ def test_a_run_goes_on_with_edited_code_and_says_so_and_is_exported_only_with_th
     trained = {name.removeprefix("model."): value for name, value in trainer.state.model.state_dict().items()}
     whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in trained.items()}
     assert any("projector" in name for name in whole)
-    assert all(torch.equal(exported[name], value.to(exported[name].dtype)) for name, value in whole.items())
+    for name, value in whole.items():  # all rows but the image token's
+        found = exported[name][: len(value)] if value.ndim else exported[name]
+        assert torch.equal(found, value.to(found.dtype)), name

@@ -240,7 +240,8 @@ def test_part_of_a_model_learns_at_rates_of_its_own_and_goes_on_exactly_after_a_
         f"language_model.model.layers.1.self_attn.{name}_proj.weight" for name in "qkvo"
     }
     written = PathMLLM.from_pretrained(tmp_path / "undisturbed" / "finetune" / "model").state_dict()
-    assert all(torch.equal(written[name], whole[name].to(written[name].dtype)) for name in whole)
+    # All rows but the image token's, which a folder has besides.
+    assert all(torch.equal(written[name][: len(whole[name])], whole[name].to(written[name].dtype)) for name in whole)
     rates = {group["name"]: group["initial_lr"] for group in trainer.state.optimizers[0].param_groups}
     assert rates == {"projector": 2e-3, "projector.mlp": 1e-3, "language_model": 1e-3}
     other = [*parts, "optimizer.groups=[{match: projector.ln, lr: 1.0e-3}]", "trainer.max_duration=3ep"]

@@ -230,7 +230,7 @@ def test_bf16_under_fsdp_on_one_rank_is_a_bf16_model_with_fp32_masters(
     assert {value.dtype for value in trained.values()} == {torch.float32}
     assert largest_error(trained, masters) < 1e-6  # measured 0
     saved = PathMLLM.from_pretrained(tmp_path / "finetune" / "model").state_dict()
-    assert all(torch.equal(saved[name], value) for name, value in trained.items())
+    assert all(torch.equal(saved[name][: len(value)], value) for name, value in trained.items())  # but for its row
 
 
 # --- gloo's fault ----------------------------------------------------------------------------------------------------
