@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -194,7 +195,8 @@ def test_threads_and_forked_processes_read_the_same(tiny_slide: Path) -> None:
         assert {image.tobytes() for image in pool.map(lambda _: region_of(tiny_slide, 1, 2, 30, 20, 0), range(40))} == {
             expected
         }
-    with multiprocessing.get_context("fork").Pool(2) as processes:
+    ends = (signal.SIGTERM, signal.SIG_DFL)  # how a pool ends its processes, whatever handler this one has
+    with multiprocessing.get_context("fork").Pool(2, signal.signal, ends) as processes:
         regions = processes.starmap(region_of, [(tiny_slide, 1, 2, 30, 20, 0)] * 8)
     assert {image.tobytes() for image in regions} == {expected}
 
