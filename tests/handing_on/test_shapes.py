@@ -122,6 +122,7 @@ def test_the_graph_gives_our_image_vectors_for_any_number_of_images(tmp_path: Pa
     assert onnx.load(str(file)).opset_import[0].version == 18
 
 
+@pytest.mark.slow
 def test_a_graph_with_other_numbers_is_refused(tmp_path: Path) -> None:
     found = trained(projector=POOLED)
     write_onnx(tmp_path / "out", found)

@@ -80,6 +80,7 @@ def test_registering_again_changes_nothing() -> None:
     assert sys.meta_path == before
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_loaded_without_a_word_of_an_unknown_model(tmp_path_factory: pytest.TempPathFactory) -> None:
     from tiny_model import tiny_model_folder
 

@@ -88,6 +88,7 @@ def norm(gradients: dict[str, torch.Tensor]) -> float:
 # --- four ranks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_replica_is_sharded_over_its_own_ranks(four_ranks: dict[str, list[dict[str, Any]]]) -> None:
     for name in ("steps", "frozen", "hybrid", "from_full"):
         for note in four_ranks[name]:
@@ -95,6 +96,7 @@ def test_each_replica_is_sharded_over_its_own_ranks(four_ranks: dict[str, list[d
     assert four_ranks["full_steps"][0]["laid_out"] == {("(Shard(dim=0),)", "[0, 1, 2, 3]")}
 
 
+@pytest.mark.slow
 def test_losses_gradients_and_weights_equal_full_shards_and_one_ranks(
     four_ranks: dict[str, list[dict[str, Any]]], one_rank: Path
 ) -> None:
@@ -106,12 +108,14 @@ def test_losses_gradients_and_weights_equal_full_shards_and_one_ranks(
         assert norm(hybrid["gradients"]) == pytest.approx(norm(other["gradients"]), rel=1e-6)  # 4e-8
 
 
+@pytest.mark.slow
 def test_every_rank_holds_the_same_weights_after_the_steps(four_ranks: dict[str, list[dict[str, Any]]]) -> None:
     first, *others = four_ranks["steps"]
     for other in others:
         assert largest_error(other["weights"], first["weights"]) == 0
 
 
+@pytest.mark.slow
 def test_a_frozen_model_in_replicas_trains_its_projector_as_on_one_rank(
     four_ranks: dict[str, list[dict[str, Any]]], shards: Path, tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_a_frozen_model_in_replicas_trains_its_projector_as_on_one_rank(
     assert largest_error(first["weights"], expected["weights"]) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_whole_run_with_clipping_equals_one_rank(four_ranks: dict[str, list[dict[str, Any]]], one_rank: Path) -> None:
     expected = torch.load(one_rank / "finetune.pt")
     for name in ("hybrid", "full"):
@@ -131,6 +136,7 @@ def test_a_whole_run_with_clipping_equals_one_rank(four_ranks: dict[str, list[di
             assert sorted(sample for note in notes for sample in note["samples"][step]) == samples
 
 
+@pytest.mark.slow
 def test_ranks_without_images_neither_hang_nor_change_the_result(
     four_ranks: dict[str, list[dict[str, Any]]], projector: str, shards: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +150,7 @@ def test_ranks_without_images_neither_hang_nor_change_the_result(
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_replicas_holds_each_tensor_once(
     four_ranks: dict[str, list[dict[str, Any]]], folder: Path
 ) -> None:
@@ -157,6 +164,7 @@ def test_a_checkpoint_of_replicas_holds_each_tensor_once(
     assert sizes["hybrid"] < 1.1 * sizes["full"]  # not twice
 
 
+@pytest.mark.slow
 def test_full_shards_checkpoint_goes_on_in_replicas(
     four_ranks: dict[str, list[dict[str, Any]]], one_rank: Path
 ) -> None:
@@ -166,6 +174,7 @@ def test_full_shards_checkpoint_goes_on_in_replicas(
     assert largest_error(resumed["weights"], expected["weights"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_replicas_goes_on_on_one_rank(
     four_ranks: dict[str, list[dict[str, Any]]],
@@ -184,6 +193,7 @@ def test_a_checkpoint_of_replicas_goes_on_on_one_rank(
     assert largest_error(resumed["weights"], expected["weights"]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_checkpoint_of_replicas_goes_on_in_full_shard_on_two_ranks(
     four_ranks: dict[str, list[dict[str, Any]]], one_rank: Path, projector: str, shards: Path, folder: Path

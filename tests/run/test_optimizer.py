@@ -212,6 +212,7 @@ def test_a_group_of_a_yaml_is_checked_before_anything_is_built(override: str, sa
     assert len(problems) == 1 and problems[0].startswith("optimizer.groups") and said in problems[0]
 
 
+@pytest.mark.slow
 def test_part_of_a_model_learns_at_rates_of_its_own_and_goes_on_exactly_after_a_stop(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_beside_four_bits_resumes_exactly_and_is_exported_onto_the_weights_as_read(
     tmp_path: Path,
 ) -> None:
