@@ -132,7 +132,8 @@ def test_finetuning_leaves_a_folder_that_loads_to_the_trained_weights(runs: Path
     folder = runs / "finetune" / "model"
     model = PathMLLM.from_pretrained(folder)
     for key, value in model.state_dict().items():
-        assert torch.equal(value, finetuned["weights"][key]), key
+        trained = finetuned["weights"][key]
+        assert torch.equal(value[: len(trained)] if value.ndim else value, trained), key  # but for the image's row
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer_config.json"} <= names
     assert json.loads((folder / "processor_config.json").read_text())["template"] == "llava_llama_2"
@@ -322,8 +323,8 @@ def test_on_a_cpu_the_product_says_that_it_computes_in_bf16_another_way(product:
     assert "computes in bf16 through FSDP's mixed precision" in (product / "pretrain.log").read_text()
     weights = load_file(product / "finetune" / "model" / "model.safetensors")
     dtypes = {name.split(".")[0]: value.dtype for name, value in weights.items()}
-    frozen, trained = torch.bfloat16, torch.float32
-    assert dtypes == {"vision_encoder": frozen, "projector": trained, "language_model": trained}
+    # The widest that is there: other programs load a folder in one.
+    assert dtypes == dict.fromkeys(("vision_encoder", "projector", "language_model"), torch.float32)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

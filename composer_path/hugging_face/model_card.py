@@ -48,14 +48,13 @@ or with transformers, where this folder is `FOLDER`:
 
 ```python
 import composer_path  # makes transformers know the model
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained(FOLDER)
 model = AutoModelForImageTextToText.from_pretrained(FOLDER)
 parts = [{{"type": "image"}}, {{"type": "text", "text": "What is shown?"}}]
 prompt = processor.apply_chat_template([{{"role": "user", "content": parts}}], add_generation_prompt=True)
-inputs = processor(text=prompt, images=[Image.open("slide.png")], return_tensors="pt")
+inputs = processor(text=prompt, images=["slide.png"], return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```
 """
