@@ -40,9 +40,8 @@ def dtype_word(weights: Mapping[str, Tensor]) -> str:
 
 def generation_config(text: TextPreparation, tokenizer: PreTrainedTokenizerBase, **more: Any) -> dict[str, Any]:
     """Keys of `generation_config.json`: greedy, ended by what ends `composer-path ask`'s answers."""
-    trained, own = text.end_id(tokenizer), tokenizer.eos_token_id
-    ends = sorted({trained, own if own is not None else trained})
-    keys: dict[str, Any] = {"do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id or 0}
+    keys: dict[str, Any] = {"do_sample": False, "eos_token_id": text.end_ids(tokenizer)}
+    keys["pad_token_id"] = tokenizer.pad_token_id or 0
     if tokenizer.bos_token_id is not None:
         keys["bos_token_id"] = tokenizer.bos_token_id
     return keys | more

@@ -12,6 +12,7 @@ from typing import Any
 
 from composer_path.hugging_face.spelling import BORDER, NOTHING, spelled_out
 from composer_path.records.chat_template import OWN_ENDS, OWN_STARTS, fixed_template, own_template, read_date
+from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.prompts import ChatTemplate, LlavaLlama2Template, PlainTemplate
 from composer_path.records.tokenize import TextPreparation
 from composer_path.records.vocabulary import TextEncoder
@@ -124,7 +125,7 @@ def chat_template_of(text: TextPreparation, encoder: TextEncoder, writing: Writi
         special = [token for token in special if token not in ("<think>", "</think>")]
     constants: dict[str, Any] = {
         "SPELLED": spelled_out([*special, writing.image]),
-        "TAG": "<image>",
+        "TAG": IMAGE_TAG,
         "IMAGE": writing.image,
         "FRONT": text.image_position == "front",
         "GUARD": NOTHING if writing.guard else "",

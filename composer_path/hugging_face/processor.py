@@ -217,8 +217,7 @@ class ComposerPathProcessor(ProcessorMixin):
             raise ValueError("processor: texts of several lengths make no tensor without padding=True")
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        right = words.get("padding_side", getattr(self.tokenizer, "padding_side", "left")) == "right"
-        right = right and words.get("padding_side") == "right"  # a model that generates is filled up on the left
+        right = words.get("padding_side") == "right"  # else on the left, whatever the tokenizer says: a model generates
         ids, mask = [], []
         for row in rows:
             empty = (longest - len(row)) if pads else 0
