@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import pickle
-import signal
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +187,30 @@ def test_a_slide_that_was_replaced_is_read_anew(tiny_slide: Path) -> None:
     assert not np.array_equal(np.asarray(region_of(tiny_slide, 0, 0, 8, 8, 0)), before)
 
 
+READ_TOGETHER = """
+import multiprocessing, sys
+from concurrent.futures import ThreadPoolExecutor
+from composer_path.records.slide_region import SlideRegion, read_region
+
+def read(_):
+    return read_region(sys.argv[1], SlideRegion("slide", 1, 2, 30, 20)).tobytes()
+
+expected = read(0)
+with ThreadPoolExecutor(4) as pool:
+    by_threads = set(pool.map(read, range(40)))
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    by_processes = set(pool.map(read, range(8)))
+assert by_threads == by_processes == {expected}
+print(expected.hex())
+"""
+
+
 def test_threads_and_forked_processes_read_the_same(tiny_slide: Path) -> None:
-    expected = region_of(tiny_slide, 1, 2, 30, 20, 0).tobytes()
-    with ThreadPoolExecutor(4) as pool:
-        assert {image.tobytes() for image in pool.map(lambda _: region_of(tiny_slide, 1, 2, 30, 20, 0), range(40))} == {
-            expected
-        }
-    ends = (signal.SIGTERM, signal.SIG_DFL)  # how a pool ends its processes, whatever handler this one has
-    with multiprocessing.get_context("fork").Pool(2, signal.signal, ends) as processes:
-        regions = processes.starmap(region_of, [(tiny_slide, 1, 2, 30, 20, 0)] * 8)
-    assert {image.tobytes() for image in regions} == {expected}
+    """In an interpreter of its own: this one has threads of earlier tests, which a fork doesn't survive unharmed."""
+    words = [sys.executable, "-c", READ_TOGETHER, str(tiny_slide)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert bytes.fromhex(done.stdout) == region_of(tiny_slide, 1, 2, 30, 20, 0).tobytes()
 
 
 def test_a_missing_package_says_what_to_install(tiny_slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
