@@ -74,6 +74,26 @@ class BucketFolder(CheckpointFolder):
             raise CheckpointError(f"checkpoint {self}/{name}: can't be read: {failure}")
         return sorted({problem for of_rank, _ in gathered for problem in of_rank})
 
+    def bring(self, name: str) -> Path:
+        """Bring a checkpoint with its manifest to this disk; `name` may be a link, such as `latest`.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+        """
+        name = name if step_of(name) is not None else self.target(name) or name
+        try:
+            manifest = self.manifest(name)
+            problems = self.problems(name, manifest) if manifest is not None else []
+        except DamagedError as error:
+            manifest, problems = None, [str(error)]
+        if problems:
+            raise CheckpointError(f"checkpoint {self}/{name} is damaged: {problems[0]}; take another one")
+        if manifest is None:
+            fix = "name a run, or a checkpoint in it, such as checkpoints/ep0-ba500"
+            raise CheckpointError(f"no checkpoint at '{self}/{name}'; {fix}")
+        (self.path / name / MANIFEST).write_bytes(manifest.to_bytes())
+        return self.path / name
+
     def clear_unfinished(self) -> list[str]:
         """Remove what a kill left, here and in the bucket; returns the names of checkpoints that were being written."""
         super().clear_unfinished()

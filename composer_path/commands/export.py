@@ -25,10 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN",
-        type=Path,
-        help="a run's folder (its newest whole checkpoint), a checkpoint, or with --as an exported folder",
+        type=path_or_address,
+        help="a run's folder, here or in a bucket (its newest whole checkpoint), a checkpoint, or with --as an "
+        "exported folder",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("out", metavar="OUT", type=path_or_address, help="folder to write, on this disk")
     parser.add_argument("--config", type=Path, help="the run's config.yaml (default: the one of the run)")
     add_import(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
@@ -36,8 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="shape", metavar="SHAPE", choices=tuple(SHAPES), help=words)
 
 
+def path_or_address(word: str) -> Path | str:
+    """A path on this disk; an address stays a string."""
+    return word if "://" in word else Path(word)
+
+
 def run(options: argparse.Namespace) -> int:
     """Export."""
+    if isinstance(options.out, str):
+        raise ValueError(f"OUT: must be a folder on this disk, found '{options.out}'; export, then copy it there")
+    if isinstance(options.run, str):
+        from composer_path.run.place import brought_here
+
+        with brought_here(options.run) as checkpoint:
+            return run(argparse.Namespace(**{**vars(options), "run": checkpoint}))
     if options.shape is not None and (options.run / PROCESSOR_CONFIG).is_file():
         return hand_on_folder(options)
     checkpoint, config_path = find_checkpoint(options.run)

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from composer_path.asking.run_table import CONFIG
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.folder import CheckpointFolder
+from composer_path.checkpoints.newest import newest_whole
 from composer_path.storage.atomic import TEMPORARY_SUFFIX
 from composer_path.storage.errors import shown
 from composer_path.storage.lock import LOCK, locked
@@ -52,6 +54,34 @@ def checkpoints_of(save_root: str, run_name: str) -> CheckpointFolder:
     if is_remote(save_root):
         return BucketFolder(f"{save_root.rstrip('/')}/{run_name}/{CHECKPOINTS}", path)
     return CheckpointFolder(path)
+
+
+@contextmanager
+def brought_here(address: str) -> Iterator[Path]:
+    """The checkpoint that an address means, two folders below its run's configuration, while the caller reads it.
+
+    Args:
+        address: Of a run in a bucket, whose newest whole checkpoint is meant, or of one of its checkpoints.
+
+    Raises:
+        ValueError: No checkpoint lies there, or none that is whole.
+    """
+    url = address.rstrip("/")
+    above, _, name = url.rpartition("/")
+    run, _, folder = above.rpartition("/")
+    run, name = (run, name) if folder == CHECKPOINTS else (url, "")
+    with tempfile.TemporaryDirectory() as path:
+        checkpoints = BucketFolder(f"{run}/{CHECKPOINTS}", Path(path, "run", CHECKPOINTS))
+        if not name:
+            found = newest_whole(checkpoints, clear=False)
+            if found is None:
+                fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
+                raise ValueError(f"run '{shown(run)}': found no checkpoint in '{CHECKPOINTS}'; {fix}")
+            name = found.path.name
+        checkpoint = checkpoints.bring(name)
+        with suppress(FileNotFoundError):  # the caller may have another
+            copy_to_disk(Bucket(run), CONFIG, Path(path, "run", CONFIG))
+        yield checkpoint
 
 
 def with_local_weights(settings: Mapping[str, Any]) -> dict[str, Any]:

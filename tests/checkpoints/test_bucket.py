@@ -16,11 +16,13 @@ from tiny_run import Interrupted, Witness, convert_shards, load_tiny_config, run
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.manifest import CheckpointError, Manifest
 from composer_path.checkpoints.newest import newest_whole
+from composer_path.cli import main
 from composer_path.config.files import check_files
 from composer_path.config.reading import plain
 from composer_path.run import place
 from composer_path.storage import places
 from composer_path.storage.places import Folder
+from composer_path.weights.tensor_file import read_tensor_file
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,19 @@ def test_what_goes_loses_its_manifest_first(bucket: Any) -> None:
     assert "manifest.json" in deleted[0] and len(deleted) == 3 and not (there / "ep0-ba2").exists()
 
 
+def test_one_is_brought_with_its_manifest_by_its_name_or_by_a_link(bucket: Any) -> None:
+    folder, _, _ = bucket
+    assert folder.bring("ep0-ba2") == folder.path / "ep0-ba2"
+    here = {path.name for path in folder.bring("latest").iterdir()}
+    assert here == {".metadata", "__0_0.distcp", "manifest.json"}
+    with pytest.raises(CheckpointError, match=r"no checkpoint at 's3://bucket/.*/ep0-ba3'; name a run"):
+        folder.bring("ep0-ba3")
+    folder.forget("ep0-ba4")
+    folder.place.write("ep0-ba4/__0_0.distcp", [b"damaged"])
+    with pytest.raises(CheckpointError, match=r"/ep0-ba4 is damaged: __0_0.distcp"):
+        folder.bring("latest")
+
+
 # --- what fails ------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +211,13 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine_and_leaves_everything_ther
     assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {"ep1-ba3", "latest"}
     assert (run_folder / "model" / "model.safetensors").exists() and list((run_folder / "runs").rglob("events.*"))
     assert not list((tmp_path / "b").rglob("*.distcp"))  # what was brought and sent doesn't stay here
+    expected_tensors = read_tensor_file(run_folder / "model" / "model.safetensors")
+    address = f"s3://bucket/{tmp_path.name}/runs/finetune"
+    for meant in (f"{address}/", f"{address}/checkpoints/latest"):
+        assert main(["export", meant, str(tmp_path / "exported")]) == 0
+        exported = read_tensor_file(tmp_path / "exported" / "model.safetensors")
+        assert exported.keys() == expected_tensors.keys()
+        assert all(torch.equal(exported[name], value) for name, value in expected_tensors.items())
 
 
 def test_the_next_stage_takes_its_projector_from_the_bucket(

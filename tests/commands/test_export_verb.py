@@ -47,3 +47,8 @@ def test_what_is_neither_is_told_both_ways(tmp_path: Path, capsys: pytest.Captur
     assert (
         "give a run's folder or a checkpoint in it, or name its configuration with --config" in capsys.readouterr().err
     )
+
+
+def test_what_is_written_lies_on_this_disk(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run_folder), "s3://bucket/out"]) == 2
+    assert "OUT: must be a folder on this disk, found 's3://bucket/out'" in capsys.readouterr().err
