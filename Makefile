@@ -43,15 +43,17 @@ demo: $(READY)
 	composer-path evaluate $(DEMO)/exported --data test_data/heldout.json --images test_data/imgs > /dev/null
 	composer-path summary $(DEMO)
 
+# Files go to as many processes as there are cores, four at most: each holds 3 GB.
+PYTEST := python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
 test: $(READY)
-	python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
 	.venv/bin/python $(INSTALL) --requirement requirements/slow.txt
-	python -m pytest -m slow
+	python -m pytest -m slow --timeout=3600
 
 test-pinned: .venv-pinned/.ready
-	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" python -m pytest -m "not slow"
+	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" $(PYTEST) -m "not slow"
 
 # Of the pinned stack what CI looks at: parity with the reference, the road, and what is asked of Composer and Streaming.
 PARITY := tests/test_requirements.py tests/test_architecture.py tests/models tests/weights tests/records \
@@ -59,7 +61,7 @@ PARITY := tests/test_requirements.py tests/test_architecture.py tests/models tes
 	tests/checkpoints/test_trained_only.py tests/checkpoints/test_checkpoint_reading.py tests/checkpoints/test_guarded_reader.py \
 	tests/stream/test_streaming_originals.py tests/batches/test_memory_ring.py
 test-pinned-parity: .venv-pinned/.ready
-	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" python -m pytest -m "not slow" $(PARITY)
+	PATH="$(CURDIR)/.venv-pinned/bin:$$PATH" $(PYTEST) -m "not slow" $(PARITY)
 
 # About an hour on two cores; results go to benchmarks/results.
 bench: $(READY)
