@@ -117,24 +117,9 @@ def test_what_is_trained_and_what_is_frozen_is_told_with_numbers_and_dtypes() ->
     )
 
 
-@pytest.mark.slow
-def test_8_bit_moments_learn_nearly_alike(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
-    shards = convert_shards(tmp_path / "shards")
-    start = ["model.projector.weights=null", "trainer.autoresume=false"]
-    eight = [*start, "optimizer=null", "optimizer={name: adamw_8bit, lr: 2.0e-3}"]
-    exact = run(load_tiny_config("finetune", shards, tmp_path / "exact", start))[1].losses
-    undisturbed = run(load_tiny_config("finetune", shards, tmp_path / "undisturbed", eight))[1].losses
-    assert max(abs(undisturbed[step] / exact[step] - 1) for step in exact) < 1e-3  # measured 8e-5
-    assert undisturbed != exact
-
-
 def test_the_keywords_of_8_bit_moments_are_checked_though_their_signature_has_no_types() -> None:
     pytest.importorskip("torchao")
     eight = ["optimizer=null", "optimizer={name: adamw_8bit, lr: 2.0e-3, block_size: 512, betas: [0.8, 0.9]}"]
-    (problem,) = problems_of(REPO_ROOT / "yamls" / "demo" / "finetune.yaml", *eight)
-    assert problem.startswith("trainer.autoresume: found true, and a checkpoint of adamw_8bit can't be read yet")
-    eight.append("trainer.autoresume=false")
     demo = REPO_ROOT / "yamls" / "demo" / "finetune.yaml"
     assert load_config(demo, eight).optimizer.block_size == 512
     (problem,) = problems_of(demo, *eight, "optimizer.block_size=many")
