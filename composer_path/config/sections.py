@@ -283,8 +283,9 @@ def _trainer() -> Section:
         "load_strict_model_weights": "leave it out; weights always fit, or are refused",
         "load_exclude_algorithms": "leave it out; algorithms come from the YAML alone",
         "load_progress_bar": "leave it out",
+        "profiler": "use callbacks.step_profile, which writes a trace into the run's folder",
     }
-    objects = ("algorithm_passes", "console_stream", "load_object_store", "profiler")
+    objects = ("algorithm_passes", "console_stream", "load_object_store")
     return section_of(
         Trainer,
         CheckpointSaver,
