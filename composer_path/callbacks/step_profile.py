@@ -30,7 +30,8 @@ class StepProfile(Callback):
             found = f"found after {after} and steps {steps}"
             raise ValueError(f"callbacks.step_profile: after must be at least 0 and steps at least 1; {found}")
         self.after, self.steps, self.folder = after, steps, run_folder / FOLDER
-        self.seen, self.profiler = 0, None
+        self.seen = 0
+        self.profiler: profile | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Begin with the first step that is watched."""

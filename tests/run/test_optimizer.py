@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,11 @@ def test_part_of_a_model_learns_at_rates_of_its_own_and_goes_on_exactly_after_a_
     undisturbed, seen = run(load_tiny_config("finetune", shards, tmp_path / "undisturbed", parts))
     told = capsys.readouterr().err
     assert "of them trained" in told and "projector.mlp" in told and "warm-up 4ba" in told
+    # What the numbers in metrics stand for is told at the start.
+    groups, lines = undisturbed.state.optimizers[0].param_groups, re.findall(r"^group(\d+): ([\w.]+),", told, re.M)
+    assert [(int(number), name) for number, name in lines] == [(at, one["name"]) for at, one in enumerate(groups)]
+    logged = {key: rates[-1] for key, rates in seen.metrics.items() if key.startswith("lr-")}
+    assert logged == {f"lr-AdamW/group{at}": pytest.approx(one["lr"]) for at, one in enumerate(groups)}
     stopped = Witness(stop_after=2)
     with pytest.raises(Interrupted):
         run(load_tiny_config("finetune", shards, tmp_path / "stopped", parts), stopped)
