@@ -80,7 +80,7 @@ class Projector(nn.Module):
             raise ValueError(f"projector: must give {expected} (images, image tokens, width); {found}")
         if self.marks is None:
             return vectors
-        start, end = self.marks.to(vectors.dtype)[:, None, None].expand(-1, len(vectors), 1, -1)
+        start, end = self.marks.to(vectors.dtype).expand(vectors.shape[0], -1, -1).split(1, dim=1)
         return torch.cat([start, vectors, end], dim=1)
 
     def project(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
