@@ -9,5 +9,6 @@ from composer_path.callbacks.save_weights import SaveWeights
 from composer_path.callbacks.source_report import SourceReport
 from composer_path.callbacks.speed_report import SpeedReport
 from composer_path.callbacks.step_line import StepLine
+from composer_path.callbacks.step_profile import StepProfile
 
-__all__ = ["BatchReport", "SaveWeights", "SourceReport", "SpeedReport", "StepLine"]
+__all__ = ["BatchReport", "SaveWeights", "SourceReport", "SpeedReport", "StepLine", "StepProfile"]

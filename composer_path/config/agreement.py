@@ -17,7 +17,7 @@ from composer_path.models.open_clip_trunk import open_clip_vision_config
 from composer_path.models.pattern import MODULES, learning_modules, module_of, modules_of
 from composer_path.models.rounded_linear import NF4_NEEDS, has_nf4
 from composer_path.run.evaluations import HELD_OUT, OTHERS, loader_sections
-from composer_path.run.optimizer import ADAFACTOR, EIGHT_BIT
+from composer_path.run.optimizer import ADAFACTOR
 from composer_path.run.sharding import check_fsdp1, mesh_degrees
 from composer_path.weights.projector_file import EITHER
 
@@ -137,9 +137,6 @@ def _of_the_trainer(get: Get, given: Mapping[str, Any]) -> Iterator[str]:
     if get("trainer.autoresume") and trainer.get("save_interval", "") is None:
         found = "has nothing to go on from while save_interval is null"
         yield f"trainer.autoresume: {found}; give an interval or remove this"
-    if get("trainer.autoresume") and get("optimizer.name") == EIGHT_BIT:
-        found = f"found true, and a checkpoint of {EIGHT_BIT} can't be read yet"
-        yield f"trainer.autoresume: {found}; take adamw, or set this to false: such a run ends where it stops"
     if get("trainer.parallelism_config.fsdp.version") == 1:
         try:
             check_fsdp1()

@@ -161,8 +161,8 @@ def _with_own(selector: str, kind: Kind, usual: Section, supplied: tuple[str, ..
     """A part of the model that may be of a class of one's own, whose keywords are then `kwargs`."""
     sections = {}
     for name, cls in own_classes(kind).items():
-        common = ("weights", *(("image_size", "tokens", "mean", "std") if kind == "vision_encoders" else ()))
-        keys: dict[str, Node] = {key: usual.keys[key] for key in common}
+        common = ("image_size", "tokens", "mean", "std") if kind == "vision_encoders" else ("image_marks",)
+        keys: dict[str, Node] = {key: usual.keys[key] for key in ("weights", *common)}
         keys["kwargs"] = own_section(cls, supplied, default={})
         sections[name] = Section(keys, usual.default)
     return Choice(selector, sections, usual.default, otherwise=usual) if sections else usual
@@ -283,8 +283,9 @@ def _trainer() -> Section:
         "load_strict_model_weights": "leave it out; weights always fit, or are refused",
         "load_exclude_algorithms": "leave it out; algorithms come from the YAML alone",
         "load_progress_bar": "leave it out",
+        "profiler": "use callbacks.step_profile, which writes a trace into the run's folder",
     }
-    objects = ("algorithm_passes", "console_stream", "load_object_store", "profiler")
+    objects = ("algorithm_passes", "console_stream", "load_object_store")
     return section_of(
         Trainer,
         CheckpointSaver,

@@ -99,6 +99,9 @@ def check_projector(projector: Projector) -> None:
     if not isinstance(projector, PooledMlp) or projector.pooler is not None or projector.config["mlp"]["depth"] != 2:
         found = {key: value for key, value in projector.config.items() if key not in ("in_dim", "out_dim")}
         raise ValueError(f"--as llava-hf: a stock LLaVA can't have the projector {found}; it takes type mlp2x_gelu")
+    if projector.marks is not None:
+        rule = "a stock LLaVA has no marks around images (model.projector.image_marks)"
+        raise ValueError(f"--as llava-hf: {rule}; take --as reference or leave --as out")
 
 
 def image_processor(found: Trained) -> dict[str, Any]:

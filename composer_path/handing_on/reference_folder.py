@@ -14,6 +14,7 @@ import torch
 from composer_path.handing_on.published import publish
 from composer_path.handing_on.stock_config import dtype_word, generation_config
 from composer_path.handing_on.trained_model import whole_weights
+from composer_path.hugging_face.image_token import with_marks
 from composer_path.records.prompts import LLAVA_SYSTEM, LlavaLlama2Template, PlainTemplate
 from composer_path.records.vocabulary import save_tokenizer
 from composer_path.run.export import Trained
@@ -33,7 +34,9 @@ def write_reference(folder: Path, found: Trained, dtype: str | None = None) -> N
     """
     check_sayable(found)
     weights = whole_weights(found, dtype)
-    tokenizer = found.tokenizer
+    tokenizer, mark_id = found.tokenizer, None
+    if found.model.projector.marks is not None:
+        tokenizer, mark_id = with_marks(tokenizer)
     more: dict[str, Any] = {
         "image_aspect_ratio": "pad" if found.images.fit == "pad" else "square",
         "tokenizer_padding_side": "right",
@@ -48,7 +51,7 @@ def write_reference(folder: Path, found: Trained, dtype: str | None = None) -> N
     def write(new: Path) -> None:
         save_tokenizer(tokenizer, new)
         write_json(new / "generation_config.json", generation_config(found.text, tokenizer))
-        save_reference_model(found.model, new, state_dict=weights, more_config=more)
+        save_reference_model(found.model, new, state_dict=weights, more_config=more, mark_id=mark_id)
         plain = {key: value.detach().cpu().contiguous() for key, value in tower.items()}
         write_whole(new / VISION_TOWER_FILE, lambda file: torch.save(plain, file))
 

@@ -24,6 +24,10 @@ else:
 NAMES = (IMAGE_TAG, "<|image_pad|>", "<|image|>", "<image_token>", "<|composer_path_image|>")
 
 
+# LLaVA's words around an image, where a run has vectors (model.projector.image_marks).
+MARKS = ("<im_start>", "<im_end>")
+
+
 @dataclass(frozen=True)
 class ImageToken:
     """A token by its text and number."""
@@ -55,6 +59,21 @@ def with_image_token(tokenizer: Tokenizer) -> tuple[Tokenizer, ImageToken]:
         rule, fix = "must take one more token, which stands for an image", f"free one of {', '.join(NAMES)} in it"
         raise ValueError(f"the tokenizer {rule}; found that it doesn't; {fix}")
     return copy, ImageToken(text, id)
+
+
+def with_marks(tokenizer: Tokenizer) -> tuple[Tokenizer, int]:
+    """A tokenizer that has LLaVA's words around an image, and the first one's id: itself, or a copy with two more.
+
+    Raises:
+        ValueError: The tokenizer has one of them only, has them apart, or takes no new token.
+    """
+    copy = deepcopy(tokenizer)
+    copy.add_tokens(list(MARKS), special_tokens=True)
+    first, second = (copy.get_vocab().get(word) for word in MARKS)
+    if first is None or second != first + 1:
+        rule = f"must take {' and '.join(MARKS)} as two tokens in a row"
+        raise ValueError(f"the tokenizer {rule}; found {first} and {second}; leave model.projector.image_marks out")
+    return copy, first
 
 
 def with_image_row(language_model: Any, weights: Mapping[str, Tensor], token: ImageToken) -> dict[str, Tensor]:

@@ -55,10 +55,9 @@ class FlopCounter:
         self.vision_matrices = 2.0 * all_tokens * _matrix_entries(vision.blocks)
         self.vision_attention = 4.0 * all_tokens**2 * vision.dim * len(vision.blocks)
         self.pooled = _pooler_flops(model, self.vision_tokens)
-        self.image_tokens = model.num_image_tokens()
         projector = model.projector  # one's own: as if each vector met every matrix once
         of_each = projector.mlp if isinstance(projector, PooledMlp) else projector
-        self.mlp = 2.0 * self.image_tokens * _matrix_entries([of_each])
+        self.mlp = 2.0 * projector.num_vectors(self.vision_tokens) * _matrix_entries([of_each])
         blocks = decoder_blocks(model.language_model)
         self.body = 2.0 * _matrix_entries(blocks, _share_of_experts(config))
         heads = config.num_attention_heads

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from composer_path.models.attentional_pooler import POOLERS, PoolerKind, PoolerS
 from composer_path.own_parts.registry import own_classes
 
 REFERENCE_TYPE = re.compile(r"(?P<pooler>attn_pool\+)?(?:(?P<linear>linear)|mlp(?P<depth>[1-9]\d*)x_gelu|identity)")
+
+NUM_MARKS = 2  # one before an image, one behind it
 
 Settings = TypeVar("Settings", "MlpSettings", PoolerSettings)
 
@@ -38,16 +41,31 @@ class Projector(nn.Module):
 
     Attributes:
         config: Keywords of `untrained_projector` that rebuild it, without its weights.
+        marks: What stands before an image's vectors, and behind them; None where nothing does.
     """
 
     config: dict[str, Any]
+    marks: nn.Parameter | None
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.in_dim, self.out_dim = in_dim, out_dim
+        self.register_parameter("marks", None)
+
+    def mark_images(self) -> None:
+        """Put a learned vector before each image's vectors and one behind them; zeros, until they are given values.
+
+        Raises:
+            ValueError: A class of one's own that counts image tokens itself.
+        """
+        if type(self).num_image_tokens is not Projector.num_image_tokens:
+            found = f"found {type(self).__name__}.num_image_tokens; call it num_vectors"
+            raise ValueError(f"projector.image_marks: a class of one's own must not count the marks itself, {found}")
+        self.marks = nn.Parameter(torch.zeros(NUM_MARKS, self.out_dim))
+        self.config = self.config | {"image_marks": True}
 
     def forward(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
-        """1. Check the width. 2. Take the weights' dtype. 3. Project."""
+        """1. Check the width. 2. Take the weights' dtype. 3. Project. 4. Put the marks around each image."""
         if features.shape[-1] != self.in_dim:
             raise ValueError(
                 f"projector: features of width {features.shape[-1]} came in, but it was built for width {self.in_dim} "
@@ -55,19 +73,27 @@ class Projector(nn.Module):
             )
         weight = next(self.parameters(), features)  # the identity has none
         vectors = self.project(features.to(weight.dtype))  # a frozen encoder may be in bf16 beside an fp32 projector
-        expected = (features.shape[0], self.num_image_tokens(features.shape[1]), self.out_dim)
+        counts = self.num_image_tokens if self.marks is None else self.num_vectors
+        expected = (features.shape[0], counts(features.shape[1]), self.out_dim)
         if tuple(vectors.shape) != expected:
-            found = f"found {tuple(vectors.shape)} of {type(self).__name__}; correct project or num_image_tokens"
+            found = f"found {tuple(vectors.shape)} of {type(self).__name__}; correct project or {counts.__name__}"
             raise ValueError(f"projector: must give {expected} (images, image tokens, width); {found}")
-        return vectors
+        if self.marks is None:
+            return vectors
+        start, end = self.marks.to(vectors.dtype).expand(vectors.shape[0], -1, -1).split(1, dim=1)
+        return torch.cat([start, vectors, end], dim=1)
 
     def project(self, features: Float[Tensor, "images tokens dim"]) -> Float[Tensor, "images image_tokens hidden"]:
         """What it makes of the tokens, which have its weights' dtype."""
         raise NotImplementedError
 
-    def num_image_tokens(self, num_tokens: int) -> int:
-        """How many vectors come out for an image for which the vision encoder gives `num_tokens` tokens."""
+    def num_vectors(self, num_tokens: int) -> int:
+        """How many vectors `project` makes of an image for which the vision encoder gives `num_tokens` tokens."""
         return num_tokens
+
+    def num_image_tokens(self, num_tokens: int) -> int:
+        """How many tokens such an image takes in the text: its vectors, and the marks around them."""
+        return self.num_vectors(num_tokens) + (0 if self.marks is None else NUM_MARKS)
 
 
 class PooledMlp(Projector):
@@ -105,7 +131,7 @@ class PooledMlp(Projector):
             features = self.ln(self.pooler(features))
         return self.mlp(features)
 
-    def num_image_tokens(self, num_tokens: int) -> int:
+    def num_vectors(self, num_tokens: int) -> int:
         """As many as there are queries, or tokens."""
         return num_tokens if self.num_queries is None else self.num_queries
 
@@ -118,6 +144,7 @@ def untrained_projector(
     pooler: dict[str, Any] | None = None,
     mlp: dict[str, Any] | None = None,
     kwargs: dict[str, Any] | None = None,
+    image_marks: bool | None = None,
 ) -> Projector:
     """A projector from the YAML's keys, with random weights.
 
@@ -130,10 +157,25 @@ def untrained_projector(
             value shown. Without `type`, leaving `pooler` out means no pooler.
         mlp: `{depth: N}`: 0 identity, 1 one linear layer, 2 (the default) linear, GELU, linear.
         kwargs: Keywords of a class of one's own.
+        image_marks: A learned vector before each image and one behind it, as LLaVA's words `<im_start>` and `<im_end>`.
 
     Raises:
         ValueError: Unknown names, keys that contradict `type`, or sizes that don't fit.
     """
+    projector = _unmarked_projector(in_dim, out_dim, type, pooler, mlp, kwargs)
+    if image_marks:
+        projector.mark_images()
+    return projector
+
+
+def _unmarked_projector(
+    in_dim: int,
+    out_dim: int,
+    type: str | None,
+    pooler: dict[str, Any] | None,
+    mlp: dict[str, Any] | None,
+    kwargs: dict[str, Any] | None,
+) -> Projector:
     if (cls := own_classes("projectors").get(type or "")) is not None:
         own: Projector = cls(in_dim, out_dim, **(kwargs or {}))
         own.config = {"in_dim": in_dim, "out_dim": out_dim, "type": type, "kwargs": kwargs or {}}

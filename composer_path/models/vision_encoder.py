@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composer_path.encoders.table import ENCODERS, LEFT_OUT, encoder_meant
+from composer_path.models.hidden_state import end_at_layer
 from composer_path.models.open_clip_trunk import (
     OpenClipTrunk,
     build_open_clip_trunk,
@@ -126,6 +127,7 @@ def untrained_vision_encoder(
     tokens: Tokens = "all",
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    layer: int | None = None,
     kwargs: dict[str, Any] | None = None,
 ) -> VisionEncoder:
     """A vision encoder by name, with random weights.
@@ -138,6 +140,8 @@ def untrained_vision_encoder(
         tokens: "all", "patches" or "cls_patches".
         mean: Of the images; by default the encoder's, else what timm or open_clip state for the name.
         std: Likewise.
+        layer: Tokens are this hidden state, without the final norm: -1 is the last block's, -2 (LLaVA's of CLIP) the
+            one before it, 1 the first's. The blocks behind it are left out. None for the last one's with its norm.
         kwargs: Further keywords of timm's ViT (`embed_dim`, `depth`, `reg_tokens`, `mlp_layer: SwiGLUPacked`,
             `act_layer: SiLU`, ...; classes by their name), `norm_eps`, or keywords of open_clip's `vision_cfg`
             (`layers`, `width`, ...). Beside a public encoder they win, and what differs from it is logged.
@@ -179,6 +183,8 @@ def untrained_vision_encoder(
             size = vision.get("image_size", 224) if size is None else size
             trunk = build_open_clip_trunk({**vision, **architecture}, quick_gelu, size)
         usual, stated = open_clip_normalization(model), True
+    if layer is not None:
+        end_at_layer(trunk, name, layer)
     if recipe is not None:
         usual, stated = recipe.normalization, True
     size = trunk.patch_embed.img_size[0] if size is None else size
@@ -193,7 +199,8 @@ def untrained_vision_encoder(
             raise ValueError(f"vision_encoder.{key}: must be three numbers (red, green, blue), found {len(known[key])}")
         if recipe is not None and given is not None and known[key] != default:
             log.warning("vision_encoder.%s: %s, where '%s' was made with %s", key, known[key], name, default)
-    encoder = VisionEncoder(trunk, patch_size=patch_size, **known, config={"name": name, **known, "kwargs": kwargs})
+    config = {"name": name, **known, "kwargs": kwargs} | ({} if layer is None else {"layer": layer})
+    encoder = VisionEncoder(trunk, patch_size=patch_size, **known, config=config)
     encoder.normalization_known = stated or (mean is not None and std is not None)
     return encoder
 

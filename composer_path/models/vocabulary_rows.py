@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from composer_path.models.language_types import inputs_scale
+
 
 def tied_names(language_model: PreTrainedModel) -> tuple[str, str] | None:
     """The names of head and embedding where they are one tensor."""
@@ -45,6 +47,13 @@ def add_rows(language_model: PreTrainedModel, rows: int) -> int:
         if isinstance(module, PreTrainedModel) and hasattr(module, "vocab_size"):
             module.vocab_size = rows  # type: ignore[assignment]
     return added
+
+
+def mean_word(language_model: PreTrainedModel, copies: int) -> Tensor:
+    """The mean of all words, so many times, as the decoder gets them; in fp32."""
+    embedding: Any = language_model.get_input_embeddings()
+    scale = float(getattr(embedding, "embed_scale", 1.0)) * inputs_scale(language_model.config)
+    return (embedding.weight.detach().mean(0, dtype=torch.float32) * scale).repeat(copies, 1)
 
 
 def _longer(weight: nn.Parameter, added: int) -> nn.Parameter:

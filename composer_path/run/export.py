@@ -241,8 +241,10 @@ def _all_trained(model: PathMLLM) -> set[str]:
     buffers = {name.partition(".")[0] for name in model.state_dict().keys() - dict(model.named_parameters()).keys()}
     tied = {"language_model"} if model.tied_names() else set()  # whose head is in the state only
     whole = {*map(str, MODULES)} - frozen - (buffers - tied)
-    # A projector's file is checked against the encoder's weights, which must then be there.
-    return whole if "projector" in whole else whole - {"vision_encoder"}
+    # A projector's file is checked against the encoder's weights, which must then be there; marks around images that no
+    # run trained are made of the words.
+    marked = {"language_model"} if model.projector.marks is not None else set()
+    return whole if "projector" in whole else whole - {"vision_encoder"} - marked
 
 
 def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:

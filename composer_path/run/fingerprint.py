@@ -26,7 +26,7 @@ _PLACES = re.compile(
 # What a resumed run must have as it began: random numbers, model, how its data are prepared. The order of samples
 # is compared by the stream, which takes another one where an epoch begins.
 _FIXED = re.compile(
-    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad|layer_wise_lr_decay|groups(\.\d+\.match)?)"
+    r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad|block_size|layer_wise_lr_decay|groups(\.\d+\.match)?)"
     r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|decoder|streams(\..*)?)"
     r"|files\..*"
 )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 class Lion(Optimizer):
     """Steps by the sign of an average of gradient and momentum: half of AdamW's state.
 
-    Rates are 3 to 10 times lower than AdamW's, weight decay as much higher (section 5 of the paper).
+    Rates are 3 to 10 times lower than AdamW's, weight decay as much higher, as its authors advise.
 
     Args:
         params: Parameters or groups of them.

@@ -184,7 +184,7 @@ def optimizer_class(name: str) -> Any:
         fix = REFUSED.get(name, f"there are {', '.join((*known_optimizers(), *own))}")
         raise ValueError(f"optimizer.name: unknown '{name}'; {fix}")
     try:
-        from torchao.optim import AdamW8bit
+        from composer_path.run.adamw_8bit import AdamW8bit
     except ImportError as error:
         fix = "needs the package torchao (pip install composer_path[lowmem])"
         raise ValueError(f"optimizer.name: 'adamw_8bit' {fix}") from error

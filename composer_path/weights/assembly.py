@@ -13,6 +13,8 @@ from composer_path.models.execution import hold_frozen_units
 from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
 from composer_path.models.lora import add_adapters
 from composer_path.models.pattern import MODULES, modules_of
+from composer_path.models.projector import NUM_MARKS
+from composer_path.models.vocabulary_rows import mean_word
 from composer_path.weights.language_folder import build_language_model
 from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import build_projector
@@ -73,6 +75,8 @@ def assemble_model(
         held: dict[str, Any] = {"dtype": dtypes["language_model"], "vocabulary": vocabulary}
         held["empty"] = "language_model" in without
         llm = build_language_model(**language_model, attention=attention, **held)
+    if adapter.marks is not None and projector.get("weights") is None and not without & {"projector", "language_model"}:
+        adapter.marks.data = mean_word(llm, NUM_MARKS)
     cast_parameters(vision, dtypes["vision_encoder"])
     cast_parameters(adapter, dtypes["projector"])
     model = PathMLLM(vision, adapter, llm)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from composer_path.models.projector import PooledMlp, Projector, untrained_projector
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.storage.atomic import write_whole
-from composer_path.weights.projector_names import MARKER, from_reference_projector, to_reference_projector
+from composer_path.weights.projector_names import MARKER, WORDS, from_reference_projector, to_reference_projector
 from composer_path.weights.projector_origin import ProjectorOrigin
 from composer_path.weights.tensor_file import (
     WeightsError,
@@ -117,7 +116,7 @@ def load_projector_weights(path: str | Path, projector: Projector, encoder: Visi
         fix = f"give a {SAFETENSORS} that a run with it wrote"
         raise WeightsError(f"weights: '{file}' doesn't say which projector it is of; {fix}")
     if config is None:
-        tensors = from_reference_projector(_without_prefix(str(file), tensors))
+        tensors = _from_reference(str(file), tensors, projector.marks is not None)
     expected = projector.state_dict()
     parts, wanted = ({key.partition(".")[0] for key in state} for state in (tensors, expected))
     if config is None and "pooler" in parts and "mlp" in wanted - parts:
@@ -156,10 +155,11 @@ def load_pooler_weights(path: str | Path, projector: Projector) -> None:
         WeightsError: The projector has no pooler, or the file is of another one, holds a whole projector, or can't be
             read.
     """
-    expected = {key: value for key, value in projector.state_dict().items() if not key.startswith("mlp.")}
+    beside = ("mlp.", "marks")
+    expected = {key: value for key, value in projector.state_dict().items() if not key.startswith(beside)}
     if not expected:
         raise WeightsError(f"{POOLER_KEY}: this projector has no pooler; leave it out, or give a type with attn_pool")
-    tensors = from_reference_projector(_without_prefix(str(path), read_tensor_file(path)))
+    tensors = _from_reference(str(path), read_tensor_file(path), False)
     if any(key.startswith("mlp.") for key in tensors):
         raise WeightsError(f"{POOLER_KEY}: '{path}' holds an MLP too; give it as model.projector.weights")
     check_tensors(str(path), expected, tensors)
@@ -197,13 +197,21 @@ def find_projector_file(path: str | Path) -> Path:
     raise WeightsError(f"weights: the folder '{path}' holds neither {SAFETENSORS} nor {REFERENCE_BIN}")
 
 
+def _from_reference(source: str, tensors: dict[str, Tensor], marked: bool) -> dict[str, Tensor]:
+    """The tensors of a foreign file under our names; its marks around images where they are wanted."""
+    words = [key for key in tensors if f".{key}".endswith(f".{WORDS}")]  # left by mm_use_im_start_end
+    others = {key: value for key, value in tensors.items() if key not in words}
+    found = _without_prefix(source, others)
+    if words and not marked:
+        fix = f"{words[0]} is left out; model.projector.image_marks: true takes the marks, too"
+        log.warning("%s was trained with mm_use_im_start_end: %s", source, fix)
+    elif words:
+        found[WORDS] = tensors[words[0]]
+    return from_reference_projector(found)
+
+
 def _without_prefix(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a foreign file under the reference's names after `mm_projector.`."""
-    if embeddings := [key for key in tensors if re.search(r"(^|\.)embed_tokens\.weight$", key)]:
-        # Left by mm_use_im_start_end. Our prompts have no such marks, so the rows of the two extra words have no use.
-        left_out = f"{embeddings[0]} is left out, the projector alone is used"
-        log.warning("%s was trained with mm_use_im_start_end: %s", source, left_out)
-        tensors = {key: value for key, value in tensors.items() if key not in embeddings}
     prefixes = {key[: key.index(MARKER) + len(MARKER)] for key in tensors if MARKER in key}
     if len(prefixes) > 1:
         raise WeightsError(f"weights: '{source}' holds several projectors, under {sorted(prefixes)}")

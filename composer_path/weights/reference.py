@@ -13,16 +13,18 @@ from torch import Tensor
 
 from composer_path.models.attention import AttentionBackend
 from composer_path.models.language_model import LLAMA_KEYS, empty_parameters, untrained_language_model
-from composer_path.models.projector import Projector, untrained_projector
+from composer_path.models.projector import NUM_MARKS, Projector, untrained_projector
 from composer_path.models.rope_keys import old_rope_keys
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
+from composer_path.models.vocabulary_rows import with_mean_rows
 from composer_path.weights.folder import write_folder
 from composer_path.weights.model_folder import PathMLLM
-from composer_path.weights.projector_names import MARKER, from_reference_projector, to_reference_projector
+from composer_path.weights.projector_names import MARKER, WORDS, from_reference_projector, to_reference_projector
 from composer_path.weights.tensor_file import WeightsError, read_tensor_folder
 
 VISION_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_PREFIX = "model." + MARKER
+EMBEDDING = "model." + WORDS
 TRUNK = "vision_encoder.trunk."
 VISION_TOWER = "coca_vit-l"
 MODEL_TYPE = "llava"
@@ -59,7 +61,7 @@ def load_reference_model(
     folder = Path(folder)
     config = _read_config(folder)
     tensors = {key: value for key, value in read_tensor_folder(folder).items() if not IGNORED.search(key)}
-    state_dict = from_reference(tensors)
+    state_dict = from_reference(tensors, marked=bool(config.get("mm_use_im_start_end")))
     with empty_parameters():
         language_config = {key: value for key, value in config.items() if key in LLAMA_KEYS and value is not None}
         model = PathMLLM(
@@ -77,6 +79,7 @@ def save_reference_model(
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: str = "5GB",
     more_config: Mapping[str, Any] | None = None,
+    mark_id: int | None = None,
 ) -> None:
     """Write a PathMLLM as a folder in the reference's names; the way back of `load_reference_model`.
 
@@ -86,6 +89,8 @@ def save_reference_model(
         state_dict: The gathered weights where `model` is sharded; its own by default.
         max_shard_size: Of one safetensors file.
         more_config: Further keys of `config.json`, or others in place of these.
+        mark_id: Of the word before an image, where there are marks; the other one's is the next. By default they are
+            added to the words that there are.
 
     Raises:
         WeightsError: A part that the reference has no names for.
@@ -105,11 +110,12 @@ def save_reference_model(
     if unknown:
         raise WeightsError(f"the reference's format has no place for: {', '.join(unknown)}; {OURS}")
     mlp = {0: "identity", 1: "linear"}.get(depth, f"mlp{depth}x_gelu")
-    tensors = to_reference(model.state_dict() if state_dict is None else state_dict)
+    tensors = to_reference(model.state_dict() if state_dict is None else state_dict, mark_id)
     if language_config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     config = json.loads(language_config.to_json_string(use_diff=False))
     config |= old_rope_keys(config.pop("rope_parameters", None) or {})  # the reference runs on transformers 4
+    config["vocab_size"] = len(tensors["model.embed_tokens.weight"])
     config |= {
         "model_type": MODEL_TYPE,
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -120,7 +126,7 @@ def save_reference_model(
         "mm_context_size": projector["in_dim"],
         "mm_vision_select_layer": -1,
         "mm_vision_select_feature": "patch",
-        "mm_use_im_start_end": False,
+        "mm_use_im_start_end": model.projector.marks is not None,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": "pad",
         "tune_mm_mlp_adapter": False,
@@ -131,16 +137,29 @@ def save_reference_model(
     write_folder(Path(folder), config, tensors, max_shard_size)
 
 
-def to_reference(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A PathMLLM's tensors under the reference's names."""
+def to_reference(state_dict: Mapping[str, Tensor], mark_id: int | None = None) -> dict[str, Tensor]:
+    """A PathMLLM's tensors under the reference's names; marks around images become words, the last ones.
+
+    In the head such a word is the mean of the others, as it begins there: nothing learns to say it.
+    """
     tensors = to_reference_projector(_under("projector.", state_dict), PROJECTOR_PREFIX)
+    marks = tensors.pop(EMBEDDING, None)
     tensors |= {VISION_PREFIX + key: tensor for key, tensor in _under(TRUNK, state_dict).items()}
-    return tensors | _under("language_model.", state_dict)
+    tensors |= _under("language_model.", state_dict)
+    if marks is not None:
+        first = len(tensors[EMBEDDING]) if mark_id is None else mark_id
+        for name in (EMBEDDING, "lm_head.weight"):
+            if (rows := tensors.get(name)) is not None:
+                tensors[name] = with_mean_rows(rows[:first], max(0, first - len(rows)) + NUM_MARKS)
+        tensors[EMBEDDING][-NUM_MARKS:] = marks.to(tensors[EMBEDDING].dtype)
+    return tensors
 
 
-def from_reference(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's tensors under a PathMLLM's names."""
+def from_reference(tensors: Mapping[str, Tensor], marked: bool = False) -> dict[str, Tensor]:
+    """The reference's tensors under a PathMLLM's names; where images are `marked`, their marks are its last words."""
     projector = from_reference_projector(_under(PROJECTOR_PREFIX, tensors))
+    if marked and EMBEDDING in tensors:
+        projector["marks"] = tensors[EMBEDDING][-NUM_MARKS:].clone()
     others = {key: tensor for key, tensor in tensors.items() if not key.startswith((PROJECTOR_PREFIX, VISION_PREFIX))}
     return (
         {f"projector.{key}": tensor for key, tensor in projector.items()}
@@ -163,8 +182,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"'{folder}/config.json' must have model_type '{MODEL_TYPE}' and mm_vision_tower '{VISION_TOWER}', found "
             f"'{config.get('model_type')}' and '{config.get('mm_vision_tower')}'"
         )
-    if config.get("mm_use_im_start_end"):
-        raise WeightsError(f"'{folder}' was trained with mm_use_im_start_end: its prompts mark images, ours don't")
     return config
 
 
@@ -199,6 +216,8 @@ def _empty_projector(folder: Path, state_dict: Mapping[str, Tensor], config: Map
         pooler = {"kind": "reference", "num_queries": query.shape[0], "dim": query.shape[1], "num_heads": POOLER_HEADS}
     widths = {"in_dim": state_dict[f"{TRUNK}patch_embed.proj.weight"].shape[0], "out_dim": config["hidden_size"]}
     try:
-        return untrained_projector(**widths, type=config.get("mm_projector_type", "linear"), pooler=pooler)
+        marks = bool(config.get("mm_use_im_start_end"))
+        kind = config.get("mm_projector_type", "linear")
+        return untrained_projector(**widths, type=kind, pooler=pooler, image_marks=marks)
     except ValueError as error:
         raise WeightsError(f"weights: the projector in '{folder}' can't be built. {error}") from error

@@ -144,7 +144,7 @@ def fitted(source: str, found: Found, encoder: VisionEncoder) -> dict[str, Tenso
 
 def gives_hidden_state(encoder: VisionEncoder) -> bool:
     """Whether an encoder is built to end at a hidden state, as LLaVA takes them: what lies behind it is left out."""
-    return encoder.config["kwargs"].get("final_norm") is False
+    return "layer" in encoder.config or encoder.config["kwargs"].get("final_norm") is False
 
 
 def _block(key: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from composer_path.hugging_face.model_config import checked_config, vision_keywords
 from composer_path.storage.json_object import read_json_object
-from composer_path.weights.projector_names import from_reference_projector, from_stock_projector
+from composer_path.weights.projector_names import WORDS, from_reference_projector, from_stock_projector
 from composer_path.weights.stock_tower import check_tower_shapes, tower_keywords
 from composer_path.weights.tensor_file import WeightsError, read_tensor_folder, shapes_of_folder, some
 
@@ -58,6 +58,11 @@ class WholeFolder:
     kind: FolderKind
     config: dict[str, Any]
 
+    @property
+    def marks_images(self) -> bool:
+        """Whether it is a LLaVA whose words `<im_start>` and `<im_end>` stand around images."""
+        return self.kind in ("llava", "reference") and bool(self.config.get("mm_use_im_start_end"))
+
     def part_of(self, name: str) -> tuple[Part, str] | None:
         """Whose a tensor is, and its name less its beginning; None for what is nobody's."""
         for beginning, part in BEGINNINGS[self.kind]:
@@ -89,6 +94,9 @@ class WholeFolder:
         tensors = self.tensors_of("projector")
         if self.kind == "composer_path":
             return tensors
+        if self.marks_images:
+            words = next(name for name in self.names() if name.endswith(f".{WORDS}"))
+            tensors[WORDS] = read_tensor_folder(self.path, words.__eq__)[words]
         return from_stock_projector(tensors) if self.kind == "llava-hf" else from_reference_projector(tensors)
 
 
@@ -165,10 +173,8 @@ def _layer(found: WholeFolder) -> Any:
 def _llava(found: WholeFolder, shapes: dict[str, tuple[int, ...]], tower: str | None) -> dict[str, dict[str, Any]]:
     """LLaVA's own folder, or the reference's, whose vision tower may lie elsewhere."""
     config = found.config
-    if config.get("mm_use_im_start_end"):
-        raise ValueError(f"'{found.path}' was trained with mm_use_im_start_end: its prompts mark images, ours don't")
     kind = config.get("mm_projector_type", "linear")
-    projector: dict[str, Any] = {"type": kind}
+    projector: dict[str, Any] = {"type": kind} | ({"image_marks": True} if found.marks_images else {})
     if (query := shapes.get("model.mm_projector.attn_pool.query")) is not None and len(query) == 2:
         projector["pooler"] = {"kind": "reference", "num_queries": query[0], "dim": query[1], "num_heads": 8}
     inside = {found.part_of(name)[1]: shape for name, shape in shapes.items() if _is_tower(found, name)}  # type: ignore[index]

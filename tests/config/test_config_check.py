@@ -189,7 +189,7 @@ MISTAKES = [
         "trainer.device_train_microbatch_size=4",
         "trainer.device_train_microbatch_size: is not set here; use train_loader.max_tokens_per_microbatch",
     ),
-    ("trainer.profiler={}", "trainer.profiler: is not set here; leave it out; it takes an object"),
+    ("trainer.console_stream={}", "trainer.console_stream: is not set here; leave it out; it takes an object"),
     ("trainer.parallelism_config.fspd={}", "did you mean trainer.parallelism_config.fsdp?"),
     (
         "trainer.parallelism_config.fsdp.version=3",

@@ -9,20 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from handed_models import COCA, IMAGES, POOLED, logits_of, pixels_of, prompt_of, trained
+from handed_models import CLIP, COCA, IMAGES, MLP, POOLED, logits_of, pixels_of, prompt_of, trained
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from composer_path import load_reference_model
 from composer_path.handing_on.language_model_folder import write_language_model
+from composer_path.handing_on.llava_hf import write_llava_hf
 from composer_path.handing_on.onnx_file import FILE, check_graph, plain_embedder, write_onnx
 from composer_path.handing_on.peft_folder import write_peft
 from composer_path.handing_on.projector_folder import write_projector_folder
 from composer_path.handing_on.published import WRITTEN
 from composer_path.handing_on.reference_folder import write_reference
 from composer_path.handing_on.trained_model import whole_weights
+from composer_path.records.vocabulary import load_tokenizer, num_ids
+from composer_path.weights.assembly import assemble_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder
+from composer_path.weights.whole_folder import sections_of
 
 PICTURE = sorted(path.name for path in IMAGES.iterdir())[0]
 LANGUAGES: dict[str, dict[str, Any]] = {
@@ -76,6 +80,30 @@ def test_the_reference_folder_has_what_its_builder_looks_for(tmp_path: Path, lla
     encoder = build_vision_encoder(**COCA, weights=str(tmp_path / "out" / "vision_tower.pt"))
     for key, value in encoder.state_dict().items():
         assert torch.equal(value, found.weights[f"vision_encoder.{key}"]), key
+
+
+def test_marks_around_images_are_words_in_the_reference_folder_and_nowhere_in_a_stock_llava(
+    tmp_path: Path, llama2_tokenizer_path: Path
+) -> None:
+    found = trained(COCA, POOLED | {"image_marks": True}, vocabulary=llama2_tokenizer_path)
+    write_reference(tmp_path / "out", found)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tokenizer = load_tokenizer(tmp_path / "out")
+    first, second = (tokenizer.get_vocab()[word] for word in ("<im_start>", "<im_end>"))
+    assert config["mm_use_im_start_end"] is True and (first, second) == (32000, 32001)
+    assert config["vocab_size"] == num_ids(tokenizer) == 32002
+    model = assemble_model(**_small_tower(tmp_path / "out"), trainable=["projector"])
+    assert torch.equal(model.projector.marks, found.weights["projector.marks"])
+    stock = trained(CLIP, MLP | {"image_marks": True})
+    with pytest.raises(ValueError, match="--as llava-hf: a stock LLaVA has no marks around images"):
+        write_llava_hf(tmp_path / "stock", stock)
+
+
+def _small_tower(folder: Path) -> dict[str, Any]:
+    """The folder's sections; how many heads its ViT has, no file says."""
+    sections = sections_of(folder)
+    sections["vision_encoder"]["kwargs"]["num_heads"] = 2
+    return sections
 
 
 def test_what_the_reference_would_ask_otherwise_is_refused(tmp_path: Path) -> None:

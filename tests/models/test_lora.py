@@ -77,6 +77,21 @@ def test_stock_peft_reads_the_written_folder(tmp_path: Path, kind: str) -> None:
     assert str(REPO_ROOT) not in json.dumps(json.loads((tmp_path / "language_model/adapter_config.json").read_text()))
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_stock_peft_puts_the_adapters_on_a_vision_encoder(tmp_path: Path, kind: str) -> None:
+    model = learn(build({"vision_encoder": LLM | KINDS[kind]}))
+    write_adapters(tmp_path, model, model.state_dict())
+    assert [folder.name for folder in tmp_path.iterdir()] == ["vision_encoder"]
+    plain = build({}).vision_encoder
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = plain(images)
+        stock = peft.PeftModel.from_pretrained(plain, str(tmp_path / "vision_encoder"))
+        ours = model.vision_encoder(images)
+        assert (stock(images) - ours).abs().max() < 1e-5 < 1e-2 < (before - ours).abs().max()
+        assert (stock.merge_and_unload()(images) - ours).abs().max() < 1e-5
+
+
 def test_adapters_alone_learn_in_fp32_beside_weights_in_the_compute_dtype() -> None:
     model = build({"language_model": LLM}, torch.bfloat16)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("projector.")}

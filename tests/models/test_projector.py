@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import open_clip.transformer
 import pytest
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from composer_path.models.attentional_pooler import AttentionalPooler, OpenClipAttentionalPooler
-from composer_path.models.projector import untrained_projector
+from composer_path.models.projector import Projector, untrained_projector
 from composer_path.weights.projector_file import from_reference_projector
 
 SMALL = {"dim": 16, "num_queries": 5, "num_heads": 4}
@@ -152,3 +153,34 @@ def test_features_of_another_width_are_refused_with_both_widths() -> None:
 def test_mistakes_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         untrained_projector(in_dim=24, out_dim=32, **arguments)
+
+
+@pytest.mark.parametrize("pooler", [None, {"dim": 16, "num_queries": 5, "num_heads": 4}])
+def test_marks_stand_around_the_vectors_of_each_image_and_are_counted(pooler: dict[str, Any] | None) -> None:
+    plain = untrained_projector(in_dim=24, out_dim=32, pooler=pooler, mlp={"depth": 1})
+    marked = untrained_projector(in_dim=24, out_dim=32, pooler=pooler, mlp={"depth": 1}, image_marks=True)
+    marked.load_state_dict(
+        plain.state_dict() | {"marks": torch.stack([torch.full((32,), 3.0), torch.full((32,), 4.0)])}
+    )
+    features = torch.randn(2, 9, 24)
+    vectors, expected = marked(features), plain(features)
+    assert torch.equal(vectors[:, 1:-1], expected)
+    assert (vectors[:, 0] == 3).all() and (vectors[:, -1] == 4).all()
+    assert vectors.shape[1] == marked.num_image_tokens(9) == plain.num_image_tokens(9) + 2
+    assert marked.config == plain.config | {"image_marks": True}
+    assert untrained_projector(**marked.config).state_dict().keys() == marked.state_dict().keys()
+
+
+def test_a_class_of_ones_own_that_counts_image_tokens_itself_takes_no_marks() -> None:
+    class Counting(Projector):
+        config: ClassVar[dict[str, Any]] = {}
+
+        def project(self, features: torch.Tensor) -> torch.Tensor:
+            return features[:, :1]
+
+        def num_image_tokens(self, num_tokens: int) -> int:
+            return 1
+
+    assert Counting(8, 8)(torch.zeros(1, 4, 8)).shape == (1, 1, 8)  # as before there were marks
+    with pytest.raises(ValueError, match=r"image_marks: .* found Counting\.num_image_tokens; call it num_vectors"):
+        Counting(8, 8).mark_images()

@@ -107,7 +107,7 @@ def test_standing_memory_is_16_bytes_a_trained_weight_and_2_a_frozen_one_over_al
         spread = plan.standing.weights + plan.standing.gradients + plan.standing.moments
         assert spread == pytest.approx((16 * trained + 2 * frozen) / 8)
     assert first.standing.total < 0.4 * second.standing.total
-    once = ("optimizer.name=adamw_8bit", "trainer.autoresume=false")
+    once = ("optimizer.name=adamw_8bit",)
     eight = planned(repo_root, "finetune", 8, 8e9, *once, "optimizer.betas=[0.9, 0.999]")
     assert eight.standing.moments == pytest.approx(second.standing.moments * 2.1 / 8)
 

@@ -68,6 +68,25 @@ def test_frozen_modules_take_the_compute_dtype_and_trained_ones_are_fp32(trainab
     assert {buffer.dtype for name, buffer in model.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_marks_around_images_begin_as_the_mean_of_all_words_and_are_all_of_them_that_learns(kind: str) -> None:
+    config = {"model_type": kind, **SIZES, "head_dim": 8} | ({"num_key_value_heads": 2} if kind == "gemma" else {})
+    model = build(projector=PROJECTOR | {"image_marks": True}, language_model={"config": config})
+    embedding: Any = model.language_model.get_input_embeddings()
+    assert model.num_image_tokens() == 4 + 2
+    ids = torch.tensor([3, *[-200] * 6, 5, 7])
+    index = (ids < 0).nonzero()[:, 0]
+    vectors = model.embed_tokens(ids, model.embed_images(torch.zeros(1, 3, 32, 32)), index)
+    mean = embedding(torch.arange(96)).mean(0)  # as words come out of it, whatever it multiplies them by
+    assert torch.allclose(vectors[1], mean, atol=1e-6) and torch.allclose(vectors[6], mean, atol=1e-6)
+    vectors.square().sum().backward()
+    assert model.projector.marks.grad.abs().sum() > 0 and embedding.weight.grad is None
+    learning = {name.split(".")[0] for name, one in model.named_parameters() if one.requires_grad}
+    assert learning == {"projector"}
+    without = build(language_model={"config": config})
+    assert differing(model, without) == set()  # of what both have: marks draw no random numbers
+
+
 def test_widths_are_read_from_the_neighbours() -> None:
     model = build()
     assert model.projector(torch.zeros(1, 5, 24)).shape == (1, 4, 32)

@@ -185,7 +185,38 @@ def test_the_word_embeddings_of_mm_use_im_start_end_are_left_out_with_a_warning(
     torch.save(tensors, tmp_path / "mm_projector.bin")
     with caplog.at_level(logging.WARNING):
         assert_same(make(weights=str(tmp_path)), source)
-    assert "mm_use_im_start_end" in caplog.text
+    assert "mm_use_im_start_end" in caplog.text and "model.projector.image_marks: true" in caplog.text
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_marks_around_images_are_read_from_the_last_words_that_mm_use_im_start_end_left(
+    tmp_path: Path, rows: int
+) -> None:
+    """LLaVA writes the whole embedding, and reads either."""
+    words = torch.randn(rows, 32)
+    torch.save(to_reference_projector(make().state_dict()) | {"model.embed_tokens.weight": words}, tmp_path / "p.bin")
+    marked = make(weights=str(tmp_path / "p.bin"), image_marks=True)
+    assert torch.equal(marked.marks, words[-2:])
+
+
+def test_marks_around_images_stand_in_both_files_and_are_missed_where_they_are_not(tmp_path: Path) -> None:
+    marked = make(image_marks=True)
+    marked.marks.data.normal_()
+    save_projector(tmp_path / "projector.safetensors", marked)
+    save_mm_projector(tmp_path / "mm_projector.bin", marked)
+    assert torch.equal(
+        torch.load(tmp_path / "mm_projector.bin", weights_only=True)["model.embed_tokens.weight"], marked.marks
+    )
+    for name in ("projector.safetensors", "mm_projector.bin"):
+        assert_same(make(weights=str(tmp_path / name), image_marks=True), marked)
+    with pytest.raises(WeightsError, match="image_marks: the file has True, the model None"):
+        make(weights=str(tmp_path / "projector.safetensors"))
+    torch.save(to_reference_projector(make().state_dict()), tmp_path / "plain.bin")
+    with pytest.raises(WeightsError, match=r"missing \(1\): marks"):
+        make(weights=str(tmp_path / "plain.bin"), image_marks=True)
+    pooler = {key: value for key, value in make().state_dict().items() if not key.startswith("mlp.")}
+    torch.save(to_reference_projector(pooler), tmp_path / "coca.bin")
+    make(pooler_weights=str(tmp_path / "coca.bin"), image_marks=True)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,34 @@ def test_other_projectors_and_tied_embeddings_make_the_round_trip(
     assert (weights.lm_head.weight is weights.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_marks_around_images_are_the_last_two_words_of_the_references_embedding(tmp_path: Path, tied: bool) -> None:
+    language: dict[str, Any] = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    language |= {"num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": tied}
+    model = PathMLLM(
+        build_vision_encoder("coca_vit-l", image_size=32, kwargs={"embed_dim": 32, "depth": 1, "num_heads": 4}),
+        build_projector(in_dim=32, out_dim=32, type="linear", image_marks=True),
+        build_language_model(config=language),
+    )
+    model.projector.marks.data.normal_()
+    save_reference_model(model, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    words, ours = written["model.embed_tokens.weight"], model.state_dict()
+    assert torch.equal(words[:64], ours["language_model.model.embed_tokens.weight"])
+    assert torch.equal(words[64:], ours["projector.marks"]) and len(words) == 66
+    if not tied:  # nothing learns to say them
+        head = written["lm_head.weight"]
+        assert torch.allclose(head[64:], head[:64].mean(0).expand(2, -1), atol=1e-6)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["mm_use_im_start_end"] is True and config["vocab_size"] == 66
+    again = load_reference_model(tmp_path / "out", image_size=32, num_heads=4)
+    assert torch.equal(again.projector.marks, model.projector.marks) and again.num_embeddings() == 66
+    assert again.num_image_tokens() == model.num_image_tokens() == 4 + 1 + 2
+    save_reference_model(again, tmp_path / "again", mark_id=64)  # where they are words already, they stay those
+    for key, value in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.allclose(value, written[key], atol=1e-6), key
+
+
 def test_pickled_shards_are_read(tmp_path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     keys = sorted(tensors)
     shards = {"pytorch_model-00001-of-00002.bin": keys[::2], "pytorch_model-00002-of-00002.bin": keys[1::2]}
@@ -173,7 +201,6 @@ def test_every_missing_and_left_over_key_and_other_shape_is_listed(
         ({}, {"num_heads": 5}, "num_heads 5 doesn't divide the ViT's width 64"),
         ({"model_type": "llama"}, {}, "found 'llama' and 'coca_vit-l'"),
         ({"mm_vision_tower": "openai/clip-vit-large-patch14"}, {}, "found 'llava' and 'openai/clip"),
-        ({"mm_use_im_start_end": True}, {}, "mm_use_im_start_end"),
         ({"mm_projector_type": "linear"}, {}, "type 'linear' has no pooler"),
         ({"mm_projector_type": "mlp2x"}, {}, "unknown type 'mlp2x'"),
     ],

@@ -76,6 +76,25 @@ def test_llavas_own_folder_is_the_same_model_with_its_tower_inside_or_where_its_
     assert_same_model(start(tmp_path / "old", str(tmp_path / "tower")), stock)
 
 
+def test_llavas_words_around_images_are_marks_here(tmp_path: Path) -> None:
+    """The stock model with those two words in its prompt is what ours is with its marks."""
+    stock = stock_llava(tmp_path / "stock")
+    old_llava(tmp_path / "old", tmp_path / "stock", tmp_path / "tower")
+    config = json.loads((tmp_path / "old" / "config.json").read_text()) | {"mm_use_im_start_end": True}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    model = start(tmp_path / "old")
+    image, (before, behind) = 90, (94, 95)  # the last two words; another one stands for an image
+    stock.config.image_token_id = stock.config.image_token_index = image
+    marked = model.num_image_tokens()
+    assert marked == 16 + 2
+    ids = torch.tensor([1, *[-200] * marked, 5, 6])
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    words = torch.tensor([[1, before, *[image] * 16, behind, 5, 6]])
+    with torch.no_grad():
+        theirs = stock(input_ids=words, pixel_values=pixels).logits[0]
+    assert (ours_of(model, ids, pixels) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 def test_the_references_folder_starts_as_it_is_loaded(golden: Path, tmp_path: Path) -> None:
     sections = sections_of(golden / "model")
     assert sections["vision_encoder"]["name"] == "coca_vit-l" and sections["vision_encoder"]["image_size"] == 64
