@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.answer import Answer, Picture, Prompt
 from composer_path.asking.decoding import Decoding, rows_at_once, write_all
 from composer_path.asking.image_features import ImageFeatures
-from composer_path.asking.messages import conversation_of
 from composer_path.asking.processor_config import read_processor_config
 from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
@@ -20,6 +19,7 @@ from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import conversation_of
 from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion
 from composer_path.records.tokenize import TextPreparation

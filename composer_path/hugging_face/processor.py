@@ -9,13 +9,13 @@ from transformers import BatchEncoding
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from composer_path.asking.messages import conversation_of, read_messages
 from composer_path.hugging_face.image_processor import flat
 from composer_path.hugging_face.pictures import picture_in
 from composer_path.hugging_face.spelling import pieces_of
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.own_parts.registry import check_sources
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import conversation_of, read_messages
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import text_encoder

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_path.algorithms.ema import AVERAGES
 from composer_path.asking.run_table import EVALUATION
+from composer_path.asking.sampling import Sampling
 from composer_path.batches.mixture import asking_template
 from composer_path.checkpoints.gate import read_pickle
 from composer_path.checkpoints.guarded import GuardedReader, load_sharded
@@ -116,7 +117,7 @@ def write_model(
         save_tokenizer(tokenizer, new)
         encoder = model.vision_encoder
         write_processor(new, tokenizer, text, images, token.text, (encoder.mean, encoder.std))
-        write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id))
+        write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id, Sampling.max_new_tokens))
         if not keeps_card:
             (new / CARD).write_text(model_card(model, weights, text, images, token, origin), encoding="utf-8")
         model.save_pretrained(new, state_dict=weights, image_token_id=token.id, metadata=origin.metadata())
