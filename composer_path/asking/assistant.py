@@ -17,6 +17,7 @@ from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
 from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
+from composer_path.images.untrusted import load_untrusted, load_untrusted_file, require_file
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.messages import conversation_of
@@ -89,20 +90,17 @@ class Assistant:
         Raises:
             ValueError: No such file, or it can't be read as a picture.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
+        if region is None:
+            return load_untrusted_file(path, self.images)
+        require_file(path)
         try:
-            if region is None:
-                return self.read_picture(path.read_bytes())
             return self.images.load(Examiner().region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 
     def read_picture(self, data: bytes, examiner: Examiner | None = None) -> Picture:
         """The picture in the bytes of an image file; raises `ImageError` where a conversion would refuse it."""
-        examiner = examiner or Examiner()  # what a conversion would store, and its answer to what it wouldn't
-        return self.images.load(examiner.examine(data, self.images.max_pixels).data)
+        return load_untrusted(data, self.images, examiner)
 
     def answer(
         self,
