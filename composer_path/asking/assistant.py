@@ -18,6 +18,7 @@ from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
 from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
 from composer_path.images.untrusted import load_untrusted, load_untrusted_file, require_file
+from composer_path.models.language_types import longest_conversation, room_behind
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.messages import conversation_of
@@ -196,15 +197,11 @@ class Assistant:
     @property
     def _limit(self) -> int | None:
         """How many tokens a conversation may have: as in training, else as many as the language model can place."""
-        known: int | None = getattr(self.model.language_model.config, "max_position_embeddings", None)
-        return known if self.text.max_seq_len is None else self.text.max_seq_len
+        return longest_conversation(self.model.language_model.config, self.text.max_seq_len)
 
     def _prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
-        ids, limit = self.text.prompt(conversation, self.tokenizer), self._limit
-        room = 2**31 if limit is None else limit - len(ids)
-        if room < 1:
-            raise ValueError(f"the conversation takes {len(ids)} tokens of {limit}; start a new one")
-        return Prompt(ids, tuple(images), room)
+        ids = self.text.prompt(conversation, self.tokenizer)
+        return Prompt(ids, tuple(images), room_behind(len(ids), self._limit))
 
     def _continue(
         self,

@@ -120,7 +120,13 @@ def write_model(
         write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id, Sampling.max_new_tokens))
         if not keeps_card:
             (new / CARD).write_text(model_card(model, weights, text, images, token, origin), encoding="utf-8")
-        model.save_pretrained(new, state_dict=weights, image_token_id=token.id, metadata=origin.metadata())
+        model.save_pretrained(
+            new,
+            state_dict=weights,
+            image_token_id=token.id,
+            max_seq_len=text.max_seq_len,
+            metadata=origin.metadata(),
+        )
 
     replace_files(folder, write, lambda name: is_model_file(name) and not (keeps_card and name == CARD), "config.json")
 

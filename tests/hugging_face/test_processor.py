@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import IMAGES, NUM_IMAGE_TOKENS, tiny_model_folder
+from tiny_model import IMAGES, MAX_SEQ_LEN, NUM_IMAGE_TOKENS, tiny_model_folder
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from composer_path.asking.assistant import Assistant
@@ -134,3 +134,27 @@ def test_the_pipeline_says_what_ask_says(folder: Path, assistant: Assistant, pro
     ask: Any = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
     said = ask(text=asked(str(PICTURES[0])), max_new_tokens=8, return_full_text=False, do_sample=False)
     assert said[0]["generated_text"] == expected
+
+
+def test_an_answer_ends_where_asks_does_and_a_full_conversation_is_refused(
+    folder: Path, assistant: Assistant, processor: Any
+) -> None:
+    """Each row of a batch at its own length, which padding isn't part of."""
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    empty = len(assistant.prompt([Turn("human", "x")]).input_ids)
+    texts = [" ".join(["x"] * (MAX_SEQ_LEN - empty - room)) for room in (5, 9)]
+    rows = [[{"role": "user", "content": text}] for text in texts]
+    inputs = processor.apply_chat_template(rows, tokenize=True, return_dict=True, return_tensors="pt", padding=True)
+    new = model.generate(**inputs, max_new_tokens=40)[:, inputs["input_ids"].shape[1] :]
+    rooms = [assistant.prompt([Turn("human", text)]).room for text in texts]
+    assert rooms[0] < rooms[1] < 12 and new.shape[1] == rooms[1]
+    for row, room, text in zip(new, rooms, texts, strict=True):
+        said = assistant.tokenizer.decode(row[:room], skip_special_tokens=True).strip()
+        assert said == assistant.answer([("human", text)], max_new_tokens=40)
+    full = processor.apply_chat_template(asked(), tokenize=True, return_dict=True, return_tensors="pt")
+    full = {key: value.repeat(1, MAX_SEQ_LEN) for key, value in full.items()}
+    message = rf"the conversation takes {full['input_ids'].shape[1]} tokens of {MAX_SEQ_LEN}; start a new one"
+    with pytest.raises(ValueError, match=message):
+        model.generate(**full, max_new_tokens=1)
+    with pytest.raises(ValueError, match=rf"the conversation takes \d+ tokens of {MAX_SEQ_LEN}; start a new one"):
+        assistant.answer([("human", " ".join(["x"] * MAX_SEQ_LEN))])
