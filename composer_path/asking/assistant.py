@@ -212,9 +212,9 @@ class Assistant:
         **generation: Any,
     ) -> str:
         prompt = self._prompt(conversation, images)
-        new = self.model.generate(
-            prompt.input_ids,
-            torch.stack(list(images)) if images else None,
+        (embeds,) = self.features.embedded([prompt])  # in a chat each question comes with the same pictures
+        new = self.model.continued(
+            embeds,
             max_new_tokens=min(max_new_tokens, prompt.room),
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,
