@@ -12,14 +12,16 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.answer import Answer, Picture, Prompt
 from composer_path.asking.decoding import Decoding, rows_at_once, write_all
 from composer_path.asking.image_features import ImageFeatures
-from composer_path.asking.messages import conversation_of
 from composer_path.asking.processor_config import read_processor_config
 from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
 from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
+from composer_path.images.untrusted import load_untrusted, load_untrusted_file, require_file
+from composer_path.models.language_types import longest_conversation, room_behind
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import conversation_of
 from composer_path.records.rules import ImageError
 from composer_path.records.slide_region import SlideRegion
 from composer_path.records.tokenize import TextPreparation
@@ -89,20 +91,17 @@ class Assistant:
         Raises:
             ValueError: No such file, or it can't be read as a picture.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"image '{path}': {'it is a folder' if path.is_dir() else 'there is no such file'}")
+        if region is None:
+            return load_untrusted_file(path, self.images)
+        require_file(path)
         try:
-            if region is None:
-                return self.read_picture(path.read_bytes())
             return self.images.load(Examiner().region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 
     def read_picture(self, data: bytes, examiner: Examiner | None = None) -> Picture:
         """The picture in the bytes of an image file; raises `ImageError` where a conversion would refuse it."""
-        examiner = examiner or Examiner()  # what a conversion would store, and its answer to what it wouldn't
-        return self.images.load(examiner.examine(data, self.images.max_pixels).data)
+        return load_untrusted(data, self.images, examiner)
 
     def answer(
         self,
@@ -198,15 +197,11 @@ class Assistant:
     @property
     def _limit(self) -> int | None:
         """How many tokens a conversation may have: as in training, else as many as the language model can place."""
-        known: int | None = getattr(self.model.language_model.config, "max_position_embeddings", None)
-        return known if self.text.max_seq_len is None else self.text.max_seq_len
+        return longest_conversation(self.model.language_model.config, self.text.max_seq_len)
 
     def _prompt(self, conversation: Conversation, images: Sequence[Picture]) -> Prompt:
-        ids, limit = self.text.prompt(conversation, self.tokenizer), self._limit
-        room = 2**31 if limit is None else limit - len(ids)
-        if room < 1:
-            raise ValueError(f"the conversation takes {len(ids)} tokens of {limit}; start a new one")
-        return Prompt(ids, tuple(images), room)
+        ids = self.text.prompt(conversation, self.tokenizer)
+        return Prompt(ids, tuple(images), room_behind(len(ids), self._limit))
 
     def _continue(
         self,
@@ -217,9 +212,9 @@ class Assistant:
         **generation: Any,
     ) -> str:
         prompt = self._prompt(conversation, images)
-        new = self.model.generate(
-            prompt.input_ids,
-            torch.stack(list(images)) if images else None,
+        (embeds,) = self.features.embedded([prompt])  # in a chat each question comes with the same pictures
+        new = self.model.continued(
+            embeds,
             max_new_tokens=min(max_new_tokens, prompt.room),
             eos_token_id=self.end_ids(),
             pad_token_id=self.tokenizer.pad_token_id or 0,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG, TEXT, read_settings
 from composer_path.images.pixels import ImagePreparation, pad_color_of
-from composer_path.models.path_mllm import PathMLLM
 from composer_path.own_parts.registry import check_sources
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
+from composer_path.weights.model_folder import PathMLLM
 
 _IMAGES = ("fit", "decoder", "max_pixels")  # what the model itself doesn't know
 FIX = "export the model again"
@@ -29,6 +29,8 @@ def read_processor_config(folder: Path, model: PathMLLM) -> tuple[TextPreparatio
         "pad_color": list(pad_color_of(model.vision_encoder.mean)),
         "num_image_tokens": model.num_image_tokens(),
     }
+    if model.max_seq_len is not None:
+        of_model["max_seq_len"] = model.max_seq_len
     known = {"template", "imports", "image_token", *TEXT, *_IMAGES, *of_model}
     if missing := {"template", *TEXT, "fit", "decoder"} - set(settings):
         raise ValueError(f"'{file}': must hold what an export writes, but it lacks {sorted(missing)}; {FIX}")

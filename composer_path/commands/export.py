@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_import(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the written weights (default: as trained)")
     words = "in another shape: " + "; ".join(f"{name} ({what})" for name, what in SHAPES.items())
+    parser.add_argument(
+        "--self-contained",
+        action="store_true",
+        help="put the model's code into the folder, for those who load it with trust_remote_code and not this package",
+    )
     parser.add_argument("--as", dest="shape", metavar="SHAPE", choices=tuple(SHAPES), help=words)
 
 
@@ -44,6 +49,9 @@ def path_or_address(word: str) -> Path | str:
 
 def run(options: argparse.Namespace) -> int:
     """Export."""
+    if options.shape is not None and options.self_contained:
+        fix = "leave one of the two out"
+        raise ValueError(f"--self-contained: is for this project's own folder, found --as {options.shape}; {fix}")
     if isinstance(options.out, str):
         raise ValueError(f"OUT: must be a folder on this disk, found '{options.out}'; export, then copy it there")
     if isinstance(options.run, str):
@@ -65,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
     if options.shape is None:
         from composer_path.run.export import export_checkpoint
 
-        export_checkpoint(checkpoint, config, options.out, options.dtype)
+        export_checkpoint(checkpoint, config, options.out, options.dtype, options.self_contained)
         print(f"model folder: {options.out}")
         return 0
 

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from composer_path.asking.answer import Picture, Prompt
 from composer_path.asking.assistant import Assistant
-from composer_path.asking.messages import conversation_of, read_messages
 from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.harnesses.pictures import file_of
 from composer_path.records.conversation import Turn
 from composer_path.records.image_tags import IMAGE_TAG, tag_as_text
+from composer_path.records.messages import conversation_of, read_messages
 from composer_path.records.tokenize import IGNORE_INDEX
 from composer_path.weights.model_folder import PathMLLM
 

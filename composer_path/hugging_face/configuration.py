@@ -56,6 +56,7 @@ class ComposerPathConfig(PretrainedConfig):
         projector_config: Keywords of `untrained_projector`.
         image_token_id: Of the token in an image's place.
         num_image_tokens: How many of them an image takes.
+        max_seq_len: Tokens of the longest conversation that was trained, where generation ends.
         imports: What must be imported to have parts of one's own.
         **more: transformers' own.
     """
@@ -70,6 +71,7 @@ class ComposerPathConfig(PretrainedConfig):
         projector_config: dict[str, Any] | None = None,
         image_token_id: int | None = None,
         num_image_tokens: int | None = None,
+        max_seq_len: int | None = None,
         imports: list[str] | None = None,
         **more: Any,
     ) -> None:
@@ -82,7 +84,7 @@ class ComposerPathConfig(PretrainedConfig):
         self.text_config, self.vision_config = text_config, vision_config
         self.projector_config = deepcopy(projector_config or {})
         self.image_token_id, self.num_image_tokens = image_token_id, num_image_tokens
-        self.imports = list(imports or [])
+        self.max_seq_len, self.imports = max_seq_len, list(imports or [])
         for key in ("version", "model_type"):
             more.pop(key, None)
         dtypes = [more.pop("dtype", None), more.pop("torch_dtype", None)]
@@ -116,6 +118,7 @@ class ComposerPathConfig(PretrainedConfig):
             text=text_keys(self.text_config),
             num_image_tokens=self.num_image_tokens,
             image_token_id=self.image_token_id,
+            max_seq_len=self.max_seq_len,
             imports=self.imports,
             dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             transformers_version=__version__,

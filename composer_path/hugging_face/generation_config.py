@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from composer_path.asking.sampling import Sampling
 from composer_path.records.tokenize import TextPreparation
 
 if TYPE_CHECKING:
@@ -17,14 +16,16 @@ else:
 GENERATION_CONFIG = "generation_config.json"
 
 
-def generation_config(tokenizer: Tokenizer, text: TextPreparation, image_token_id: int) -> dict[str, Any]:
+def generation_config(
+    tokenizer: Tokenizer, text: TextPreparation, image_token_id: int, max_new_tokens: int
+) -> dict[str, Any]:
     """The likeliest token at each step, up to the end of an answer; never an image's token."""
     said = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": text.end_ids(tokenizer),
         "pad_token_id": tokenizer.pad_token_id or 0,
         "do_sample": False,
-        "max_new_tokens": Sampling.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "suppress_tokens": [image_token_id],
         "transformers_version": transformers.__version__,
     }

@@ -15,13 +15,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from composer_path.images.file import pixels_of
 from composer_path.images.fitting import fit_square
 from composer_path.images.pixels import IMAGE_MEAN, IMAGE_STD, PAD_COLOR, ImagePreparation, normalize_image
+from composer_path.images.untrusted import load_untrusted, load_untrusted_file
 
 
 class ComposerPathImageProcessor(BaseImageProcessor):
     """Any picture to a square that is normalised for the vision encoder.
 
     A file, as a path or as bytes, and a picture that Pillow has opened and not converted come out bit for bit as in
-    training: upright, 16 bits scaled, what is transparent on white. Arrays are 8-bit RGB.
+    training: upright, 16 bits scaled, what is transparent on white. Arrays are 8-bit RGB. Files are examined as
+    `composer-path ask` does: what a conversion refuses is refused.
 
     Args:
         image_size: Side in pixels.
@@ -88,9 +90,9 @@ class ComposerPathImageProcessor(BaseImageProcessor):
     def _pixels(self, image: Any) -> torch.Tensor:
         preparation = self.preparation
         if isinstance(image, (str, Path)):
-            image = Path(image).read_bytes()
+            return load_untrusted_file(image, preparation)
         if isinstance(image, (bytes, bytearray, memoryview)):
-            return preparation.load(bytes(image))
+            return load_untrusted(bytes(image), preparation)
         if isinstance(image, torch.Tensor):
             image = image.cpu().numpy()
         if isinstance(image, np.ndarray):

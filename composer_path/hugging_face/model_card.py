@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ prompt = processor.apply_chat_template([{{"role": "user", "content": parts}}], a
 inputs = processor(text=prompt, images=["slide.png"], return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs)[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)[0])
 ```
+{carried}"""
+_CARRIED = """
+This folder carries the model's code. Without composer_path, leave out its import and give `trust_remote_code=True` to
+each `from_pretrained`, once you have read that code; it needs {packages}.
 """
 
 
@@ -67,8 +71,19 @@ def model_card(
     images: ImagePreparation,
     token: ImageToken,
     provenance: Provenance,
+    packages: Sequence[str] = (),
 ) -> str:
-    """The card's text. It names no place on a disk, no set of data and no record."""
+    """The card's text. It names no place on a disk, no set of data and no record.
+
+    Args:
+        model: The architecture.
+        weights: As they are written.
+        text: How text was prepared.
+        images: How images were.
+        token: Stands for an image.
+        provenance: Where it comes from.
+        packages: Of a folder that carries its code: what that needs.
+    """
     rows: list[tuple[str, Any]] = []
     if provenance.run is not None:
         rows.append(("Run", provenance.run))
@@ -95,7 +110,9 @@ def model_card(
         ("Made with", f"composer_path {__version__}, torch {version('torch')}, transformers {version('transformers')}"),
     ]
     facts = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows)
-    return _TEXT.format(mark=_MARK, title=_cell(provenance.run or "A model of composer_path"), facts=facts)
+    carried = _CARRIED.format(packages=", ".join(packages)) if packages else ""
+    title = _cell(provenance.run or "A model of composer_path")
+    return _TEXT.format(mark=_MARK, title=title, facts=facts, carried=carried)
 
 
 def is_others_card(path: Path) -> bool:

@@ -20,6 +20,7 @@ _KEYS: dict[str, tuple[tuple[type, ...], bool]] = {
     "num_image_tokens": ((int,), True),
     "tie_word_embeddings": ((bool,), True),
     "architectures": ((list,), False),
+    "max_seq_len": ((int,), False),
     "imports": ((list,), False),
     "auto_map": ((dict,), False),
     "dtype": ((str, type(None)), False),
@@ -38,6 +39,7 @@ def model_config(
     text: Mapping[str, Any],
     num_image_tokens: int | None,
     image_token_id: int | None = None,
+    max_seq_len: int | None = None,
     imports: list[str] | None = None,
     dtype: str | None = None,
     transformers_version: str | None = None,
@@ -50,6 +52,7 @@ def model_config(
         text: The language model's own configuration, as transformers writes it.
         num_image_tokens: Of an image of the encoder's size; None where the model wasn't built yet.
         image_token_id: Of the token that stands where an image's vectors go; None where no tokenizer is at hand.
+        max_seq_len: Tokens of the longest conversation that was trained, where generation ends; None for no such limit.
         imports: What must be imported to have parts of one's own.
         dtype: Of the weights.
         transformers_version: That wrote it.
@@ -65,7 +68,12 @@ def model_config(
         "projector_config": dict(projector),
         "tie_word_embeddings": bool(text.get("tie_word_embeddings")),
     }
-    more = {"imports": imports or None, "dtype": dtype, "transformers_version": transformers_version}
+    more: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "imports": imports or None,
+        "dtype": dtype,
+        "transformers_version": transformers_version,
+    }
     return said | {key: value for key, value in more.items() if value is not None}
 
 
@@ -103,8 +111,9 @@ def checked_config(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
 def _check_values(where: str, content: Mapping[str, Any]) -> None:
     if (id := content["image_token_id"]) is not None and id < 0:
         raise ValueError(f"{where}: image_token_id must be a token's number; found {id}; {_FIX}")
-    if content["num_image_tokens"] < 1:
-        raise ValueError(f"{where}: num_image_tokens must be at least 1; found {content['num_image_tokens']}; {_FIX}")
+    for key in ("num_image_tokens", "max_seq_len"):
+        if content.get(key, 1) < 1:
+            raise ValueError(f"{where}: {key} must be at least 1; found {content[key]}; {_FIX}")
     vision, text = content["vision_config"], content["text_config"]
     if vision.get("model_type") != VISION_TYPE:
         found = f"found {vision.get('model_type')!r:.60}"

@@ -7,13 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from composer_path.hugging_face.configuration import WHERE, ComposerPathConfig
 from composer_path.hugging_face.model_config import vision_keywords
 from composer_path.images.pixels import normalize_image
 from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
-from composer_path.models.language_types import decoder_of, inputs_scale, padded_attention
+from composer_path.models.language_types import (
+    decoder_of,
+    inputs_scale,
+    longest_conversation,
+    padded_attention,
+    room_behind,
+)
 from composer_path.models.projector import untrained_projector
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.models.vision_encoder import untrained_vision_encoder
@@ -205,6 +211,31 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' own; an answer ends where the conversation is as long as those of training were.
+
+        Raises:
+            ValueError: A conversation is as long already.
+        """
+        limit = longest_conversation(self.config.text_config, self.config.max_seq_len)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        prompts = kwargs.get("inputs_embeds") if ids is None else ids
+        if prompts is not None and limit is not None:
+            mask = kwargs.get("attention_mask")
+            lengths = torch.full(prompts.shape[:1], prompts.shape[1]) if mask is None else mask.sum(1).cpu()
+            for length in lengths.tolist():
+                room_behind(length, limit)
+            full = _Full(lengths, 0 if ids is None else ids.shape[1], limit)
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or ()), full])
+        return super().generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> Any:
@@ -241,6 +272,24 @@ class ComposerPathForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if pixel_values is not None and (first or holds):
             inputs["pixel_values"] = pixel_values
         return inputs
+
+
+class _Full(StoppingCriteria):
+    """Ends a row that is as long as the longest that was trained.
+
+    Args:
+        lengths: Tokens of each prompt, without what fills it up.
+        start: How many columns of ids generation begins with.
+        limit: Tokens of the longest.
+    """
+
+    def __init__(self, lengths: Tensor, start: int, limit: int) -> None:
+        self.lengths, self.start, self.limit = lengths, start, limit
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Whether each row is full; several answers to a prompt stand below each other."""
+        lengths = self.lengths.repeat_interleave(len(input_ids) // len(self.lengths))
+        return (lengths + input_ids.shape[1] - self.start >= self.limit).to(input_ids.device)
 
 
 def _in_words(mismatched: str | tuple[str, Any, Any]) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, ClassVar
 
 from transformers import BatchEncoding
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from composer_path.asking.messages import conversation_of, read_messages
 from composer_path.hugging_face.image_processor import flat
 from composer_path.hugging_face.pictures import picture_in
 from composer_path.hugging_face.spelling import pieces_of
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.own_parts.registry import check_sources
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import conversation_of, read_messages
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import text_encoder
@@ -66,7 +67,7 @@ class ComposerPathProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> None:
         self.template, self.image_position, self.max_seq_len = template, image_position, max_seq_len
-        self.image_token, self.num_image_tokens, self.imports = image_token, num_image_tokens, imports
+        self.image_token, self.num_image_tokens, self.imports = image_token, num_image_tokens, list(imports or [])
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(image_token))
         self.image_ids = [self.image_token_id]
         self._prompt_template = get_template(template)
@@ -88,7 +89,8 @@ class ComposerPathProcessor(ProcessorMixin):
 
         Args:
             images: As the image processor takes them; lists for several texts.
-            text: A prompt that the chat template wrote, or several. `<image>` stands for an image.
+            text: A prompt that the chat template wrote, or several. `<image>` stands for an image; it may also stand
+                there as often already as the image takes ids.
             *args: Nothing: no video, no sound.
             **kwargs: `return_tensors`, `padding` (to the longest, on the left), `return_mm_token_type_ids`.
 
@@ -100,8 +102,12 @@ class ComposerPathProcessor(ProcessorMixin):
         pictures = list(flat(images))
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
-            rows = [self.ids_of(one) for one in texts]
-            found = sum(row.count(self.image_token_id) for row in rows) // self.num_image_tokens
+            rows = [self._unexpanded(one) for one in texts]
+            tokens = sum(row.count(self.image_token_id) for row in rows)
+            each = self.num_image_tokens
+            whole = tokens == len(pictures) * each if images is not None else all(map(self._holds_whole_images, rows))
+            rows = rows if whole else [self._expanded(row) for row in rows]
+            found = tokens // each if whole else tokens
             if images is not None and found != len(pictures):
                 raise ValueError(
                     f"processor: the text has {found} times {self.image_token} and there are {len(pictures)} images; "
@@ -109,7 +115,9 @@ class ComposerPathProcessor(ProcessorMixin):
                 )
             result |= self._padded(rows, words)
             if words.get("return_text_replacement_offsets"):
-                result["text_replacement_offsets"] = self.get_text_with_replacements(texts, [self._image] * found)[1]
+                result["text_replacement_offsets"] = self.get_text_with_replacements(
+                    texts, [self.image_token if whole else self._image] * tokens
+                )[1]
         return self._with_pixels(result, pictures, words, isinstance(text, str))
 
     def apply_chat_template(
@@ -194,13 +202,27 @@ class ComposerPathProcessor(ProcessorMixin):
 
     def ids_of(self, text: str) -> list[int]:
         """A prompt's ids; special tokens are those that the chat template wrote, never what a message spells."""
+        return self._expanded(self._unexpanded(text))
+
+    def _expanded(self, row: list[int]) -> list[int]:
+        """A row in which each image token stands for an image, with as many as an image takes."""
+        image, each = self.image_token_id, self.num_image_tokens
+        return [id for one in row for id in ([one] * each if one == image else [one])]
+
+    def _holds_whole_images(self, row: list[int]) -> bool:
+        """Whether image tokens stand in a row as often as images take them, one behind the other."""
+        runs = [len(list(run)) for id, run in groupby(row) if id == self.image_token_id]
+        return all(run % self.num_image_tokens == 0 for run in runs)
+
+    def _unexpanded(self, text: str) -> list[int]:
+        """A prompt's ids with its image tokens as it has them."""
         encoder = text_encoder(self.tokenizer)
         after_special = self._prompt_template.prefix_after_special or encoder.prefix_after_special
         ids: list[int] = []
         prefix = True  # the next text starts a new piece
         for part in encoder.split_special_tokens(text):
             if isinstance(part, int):
-                ids += [part] * (self.num_image_tokens if part == self.image_token_id else 1)
+                ids.append(part)
                 prefix = after_special
                 continue
             for piece in pieces_of(part):

@@ -17,7 +17,7 @@ from composer_path.images.pixels import ImagePreparation
 from composer_path.own_parts.registry import sources_of
 from composer_path.records.chat_template import TemplateError
 from composer_path.records.conversation import Conversation, Turn
-from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.image_tags import IMAGE_TAG, tag_as_text
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import TextEncoder, text_encoder
 from composer_path.weights.folder import write_json
@@ -134,10 +134,9 @@ def probes(special: list[str]) -> Iterator[tuple[Conversation, list[dict[str, An
 def _conversations(
     word: str, answers: list[str], pictures: int, system: str | None
 ) -> Iterator[tuple[Conversation, list[dict[str, Any]], str]]:
-    told = word.replace(IMAGE_TAG, "<\u200bimage>")  # in a record a spelled tag is none only where it is broken up
     images: list[dict[str, Any]] = [{"type": "image"}] * pictures
-    first = "\n".join([IMAGE_TAG] * pictures + ([told] if told or not pictures else []))
-    parts = [*images, *([{"type": "text", "text": told}] if told or not pictures else [])]
+    first = "\n".join([IMAGE_TAG] * pictures + ([tag_as_text(word)] if word or not pictures else []))
+    parts = [*images, *([{"type": "text", "text": word}] if word or not pictures else [])]
     turns = [Turn("human", first)]
     messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
     if system is not None:

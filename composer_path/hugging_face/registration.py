@@ -13,8 +13,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPE = "composer_path"
-CONFIG, MODEL = "ComposerPathConfig", "ComposerPathForConditionalGeneration"
+from composer_path.hugging_face.model_config import ARCHITECTURE, MODEL_TYPE
+
+CONFIG, MODEL = "ComposerPathConfig", ARCHITECTURE
 ROOM = "composer_path.hugging_face"
 PROCESSOR, IMAGE_PROCESSOR = "ComposerPathProcessor", "ComposerPathImageProcessor"
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from composer_path.layouts.row import IMAGE_KEYS, Row, wrong_type
+from composer_path.records.messages import IMAGE_PARTS, TEXT_PARTS
 from composer_path.records.rules import IMAGE_TAG, RecordError
 
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
-TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
 
 
 def llava(row: Row, prompts: Sequence[str]) -> dict[str, Any]:

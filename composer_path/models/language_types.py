@@ -90,6 +90,27 @@ def warn_of_length(config: PretrainedConfig, longest: int) -> None:
         log.warning("max_seq_len=%d is more than the %d positions the language model knows", longest, known)
 
 
+def longest_conversation(config: PretrainedConfig, max_seq_len: int | None) -> int | None:
+    """How many tokens a conversation may have: as in training, else as many as the language model can place."""
+    known: int | None = getattr(config, "max_position_embeddings", None)
+    return known if max_seq_len is None else max_seq_len
+
+
+def room_behind(num_tokens: int, limit: int | None) -> int:
+    """How many tokens may be written behind a conversation's.
+
+    Args:
+        num_tokens: Of the conversation so far.
+        limit: See `longest_conversation`.
+
+    Raises:
+        ValueError: Not even one.
+    """
+    if limit is not None and num_tokens >= limit:
+        raise ValueError(f"the conversation takes {num_tokens} tokens of {limit}; start a new one")
+    return 2**31 if limit is None else limit - num_tokens
+
+
 def padded_attention(config: PretrainedConfig) -> str:
     """The attention of transformers' own that computes this model whole."""
     return "eager" if config.model_type in SCORED else "sdpa"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
 import torch
 from jaxtyping import Float
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.transformer import VisionTransformer
+else:
+    VisionTransformer = Any  # open_clip is needed by its own towers only, in folders that carry this code
 
 
 class OpenClipTrunk(nn.Module):
@@ -52,6 +55,8 @@ class OpenClipTrunk(nn.Module):
 
 def open_clip_vision_config(name: str) -> tuple[dict[str, Any], bool]:
     """The `vision_cfg` of an open_clip model by name, and whether the model uses QuickGELU."""
+    import open_clip
+
     if name not in open_clip.list_models():
         nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3)
         raise ValueError(f"vision_encoder.name: open_clip has no model '{name}'; nearest names: {nearest}")
@@ -69,6 +74,8 @@ def open_clip_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, 
 
     open_clip attaches them to weights, not to models; give `mean` and `std` where they matter and the tags differ.
     """
+    import open_clip
+
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     found = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags if tag.get("mean") and tag.get("std")}
     own = tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)

@@ -190,11 +190,17 @@ class PathMLLM(nn.Module):
         images = torch.empty((0, 3, 1, 1), dtype=torch.uint8) if pixel_values is None else pixel_values
         image_index = (input_ids < 0).nonzero()[:, 0]
         image_embeds = self.embed_images(images.to(device))
-        embeds = self.embed_tokens(input_ids.to(device), image_embeds, image_index.to(device))[None]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=device)
+        return self.continued(
+            self.embed_tokens(input_ids.to(device), image_embeds, image_index.to(device)), **generation
+        )
+
+    @torch.no_grad()
+    def continued(self, embeds: Float[Tensor, "tokens hidden"], **generation: Any) -> Int64[Tensor, " new_tokens"]:
+        """What `generate` gives for a prompt of which all is embedded already, its images too."""
+        mask = torch.ones((1, len(embeds)), dtype=torch.int64, device=embeds.device)
         keywords = {"do_sample": False, "use_cache": True} | generation
         generate: Any = self.language_model.generate
-        return generate(inputs_embeds=embeds, attention_mask=mask, **keywords)[0]
+        return generate(inputs_embeds=embeds[None], attention_mask=mask, **keywords)[0]
 
     def trainable(self, patterns: Sequence[str]) -> PathMLLM:
         """Train what these name (`pattern.py`: modules, or parts of them) and nothing else.

@@ -117,14 +117,19 @@ def num_ids(tokenizer: Tokenizer) -> int:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Save a tokenizer as a Hugging Face folder.
 
-    Its sentencepiece file and LLaMA's `legacy` setting are added, which transformers 5 would leave out.
+    Its sentencepiece file and LLaMA's `legacy` setting are added, which transformers 5 would leave out, and what it has
+    new words for is said in the old ones, which both know.
     """
     tokenizer.save_pretrained(str(folder))
     settings_file = Path(folder, "tokenizer_config.json")
     settings = json.loads(settings_file.read_text(encoding="utf-8"))
     if "legacy" not in settings and getattr(tokenizer, "legacy", None) is not None:
         settings["legacy"] = tokenizer.legacy
-        settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     file = _sentencepiece_file(tokenizer)
     if file is not None and not Path(folder, "tokenizer.model").exists():
         shutil.copyfile(file, Path(folder, "tokenizer.model"))

@@ -15,12 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from composer_path.algorithms.ema import AVERAGES
 from composer_path.asking.run_table import EVALUATION
+from composer_path.asking.sampling import Sampling
 from composer_path.batches.mixture import asking_template
 from composer_path.checkpoints.gate import read_pickle
 from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
+from composer_path.hugging_face.carried_code import add_code, is_carried, packages_needed
 from composer_path.hugging_face.generation_config import GENERATION_CONFIG, generation_config
 from composer_path.hugging_face.image_token import with_image_row, with_image_token
 from composer_path.hugging_face.model_card import CARD, is_others_card, model_card
@@ -95,14 +97,17 @@ def write_model(
     images: ImagePreparation,
     dtype: str | None = None,
     provenance: Provenance | None = None,
+    self_contained: bool = False,
 ) -> None:
     """Write everything that `composer-path ask`, transformers and those who build on it need.
 
     An earlier model in the folder stays until the new one is complete, and takes its evaluation with it. The model and
-    the tokenizer stay as they are: what is written has a token for an image, see `hugging_face/image_token.py`.
+    the tokenizer stay as they are: what is written has a token for an image, see `hugging_face/image_token.py`. Where
+    it is `self_contained`, the folder carries the code for those who don't have this package.
 
     Raises:
-        ValueError: An unknown `dtype`, weights that aren't finite, or another program's model in the folder.
+        ValueError: An unknown `dtype`, weights that aren't finite, another program's model in the folder, or parts of
+            one's own in a model that is to be self-contained.
     """
     weights = dict(weights)
     cast(weights, dtype)
@@ -116,10 +121,20 @@ def write_model(
         save_tokenizer(tokenizer, new)
         encoder = model.vision_encoder
         write_processor(new, tokenizer, text, images, token.text, (encoder.mean, encoder.std))
-        write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id))
+        write_json(new / GENERATION_CONFIG, generation_config(tokenizer, text, token.id, Sampling.max_new_tokens))
         if not keeps_card:
-            (new / CARD).write_text(model_card(model, weights, text, images, token, origin), encoding="utf-8")
-        model.save_pretrained(new, state_dict=weights, image_token_id=token.id, metadata=origin.metadata())
+            needs = packages_needed(encoder.config["name"], new) if self_contained else ()
+            card = model_card(model, weights, text, images, token, origin, needs)
+            (new / CARD).write_text(card, encoding="utf-8")
+        model.save_pretrained(
+            new,
+            state_dict=weights,
+            image_token_id=token.id,
+            max_seq_len=text.max_seq_len,
+            metadata=origin.metadata(),
+        )
+        if self_contained:
+            add_code(new)
 
     replace_files(folder, write, lambda name: is_model_file(name) and not (keeps_card and name == CARD), "config.json")
 
@@ -127,7 +142,8 @@ def write_model(
 def is_model_file(name: str) -> bool:
     """Whether a file of a model folder belongs to its model, by its name."""
     ours = {"config.json", GENERATION_CONFIG, PROCESSOR_CONFIG, CARD, EVALUATION, SAFETENSORS, REFERENCE_BIN}
-    return name in ours | {IMAGE_CONFIG, CHAT_TEMPLATE, *FILES} or name.startswith(("model", "tokenizer"))
+    ours |= {IMAGE_CONFIG, CHAT_TEMPLATE, *FILES}
+    return name in ours or name.startswith(("model", "tokenizer")) or is_carried(name)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -247,10 +263,12 @@ def _all_trained(model: PathMLLM) -> set[str]:
     return whole if "projector" in whole else whole - {"vision_encoder"} - marked
 
 
-def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | None = None) -> PathMLLM:
+def export_checkpoint(
+    checkpoint: Path, config: Any, folder: Path, dtype: str | None = None, self_contained: bool = False
+) -> PathMLLM:
     """Write a model folder from a checkpoint and the configuration of its run; returns the model that it is of, empty.
 
-    Weights are written as `bf16`, `fp32`, or (None) as trained.
+    Weights are written as `bf16`, `fp32`, or (None) as trained. `self_contained` is as `write_model` takes it.
     """
     check_replaceable(folder)
     found = read_trained(checkpoint, config)
@@ -260,7 +278,8 @@ def export_checkpoint(checkpoint: Path, config: Any, folder: Path, dtype: str | 
     projector = part_of(weights, "projector")
     found.weights.clear()  # so that a weight is held once while the next ones are cast
     cast(weights, dtype)
-    write_model(folder, model, weights, found.tokenizer, found.text, found.images, provenance=found.provenance)
+    prepared = found.tokenizer, found.text, found.images
+    write_model(folder, model, weights, *prepared, provenance=found.provenance, self_contained=self_contained)
     write_adapters(folder / ADAPTERS, model, adapters)
     if origin is not None:
         named = {f"projector.{name}": value for name, value in projector.items()}

@@ -16,12 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from composer_path.asking.answer import Answer, Picture
 from composer_path.asking.assistant import Assistant
-from composer_path.asking.messages import Asked
 from composer_path.asking.sampling import Drawn
 from composer_path.images.examiner import Examiner
 from composer_path.images.memory import ImageMemory
 from composer_path.parallel import ProcessKilled
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import Asked
 from composer_path.records.rules import ImageError
 from composer_path.serving.body import BodyReader
 from composer_path.serving.chat_request import ChatRequest, read_chat_request

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.asking.messages import Asked, MessageError, read_messages
 from composer_path.asking.sampling import Sampling
 from composer_path.records.key_names import shown_identifier
+from composer_path.records.messages import Asked, MessageError, read_messages
 from composer_path.records.rules import RecordError
 from composer_path.records.strict_json import decode_json
 from composer_path.serving.refusal import Refusal

@@ -38,12 +38,19 @@ class PathMLLM(path_mllm.PathMLLM):
     """The model as users get it and runs train it: the architecture, and its way to and from a folder."""
 
     image_token_id: int | None = None  # of the folder it was read from
+    max_seq_len: int | None = None  # likewise
 
-    def config(self, image_token_id: int | None = None, weights: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    def config(
+        self,
+        image_token_id: int | None = None,
+        max_seq_len: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Any]:
         """Keywords that rebuild the architecture, as written to `config.json`.
 
         Args:
             image_token_id: Of the token that stands for an image; by default the one that the model was read with.
+            max_seq_len: Tokens of the longest conversation that was trained; likewise.
             weights: The model's, where they are others than its own: of other rows or another dtype.
         """
         vision, projector = self.vision_encoder.config, self.projector.config
@@ -59,6 +66,7 @@ class PathMLLM(path_mllm.PathMLLM):
             text=text,
             num_image_tokens=self.num_image_tokens(),
             image_token_id=self.image_token_id if image_token_id is None else image_token_id,
+            max_seq_len=self.max_seq_len if max_seq_len is None else max_seq_len,
             imports=sources_of(vision_encoders=vision["name"], projectors=projector.get("type")),
             dtype=str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None,
             transformers_version=__version__,
@@ -82,6 +90,7 @@ class PathMLLM(path_mllm.PathMLLM):
         dtype: torch.dtype | None = None,
         max_shard_size: str = "5GB",
         image_token_id: int | None = None,
+        max_seq_len: int | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write a folder of safetensors shards and `config.json` that `from_pretrained` reads; tied weights once.
@@ -92,6 +101,7 @@ class PathMLLM(path_mllm.PathMLLM):
             dtype: Of the written weights; as they are by default.
             max_shard_size: Of one safetensors file.
             image_token_id: Of the token that stands for an image; by default the one that the model was read with.
+            max_seq_len: Tokens of the longest conversation that was trained; likewise.
             metadata: Further texts that stand in each safetensors file.
         """
         tensors = dict(self.state_dict() if state_dict is None else state_dict)
@@ -99,7 +109,7 @@ class PathMLLM(path_mllm.PathMLLM):
             tensors.pop(tied[0], None)
         if dtype is not None:
             tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-        config = self.config(image_token_id, tensors)
+        config = self.config(image_token_id, max_seq_len, tensors)
         write_folder(Path(folder), config, tensors, max_shard_size, metadata)
 
     @classmethod
@@ -133,7 +143,7 @@ class PathMLLM(path_mllm.PathMLLM):
             raise ValueError(
                 f"'{file}': must be as export wrote it; found {type(error).__name__}: {error}; {fix}"
             ) from None
-        model.image_token_id = config["image_token_id"]
+        model.image_token_id, model.max_seq_len = config["image_token_id"], config.get("max_seq_len")
         return model.filled(str(folder), read_tensor_folder(folder), dtype)
 
     def filled(self, source: str, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> PathMLLM:

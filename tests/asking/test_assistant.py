@@ -97,6 +97,7 @@ def test_several_answers_at_once_are_those_of_one_after_the_other(assistant: Ass
         for turns, images, system in asked
     ]
     prompts = [assistant.prompt(turns, images, system=system) for turns, images, system in asked]
+    assistant.features.forget()
     before = assistant.features.num_encoded
     for batch_size in (1, 3, 8):
         assert assistant.answers(prompts, Sampling(12), batch_size=batch_size) == expected
@@ -104,6 +105,20 @@ def test_several_answers_at_once_are_those_of_one_after_the_other(assistant: Ass
     cut = assistant.answers(prompts[:2], [Sampling(12), Sampling(3)])
     assert cut[0] == expected[0] and cut[1] != expected[1] and expected[1].startswith(cut[1])
     assert assistant.answers([]) == []
+
+
+def test_a_chat_encodes_each_picture_once_and_says_what_is_said_to_each_question_alone(assistant: Assistant) -> None:
+    tiles = [assistant.read_image(TILE), assistant.read_image(OTHER_TILE)]
+    assistant.features.forget()
+    before, turns = assistant.features.num_encoded, [("human", QUESTION)]
+    ends = {"eos_token_id": assistant.end_ids(), "pad_token_id": 0, "suppress_tokens": assistant.never_written}
+    for further in ("Sure?", "And now?"):
+        said = assistant.answer(turns, tiles, max_new_tokens=6)
+        prompt = assistant.prompt([Turn(*turn) for turn in turns], tiles)
+        new = assistant.model.generate(prompt.input_ids, torch.stack(tiles), max_new_tokens=6, **ends)
+        assert said == assistant.tokenizer.decode(new, skip_special_tokens=True).strip()
+        turns += [("assistant", said), ("human", further)]
+    assert assistant.features.num_encoded == before + 2
 
 
 def test_a_tokenizers_image_token_is_never_written(assistant: Assistant) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import NUM_IMAGE_TOKENS, REPO_ROOT, tiny_model_folder
+from tiny_model import MAX_SEQ_LEN, NUM_IMAGE_TOKENS, REPO_ROOT, tiny_model_folder
 
 from composer_path import PathMLLM
 from composer_path.asking.processor_config import read_processor_config
@@ -26,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PathMLLM:
 
 @pytest.mark.parametrize("template", ["plain", {"name": "llava_llama_2", "system": "Be brief."}])
 def test_both_preparations_come_back_as_they_were(model: PathMLLM, tmp_path: Path, template: Any) -> None:
-    text = TextPreparation(get_template(template), NUM_IMAGE_TOKENS, 99, "inline")
+    text = TextPreparation(get_template(template), NUM_IMAGE_TOKENS, MAX_SEQ_LEN, "inline")
     color = pad_color_of(model.vision_encoder.mean)
     images = ImagePreparation(32, "crop", "torchvision", color, 1000)
     tokenizer, token = with_image_token(load_tokenizer(REPO_ROOT / "test_data" / "tokenizer"))
@@ -37,7 +37,7 @@ def test_both_preparations_come_back_as_they_were(model: PathMLLM, tmp_path: Pat
 
 
 def test_a_folder_of_an_earlier_version_has_the_usual_limit_of_pixels(model: PathMLLM, tmp_path: Path) -> None:
-    settings = {"template": "plain", "image_position": "front", "max_seq_len": 64, "fit": "pad", "decoder": "pil"}
+    settings = {"template": "plain", "image_position": "front", "max_seq_len": 128, "fit": "pad", "decoder": "pil"}
     (tmp_path / PROCESSOR_CONFIG).write_text(json.dumps(settings))
     assert read_processor_config(tmp_path, model)[1].max_pixels == ImagePreparation.max_pixels
 
@@ -54,7 +54,11 @@ def test_a_folder_of_an_earlier_version_has_the_usual_limit_of_pixels(model: Pat
             r"unknown keys \['a'\]",
         ),
         (
-            '{"template": "plainn", "image_position": "front", "max_seq_len": 64, "fit": "pad", "decoder": "pil"}',
+            '{"template": "plain", "image_position": "front", "max_seq_len": 64, "fit": "pad", "decoder": "pil"}',
+            "max_seq_len must be the model's 128; found 64",
+        ),
+        (
+            '{"template": "plainn", "image_position": "front", "max_seq_len": 128, "fit": "pad", "decoder": "pil"}',
             "did you mean 'plain'",
         ),
     ],

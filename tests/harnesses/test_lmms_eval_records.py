@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from demo_model import HELDOUT, IMAGES
 
-from composer_path.asking.messages import read_messages
 from composer_path.harnesses.lmms_eval_records import main, messages, results
+from composer_path.records.messages import read_messages
 
 
 def test_records_become_two_tasks_whose_messages_are_the_questions(tmp_path: Path) -> None:

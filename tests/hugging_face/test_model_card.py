@@ -9,6 +9,7 @@ import pytest
 from tiny_model import tiny_model_folder
 
 from composer_path import Assistant
+from composer_path.hugging_face.carried_code import packages_needed
 from composer_path.hugging_face.provenance import Provenance
 from composer_path.run.export import write_model
 from composer_path.weights.tensor_file import read_metadata
@@ -20,9 +21,11 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     return Assistant.from_pretrained(folder, device="cpu")
 
 
-def write(folder: Path, found: Assistant, provenance: Provenance | None = None) -> None:
-    weights = found.model.state_dict()
-    write_model(folder, found.model, weights, found.tokenizer, found.text, found.images, provenance=provenance)
+def write(
+    folder: Path, found: Assistant, provenance: Provenance | None = None, *, self_contained: bool = False
+) -> None:
+    weights, more = found.model.state_dict(), {"provenance": provenance, "self_contained": self_contained}
+    write_model(folder, found.model, weights, found.tokenizer, found.text, found.images, **more)  # type: ignore[arg-type]
 
 
 def test_the_card_and_each_file_say_where_the_model_comes_from(assistant: Assistant, tmp_path: Path) -> None:
@@ -35,6 +38,19 @@ def test_the_card_and_each_file_say_where_the_model_comes_from(assistant: Assist
     metadata = read_metadata(tmp_path / "model.safetensors")
     assert (metadata["run"], metadata["step"], metadata["fingerprint"]) == ("liver | 2", "1200", "abc")
     assert metadata["format"] == "pt" and "composer_path" in metadata
+
+
+def test_a_self_contained_folder_says_what_its_code_needs(assistant: Assistant, tmp_path: Path) -> None:
+    """And without the word its successor carries none and says nothing of it."""
+    write(tmp_path, assistant, self_contained=True)
+    words = "`trust_remote_code=True` to\neach `from_pretrained`"
+    card = (tmp_path / "README.md").read_text()
+    assert words in card and "it needs torch, transformers, timm, sentencepiece." in card
+    assert packages_needed("open_clip/ViT-B-32", tmp_path / "none")[-1] == "open_clip_torch"
+    assert list(tmp_path.glob("*.py"))
+    write(tmp_path, assistant)
+    assert words not in (tmp_path / "README.md").read_text() and not list(tmp_path.glob("*.py"))
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
 
 
 def test_answers_end_where_those_of_ask_do_and_hold_no_image(assistant: Assistant, tmp_path: Path) -> None:

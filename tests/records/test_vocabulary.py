@@ -6,10 +6,12 @@ import pickle
 import random
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
 from fresh_imports import slow_libraries
+from tokenizer_fixtures import train_byte_level_tokenizer
 
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer, save_tokenizer, text_encoder
 
@@ -290,3 +292,17 @@ def test_an_encoder_travels_to_another_process(mistral_tokenizer_path, byte_leve
 
 def test_importing_tokenization_leaves_the_slow_libraries_alone():
     assert not {"transformers", "streaming"} & slow_libraries()["composer_path.records.tokenize"]
+
+
+def test_a_saved_tokenizer_is_said_in_words_that_transformers_4_and_5_know(tmp_path: Path) -> None:
+    """AutoTokenizer of 4 fails on a list of `extra_special_tokens` and on the class `TokenizersBackend`."""
+    tokenizer = train_byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+    save_tokenizer(tokenizer, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not isinstance(settings.get("extra_special_tokens"), list)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "plasma cells<mark> here </s>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.get_vocab() == tokenizer.get_vocab()
+    assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from composer_path.asking.messages import MessageError, conversation_of, read_messages
 from composer_path.layouts.conversations import messages as layout_of_messages
 from composer_path.layouts.row import Row
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
+from composer_path.records.messages import MessageError, conversation_of, read_messages
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import load_tokenizer

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.layouts.conversations import IMAGE_PARTS, TEXT_PARTS
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG, tag_as_text
 
+# What parts of a content are called.
+TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_image")
 _ROLES = {"user": "human", "assistant": "assistant"}
 _SYSTEM = ("system", "developer")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
