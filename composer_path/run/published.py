@@ -24,6 +24,8 @@ from composer_path.weights.model_folder import is_model_folder
 WRITTEN = "composer_path.json"  # which files of a folder an export wrote, and in which shape
 _ENTRIES = ("config.json", "adapter_config.json")  # without which nobody reads the others: first to go, last to come
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".onnx")
+# The only files below a folder's own that an export writes: a list that names others isn't ours.
+_NESTED = re.compile(r"(adapters/)?(language_model|vision_encoder)/adapter_(config\.json|model\.safetensors)")
 _PLACE = "choose another place"
 
 
@@ -132,10 +134,8 @@ def written_before(folder: Path, shape: str, unlisted: Callable[[str], bool] = l
 
 
 def _lies_inside(folder: Path, name: str) -> bool:
-    """Whether a listed name is a file of the folder, or of a folder in it that is no link."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or path.as_posix() != name or "\0" in name:
+    """Whether a listed name is a file of the folder, or one of adapters in a folder that is no link."""
+    if (PurePosixPath(name).name != name and not _NESTED.fullmatch(name)) or "\0" in name:
         return False
-    return (folder / name).is_file() and not any(
-        (folder / parent).is_symlink() for parent in path.parents if parent.name
-    )
+    around = [folder / parent for parent in PurePosixPath(name).parents if parent.name]
+    return (folder / name).is_file() and not any(parent.is_symlink() for parent in around)

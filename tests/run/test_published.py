@@ -15,7 +15,8 @@ from composer_path.run import published
 from composer_path.run.published import WRITTEN, publish
 from composer_path.storage.lock import AnotherAtWork, locked
 
-EARLIER = {"config.json": "1", "model-00001-of-00002.safetensors": "1", "README.md": "1", "adapters/a/w.bin": "1"}
+ADAPTER = "adapters/language_model/adapter_model.safetensors"
+EARLIER = {"config.json": "1", "model-00001-of-00002.safetensors": "1", "README.md": "1", ADAPTER: "1"}
 NEW = {"config.json": "2", "model.safetensors": "2", "README.md": "2"}
 
 
@@ -110,8 +111,8 @@ def test_after_a_kill_at_any_step_the_same_export_goes_through_and_nothing_else_
     [
         ("config.json", "config.json"),
         ("README.md", "README.md"),
-        ("adapters", "adapters/a/w.bin"),  # a file where a folder is to be
-        ("adapters/a/w.bin", "adapters/a/w.bin"),
+        ("adapters", ADAPTER),  # a file where a folder is to be
+        (ADAPTER, ADAPTER),
         ("model.safetensors", "model.safetensors"),
     ],
 )
@@ -127,7 +128,7 @@ def test_a_link_to_elsewhere_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapters").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"found adapters/a/w\.bin; choose another place"):
+    with pytest.raises(ValueError, match=f"found {ADAPTER}; choose another place"):
         publish(tmp_path / "out", "peft", writer(EARLIER))
     assert not list((tmp_path / "elsewhere").iterdir())
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
@@ -144,7 +145,7 @@ def test_a_whole_model_and_another_shape_never_take_each_others_place(folder: Pa
     assert content(tmp_path / "model") == NEW
 
 
-@pytest.mark.parametrize("name", ["../precious", "/etc/hostname", "models/../model_notes.txt", "linked/x"])
+@pytest.mark.parametrize("name", ["../precious", "/etc/hostname", "models/x", "models/../model_notes.txt", "linked/x"])
 def test_a_list_that_names_what_lies_elsewhere_is_no_leave_to_remove_it(folder: Path, name: str) -> None:
     (folder / "linked").symlink_to(folder / "models")
     (folder.parent / "precious").write_text("mine")
