@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from composer_path.asking.answer import Answer, Picture, Prompt
 from composer_path.asking.decoding import Decoding, rows_at_once, write_all
 from composer_path.asking.image_features import ImageFeatures
-from composer_path.asking.processor_config import read_processor_config
+from composer_path.asking.processor_config import check_image_token, read_processor_config
 from composer_path.asking.sampling import BATCH_SIZE, Sampling
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
 from composer_path.images.examiner import Examiner
@@ -71,6 +71,7 @@ class Assistant:
         try:
             model = PathMLLM.from_pretrained(folder, dtype=dtype)
             assistant = cls(model, load_tokenizer(folder), *read_processor_config(folder, model))
+            check_image_token(folder, model, assistant.tokenizer)
             assistant.end_ids()  # a tokenizer or template that can't be used says so here
         except (ValueError, OSError, MemoryError):
             raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
 from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG, TEXT, read_settings
 from composer_path.images.pixels import ImagePreparation, pad_color_of
 from composer_path.own_parts.registry import check_sources
@@ -13,6 +15,17 @@ from composer_path.weights.model_folder import PathMLLM
 
 _IMAGES = ("fit", "decoder", "max_pixels")  # what the model itself doesn't know
 FIX = "export the model again"
+
+
+def check_image_token(folder: Path, model: PathMLLM, tokenizer: Tokenizer) -> None:
+    """Refuse a folder whose files name different tokens for an image; ValueError. Earlier versions name none."""
+    word, id = read_settings(folder).get("image_token"), model.image_token_id
+    if word is None or id is None:
+        return
+    known = tokenizer.get_vocab().get(word) if isinstance(word, str) else None
+    if known != id:
+        rule = "one token must stand for an image in config.json, processor_config.json and the tokenizer"
+        raise ValueError(f"'{folder}': {rule}; found {id}, {word!r:.40} and {known} for it; {FIX}")
 
 
 def read_processor_config(folder: Path, model: PathMLLM) -> tuple[TextPreparation, ImagePreparation]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from composer_path.commands.verb import add_import, at_least_1, import_given
 
+LEAST, MOST = 0.001, 1000  # temperatures beyond which logits leave fp32
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its images and the question."""
@@ -29,12 +31,14 @@ def run(options: argparse.Namespace) -> int:
     question = " ".join(options.words).strip()
     if not (question or options.chat or options.image):
         raise ValueError("give a question, or --chat to be asked for one")
-    if not options.temperature >= 0:
-        raise ValueError(f"--temperature: must be 0 or more, found {options.temperature}")
+    if not (options.temperature == 0 or LEAST <= options.temperature <= MOST):
+        raise ValueError(f"--temperature: must be 0, or from {LEAST} to {MOST}, found {options.temperature}")
 
     from transformers import TextStreamer
 
     from composer_path.asking.assistant import Assistant
+    from composer_path.records.conversation import Turn
+    from composer_path.records.messages import conversation_of
 
     import_given(options)
     assistant = Assistant.from_pretrained(options.model)
@@ -49,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     turns: list[tuple[str, str]] = []
     while question := question or (_next_question() if options.chat else ""):
+        if not turns:  # what is said later leaves the pictures where they were
+            question = conversation_of([Turn("human", question)], len(images)).turns[0].text
         turns.append(("human", question))
         turns.append(("assistant", assistant.answer(turns, images, system=options.system, **generation)))
         question = ""

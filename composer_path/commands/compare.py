@@ -1,4 +1,4 @@
-"""Compare two models: which tensors differ, by how much, and if asked their logits."""
+"""Compare two models: which tensors and settings differ, by how much, and if asked their logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composer_path.commands.verb import add_import, import_given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which two, and what to tell."""
-    purpose = "a file of tensors, or a folder: an export of any shape, a LLaVA's, a language model's"
+    purpose = "a file of tensors, or a folder: an export, also as llava-hf, reference or language-model; a LLaVA's"
     parser.add_argument("a", metavar="A", type=Path, help=purpose)
     parser.add_argument("b", metavar="B", type=Path, help="likewise")
     parser.add_argument("--logits", action="store_true", help="ask both about --image, and compare their logits")

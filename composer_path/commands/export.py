@@ -77,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"model folder: {options.out}")
         return 0
 
-    from composer_path.handing_on.published import written_before
     from composer_path.handing_on.shapes import SHAPES as WRITERS
     from composer_path.run.export import read_trained
+    from composer_path.run.published import written_before
 
-    written_before(options.out)  # refused before weights are read
+    written_before(options.out, options.shape)  # refused before weights are read
     WRITERS[options.shape](options.out, read_trained(checkpoint, config), options.dtype)
     print(f"{options.shape}: {options.out}")
     return 0
@@ -92,11 +92,11 @@ def hand_on_folder(options: argparse.Namespace) -> int:
     if options.config is not None:
         raise ValueError(f"--config: is of a run, and '{options.run}' is an exported folder; leave it out")
     import_given(options)
-    from composer_path.handing_on.published import written_before
     from composer_path.handing_on.shapes import SHAPES as WRITERS
     from composer_path.handing_on.trained_model import of_folder
+    from composer_path.run.published import written_before
 
-    written_before(options.out)
+    written_before(options.out, options.shape)
     WRITERS[options.shape](options.out, of_folder(options.run), options.dtype)
     print(f"{options.shape}: {options.out}")
     return 0

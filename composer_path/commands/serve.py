@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         name = (options.name or options.model.resolve().name or "model").encode("utf-8", "replace").decode()
         limits = PictureLimits(options.max_images, options.max_image_bytes)
         app = ChatServer(assistant, engine, name, limits, float(options.timeout)).app()
-        names = (*LOCAL_NAMES, options.host.lower()) if local else None
+        names = tuple(dict.fromkeys((*LOCAL_NAMES, options.host.lower()))) if local else None
         gate = Gate(app, names=names, key=key, origins=origins, open_paths=PATHS)
         listening.listen()
         print(f"serving '{name}' at {address_of(listening)} (a page to ask; clients use /v1); Ctrl-C ends", flush=True)

@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from composer_path.handing_on.other_settings import other_settings
 from composer_path.handing_on.our_names import our_tensors
-from composer_path.weights.tensor_file import WeightsError, files_of_folder, read_tensor_file, shapes_of_file
-from composer_path.weights.whole_folder import whole_folder
+from composer_path.weights.tensor_file import (
+    WeightsError,
+    files_of_folder,
+    read_tensor_file,
+    shapes_of_file,
+    shapes_of_folder,
+)
+from composer_path.weights.whole_folder import WholeFolder, whole_folder
 
 CHUNK = 1 << 22  # elements that are compared at once
 
@@ -53,13 +60,14 @@ class Comparison:
     only_in_a: list[str]
     only_in_b: list[str]
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     tensors: dict[str, Difference] = field(default_factory=dict)
 
     @property
     def equal(self) -> bool:
-        """Whether all tensors are there twice, with the same shapes, dtypes and numbers."""
+        """Whether all tensors are there twice, with the same shapes, dtypes and numbers, and read in the same way."""
         same = all(one.differing == 0 and one.dtypes is None for one in self.tensors.values())
-        return same and not (self.only_in_a or self.only_in_b or self.shapes)
+        return same and not (self.only_in_a or self.only_in_b or self.shapes or self.settings)
 
     def modules(self) -> dict[str, dict[str, Any]]:
         """Sums by module, the first word of a name, and of all."""
@@ -86,6 +94,7 @@ class Comparison:
             "equal": self.equal,
             "only_in_a": self.only_in_a,
             "only_in_b": self.only_in_b,
+            "settings": {name: list(pair) for name, pair in self.settings.items()},
             "shapes": {name: [list(shape) for shape in pair] for name, pair in self.shapes.items()},
             "tensors": {name: asdict(one) for name, one in differing.items()},
             "modules": self.modules(),
@@ -95,32 +104,41 @@ class Comparison:
 def compare(a: str | Path, b: str | Path) -> Comparison:
     """Compare the tensors of two files or folders.
 
-    Folders with whole models of different kinds are compared by our names, all others by those that they have.
+    Folders with whole models of different kinds are compared by our names, all others by those that they have, and
+    these by their `config.json`, too.
 
     Raises:
         ValueError: There are no tensors at one of the places, or they can't be read.
     """
-    sides = _sides(Path(a), Path(b))
-    first, second = sides
+    first, second = _sides(Path(a), Path(b))
     both = [name for name in first if name in second]
     shapes = {name: (first[name].shape, second[name].shape) for name in both if first[name].shape != second[name].shape}
-    found = Comparison(sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys()), shapes)
+    settings = other_settings(Path(a), Path(b)) if _are_of_one_kind(Path(a), Path(b)) else {}
+    found = Comparison(sorted(first.keys() - second.keys()), sorted(second.keys() - first.keys()), shapes, settings)
     for name in both:
         if name not in shapes:
             found.tensors[name] = difference(first[name].read(), second[name].read())
     return found
 
 
+def _whole(path: Path) -> WholeFolder | None:
+    return whole_folder(path) if path.is_dir() else None
+
+
+def _are_of_one_kind(a: Path, b: Path) -> bool:
+    one, other = _whole(a), _whole(b)
+    return (one and one.kind) == (other and other.kind)
+
+
 def _sides(a: Path, b: Path) -> tuple[dict[str, Entry], dict[str, Entry]]:
-    wholes = [whole_folder(path) if path.is_dir() else None for path in (a, b)]
-    kinds = [whole and whole.kind for whole in wholes]
-    if kinds[0] == kinds[1]:
+    if _are_of_one_kind(a, b):
         return _entries(a), _entries(b)
+    wholes = [_whole(path) for path in (a, b)]
     first, second = (
         _entries(path) if whole is None else {name: _loaded(value) for name, value in our_tensors(whole).items()}
         for path, whole in zip((a, b), wholes, strict=True)
     )
-    if None in kinds:  # of a language model's folder beside a whole model
+    if None in wholes:  # of a language model's folder beside a whole model
         first = first if wholes[0] else _as_language_model(first)
         second = second if wholes[1] else _as_language_model(second)
     return first, second
@@ -140,7 +158,10 @@ def _entries(path: Path) -> dict[str, Entry]:
     if not path.exists():
         raise WeightsError(f"weights: no file or folder '{path}'")
     found: dict[str, Entry] = {}
-    for file in files_of_folder(path) if path.is_dir() else [path]:
+    files = files_of_folder(path) if path.is_dir() else [path]
+    if path.is_dir() and files[0].suffix == ".safetensors":
+        shapes_of_folder(path)  # refuses what two shards hold, or the index names and none holds
+    for file in files:
         if file.suffix != ".safetensors":
             found |= {name: _loaded(value) for name, value in read_tensor_file(file).items()}
             continue
@@ -184,6 +205,8 @@ def told(found: Comparison, most: int = 20) -> Iterator[str]:
             yield f"{words} ({len(names)}): {', '.join(names[:most])}{' ...' if len(names) > most else ''}"
     for name, (in_a, in_b) in list(found.shapes.items())[:most]:
         yield f"other shapes: {name}: {list(in_a)} in A, {list(in_b)} in B"
+    for name, (in_a_value, in_b_value) in list(found.settings.items())[:most]:
+        yield f"other settings: {name}: {in_a_value!r:.60} in A, {in_b_value!r:.60} in B"
     dtypes = Counter(one.dtypes for one in found.tensors.values() if one.dtypes is not None)
     for (in_a_word, in_b_word), count in dtypes.items():
         yield f"other dtypes: {count} tensors are {in_a_word} in A, {in_b_word} in B"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from composer_path.handing_on.published import publish
 from composer_path.handing_on.stock_config import dtype_word, generation_config, stock_config
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.records.vocabulary import save_tokenizer
 from composer_path.run.export import Trained, part_of
+from composer_path.run.published import publish
 from composer_path.weights.folder import write_folder, write_json
 
 

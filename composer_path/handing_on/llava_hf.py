@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from composer_path.handing_on.llava_hf_vision import stock_tower
-from composer_path.handing_on.published import publish
 from composer_path.handing_on.stock_chat import stock_chat_template
 from composer_path.handing_on.stock_config import dtype_word, generation_config, stock_config
 from composer_path.handing_on.trained_model import whole_weights
@@ -17,6 +16,7 @@ from composer_path.models.language_types import inputs_scale
 from composer_path.models.projector import PooledMlp, Projector
 from composer_path.records.vocabulary import load_tokenizer, save_tokenizer
 from composer_path.run.export import Trained, part_of
+from composer_path.run.published import publish
 from composer_path.weights.folder import write_folder, write_json
 from composer_path.weights.projector_names import to_stock_projector
 

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from composer_path import __version__
-from composer_path.handing_on.published import publish
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.models.projector import Projector, untrained_projector
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder
 from composer_path.run.export import Trained, part_of
+from composer_path.run.published import publish
 from composer_path.weights.model_folder import PathMLLM
 
 FILE = "vision_projector.onnx"

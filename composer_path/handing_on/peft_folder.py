@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-from composer_path.handing_on.published import publish
 from composer_path.models.lora import peft_config
 from composer_path.models.pattern import MODULES
 from composer_path.run.export import Trained, part_of, write_adapter
+from composer_path.run.published import publish
 
 
 def write_peft(folder: Path, found: Trained, dtype: str | None = None) -> None:
@@ -25,6 +24,9 @@ def write_peft(folder: Path, found: Trained, dtype: str | None = None) -> None:
     names = [name for name in MODULES if peft_config(getattr(found.model, name))]
     if not names:
         raise ValueError("--as peft: needs adapters, found none; the run must have model.lora")
-    for name in names:
-        config, weights = peft_config(getattr(found.model, name)), part_of(found.weights, name)
-        publish(folder / name, "peft", partial(write_adapter, config=config, weights=weights))
+
+    def write(new: Path) -> None:
+        for name in names:
+            write_adapter(new / name, peft_config(getattr(found.model, name)), part_of(found.weights, name))
+
+    publish(folder, "peft", write)

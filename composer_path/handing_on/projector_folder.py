@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from composer_path.handing_on.published import publish
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.run.export import Trained, origin_of_trained, write_projector
+from composer_path.run.published import publish
 
 
 def write_projector_folder(folder: Path, found: Trained, dtype: str | None = None) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from composer_path.handing_on.published import publish
 from composer_path.handing_on.stock_config import dtype_word, generation_config
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.hugging_face.image_token import with_marks
 from composer_path.records.prompts import LLAVA_SYSTEM, LlavaLlama2Template, PlainTemplate
 from composer_path.records.vocabulary import save_tokenizer
 from composer_path.run.export import Trained
+from composer_path.run.published import publish
 from composer_path.storage.atomic import write_whole
 from composer_path.weights.folder import write_json
 from composer_path.weights.reference import TRUNK, save_reference_model

@@ -42,11 +42,6 @@ STAND_INS = {"jaxtyping": f"{ROOM}.shape_words", f"{PACKAGE}.images.examiner": f
 LICENSE = f"LICENSE.{PACKAGE}"
 
 
-def is_carried(name: str) -> bool:
-    """Whether a file of a model folder is carried code or its licence, by its name."""
-    return name == LICENSE or (name.endswith(".py") and PACKAGE in name)
-
-
 def add_code(folder: Path) -> None:
     """Add the code to a model folder that is otherwise complete, and tell transformers of it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG, tag_as_text
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import TextEncoder, text_encoder
+from composer_path.storage.json_object import read_json_object
 from composer_path.weights.folder import write_json
 
 PROCESSOR_CONFIG, IMAGE_CONFIG = "processor_config.json", "preprocessor_config.json"
@@ -175,13 +175,7 @@ _STOCK = {"auto_map", "transformers_version"}
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.is_file():
         fix = "give the folder that composer-path export wrote"
-        raise ValueError(f"no {file.name} in '{file.parent}'; {fix}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{file}' is damaged ({type(error).__name__}); export the model again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"'{file}': must be an object; found {type(content).__name__}; export the model again")
-    return content
+        raise ValueError(f"no {file.name} in '{file.parent}'; {fix}")
+    return read_json_object(file)

@@ -68,6 +68,8 @@ class ImagePreparation:
             if getattr(self, name) not in get_args(words):
                 known = " or ".join(map(repr, get_args(words)))
                 raise ValueError(f"{name} must be {known}, found {getattr(self, name)!r}")
+        if type(self.max_pixels) is not int or self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be a whole number of at least 1, found {self.max_pixels!r}")
 
     @classmethod
     def of_square(cls, square: Square, max_pixels: int) -> ImagePreparation:

@@ -35,6 +35,7 @@ Tokens = Literal["all", "patches", "cls_patches"]
 # Keywords of `timm.create_model` that this file decides, or that would fetch or unpickle files (so would open_clip's
 # that begin with one of FETCHING).
 RESERVED = {"num_classes", "img_size", "global_pool", "checkpoint_path", "cache_dir", "features_only"}
+_MOST_BLOCKS, _MOST = 1000, 10**6  # beyond these no encoder is built in a lifetime
 FETCHING = ("pretrained", "timm_", "hf_")
 
 
@@ -230,9 +231,14 @@ def check_vision_name(name: str) -> None:
 
 
 def check_vision_keywords(kwargs: Mapping[str, Any]) -> None:
-    """Refuse keywords that have a key of their own, or would fetch or unpickle a file; ValueError."""
+    """Refuse keywords that have a key of their own, would fetch or unpickle a file, or never be built; ValueError."""
     refused = sorted(key for key in map(str, kwargs) if key in RESERVED or key.startswith(FETCHING))
     if refused:
         raise ValueError(
             f"{refused} can't be given here; sizes and weights have their own keys, and nothing is fetched"
         )
+    for key, value in kwargs.items():
+        most = _MOST_BLOCKS if key in ("depth", "layers") else _MOST
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ValueError(f"{key} must be at most {most:,}, found {number!r:.40}; correct it")

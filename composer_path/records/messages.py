@@ -20,6 +20,7 @@ TEXT_PARTS, IMAGE_PARTS = ("text", "input_text"), ("image", "image_url", "input_
 _ROLES = {"user": "human", "assistant": "assistant"}
 _SYSTEM = ("system", "developer")
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 class MessageError(ValueError):
@@ -85,9 +86,15 @@ def read_messages(messages: Any) -> Asked:
 
 
 def conversation_of(turns: Sequence[Turn], num_images: int, system: str | None = None) -> Conversation:
-    """A conversation about images; where no turn has a tag, they stand before the first question."""
+    """A conversation about images; where no question has a tag, they stand before the first.
+
+    Raises:
+        MessageError: A text that no tokenizer can read.
+    """
     told = list(turns)
-    if num_images and not any(IMAGE_TAG in turn.text for turn in told):
+    if any(_LONE.search(text) for text in (system or "", *(turn.text for turn in told))):
+        raise MessageError("the conversation", "must be text that UTF-8 can hold", "another character", "take it out")
+    if num_images and not any(IMAGE_TAG in turn.text for turn in told if turn.role == "human"):
         told[0] = Turn(told[0].role, f"{IMAGE_TAG}\n" * num_images + told[0].text)
     return Conversation(turns=tuple(told), images=("",) * num_images, system=system)
 

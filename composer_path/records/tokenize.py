@@ -67,8 +67,8 @@ class TextPreparation:
 
     def __post_init__(self) -> None:
         _position(self.image_position)
-        if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise ValueError(f"max_seq_len: must be at least 1, found {self.max_seq_len}")
+        if self.max_seq_len is not None and (type(self.max_seq_len) is not int or self.max_seq_len < 1):
+            raise ValueError(f"max_seq_len: must be at least 1, and whole, found {self.max_seq_len!r}")
 
     def tokenize(self, conversation: Conversation, tokenizer: Tokenizer | TextEncoder) -> TokenizedConversation:
         """Turn a conversation that ends with an answer into input ids and labels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from composer_path.checkpoints.guarded import GuardedReader, load_sharded
 from composer_path.checkpoints.newest import named
 from composer_path.checkpoints.trained_only import frozen_names
 from composer_path.config.reading import plain
-from composer_path.hugging_face.carried_code import add_code, is_carried, packages_needed
+from composer_path.hugging_face.carried_code import add_code, packages_needed
 from composer_path.hugging_face.generation_config import GENERATION_CONFIG, generation_config
 from composer_path.hugging_face.image_token import with_image_row, with_image_token
 from composer_path.hugging_face.model_card import CARD, is_others_card, model_card
+from composer_path.hugging_face.model_config import MODEL_TYPE
 from composer_path.hugging_face.processor_folder import CHAT_TEMPLATE, IMAGE_CONFIG, PROCESSOR_CONFIG, write_processor
 from composer_path.hugging_face.provenance import Provenance, hash_of
 from composer_path.images.pixels import ImagePreparation
@@ -37,10 +38,10 @@ from composer_path.records.vocabulary import FILES, load_tokenizer, num_ids, sav
 from composer_path.run.place import with_local_weights
 from composer_path.run.precision import held_as, settle_precision
 from composer_path.run.preparation import images_of, text_of
-from composer_path.storage.atomic import replace_files
+from composer_path.run.published import publish, written_before
 from composer_path.weights.assembly import assemble_model
-from composer_path.weights.folder import write_json
-from composer_path.weights.model_folder import PathMLLM, is_model_folder
+from composer_path.weights.folder import is_weights_file, write_json
+from composer_path.weights.model_folder import PathMLLM
 from composer_path.weights.projector_file import REFERENCE_BIN, SAFETENSORS, save_mm_projector, save_projector
 from composer_path.weights.projector_origin import ProjectorOrigin, origin_of
 from composer_path.weights.tensor_file import check_tensors, write_tensors
@@ -97,21 +98,22 @@ def write_model(
     images: ImagePreparation,
     dtype: str | None = None,
     provenance: Provenance | None = None,
+    beside: Callable[[Path], None] | None = None,
     self_contained: bool = False,
 ) -> None:
     """Write everything that `composer-path ask`, transformers and those who build on it need.
 
     An earlier model in the folder stays until the new one is complete, and takes its evaluation with it. The model and
-    the tokenizer stay as they are: what is written has a token for an image, see `hugging_face/image_token.py`. Where
-    it is `self_contained`, the folder carries the code for those who don't have this package.
+    the tokenizer stay as they are: what is written has a token for an image, see `hugging_face/image_token.py`.
+    `beside` writes more files into the same folder, which come and go with the model. Where it is `self_contained`, the
+    folder carries the code for those who don't have this package.
 
     Raises:
-        ValueError: An unknown `dtype`, weights that aren't finite, another program's model in the folder, or parts of
-            one's own in a model that is to be self-contained.
+        ValueError: An unknown `dtype`, weights that aren't finite, files in the folder that no export wrote, or parts
+            of one's own in a model that is to be self-contained.
     """
     weights = dict(weights)
     cast(weights, dtype)
-    check_replaceable(folder)
     tokenizer, token = with_image_token(tokenizer)
     weights = with_image_row(model.language_model, merged(model, weights), token)
     origin = provenance or Provenance()
@@ -126,6 +128,8 @@ def write_model(
             needs = packages_needed(encoder.config["name"], new) if self_contained else ()
             card = model_card(model, weights, text, images, token, origin, needs)
             (new / CARD).write_text(card, encoding="utf-8")
+        if beside is not None:
+            beside(new)
         model.save_pretrained(
             new,
             state_dict=weights,
@@ -136,27 +140,13 @@ def write_model(
         if self_contained:
             add_code(new)
 
-    replace_files(folder, write, lambda name: is_model_file(name) and not (keeps_card and name == CARD), "config.json")
+    publish(folder, MODEL_TYPE, write, unlisted=is_model_file, keep=[CARD] if keeps_card else [])
 
 
 def is_model_file(name: str) -> bool:
     """Whether a file of a model folder belongs to its model, by its name."""
-    ours = {"config.json", GENERATION_CONFIG, PROCESSOR_CONFIG, CARD, EVALUATION, SAFETENSORS, REFERENCE_BIN}
-    ours |= {IMAGE_CONFIG, CHAT_TEMPLATE, *FILES}
-    return name in ours or name.startswith(("model", "tokenizer")) or is_carried(name)
-
-
-def check_replaceable(folder: Path) -> None:
-    """Refuse to write a model over weights that this project didn't write; ValueError."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f"'{folder}': must be a folder, or not be there; found a file; choose another place")
-    weights = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt"))
-    if weights and not is_model_folder(folder):
-        raise ValueError(
-            f"'{folder}': must be empty or hold an earlier export, found {weights[0]}; choose another place"
-        )
+    ours = {"config.json", GENERATION_CONFIG, PROCESSOR_CONFIG, CARD, SAFETENSORS, REFERENCE_BIN}
+    return name in ours | {IMAGE_CONFIG, CHAT_TEMPLATE, *FILES} or is_weights_file(name)
 
 
 def read_checkpoint(checkpoint: Path, names: set[str]) -> dict[str, Tensor]:
@@ -270,7 +260,7 @@ def export_checkpoint(
 
     Weights are written as `bf16`, `fp32`, or (None) as trained. `self_contained` is as `write_model` takes it.
     """
-    check_replaceable(folder)
+    written_before(folder, MODEL_TYPE)  # refused before weights are read
     found = read_trained(checkpoint, config)
     model, weights = found.model, merged(found.model, found.weights)
     adapters = {name: value for name, value in found.weights.items() if is_adapter(name)}
@@ -278,12 +268,23 @@ def export_checkpoint(
     projector = part_of(weights, "projector")
     found.weights.clear()  # so that a weight is held once while the next ones are cast
     cast(weights, dtype)
+
+    def write_parts(new: Path) -> None:
+        write_adapters(new / ADAPTERS, model, adapters)
+        if origin is not None:
+            named = {f"projector.{name}": value for name, value in projector.items()}
+            write_projector(new, model, named, origin, alone=False)
+
     prepared = found.tokenizer, found.text, found.images
-    write_model(folder, model, weights, *prepared, provenance=found.provenance, self_contained=self_contained)
-    write_adapters(folder / ADAPTERS, model, adapters)
-    if origin is not None:
-        named = {f"projector.{name}": value for name, value in projector.items()}
-        write_projector(folder, model, named, origin, alone=False)
+    write_model(
+        folder,
+        model,
+        weights,
+        *prepared,
+        provenance=found.provenance,
+        beside=write_parts,
+        self_contained=self_contained,
+    )
     return model
 
 

@@ -23,12 +23,13 @@ from composer_path.shards.lengths import short_hash
 _PLACES = re.compile(
     r"save_root|imports|variables\..*|loggers\..*|(.*\.)?(local|remote|path|weights|pooler_weights|lengths|log_dir|load_path|streams\.[^.]+\.(local|remote))"
 )
-# What a resumed run must have as it began: random numbers, model, how its data are prepared. The order of samples
+# What a resumed run must have as it began: random numbers, model (also how its frozen weights are rounded, beside which
+# the others learned), how its data are prepared. The order of samples
 # is compared by the stream, which takes another one where an epoch begins.
 _FIXED = re.compile(
     r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad|block_size|layer_wise_lr_decay|groups(\.\d+\.match)?)"
     r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|decoder|streams(\..*)?)"
-    r"|files\..*"
+    r"|execution\.frozen_weights|files\..*"
 )
 _FREE = re.compile(r"model\.attention|train_loader\.dataset\.streams\.[^.]+\.(download_\w+|validate_hash|keep_zip)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -37,30 +36,6 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
         raise
     if durable:
         sync_path(path.parent)
-
-
-def replace_files(folder: Path, write: Callable[[Path], object], is_own: Callable[[str], bool], last: str) -> None:
-    """Replace a folder's files by new ones, which are complete before the first of the earlier ones goes.
-
-    `write` gets an empty folder. Of the earlier files those go that are `is_own`; the rest is somebody else's. `last`
-    is the one without which nobody reads the others: it goes first, and comes last.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    new = (
-        folder / f".{os.getpid()}{TEMPORARY_SUFFIX}"
-    )  # inside, as the folder may be a mount, a link or somebody's place
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir()
-        write(new)
-        (folder / last).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if is_own(path.name):
-                path.unlink()
-        for path in sorted(new.iterdir(), key=lambda path: path.name == last):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def sync_path(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ def write_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        old.unlink(missing_ok=True)
+    for old in [path for path in folder.iterdir() if is_weights_file(path.name) and not path.is_dir()]:
+        old.unlink()
     split = split_torch_state_dict_into_shards(
         dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
@@ -37,6 +38,11 @@ def write_folder(
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     write_json(folder / "config.json", config)
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether `write_folder` gives a file of weights, or their index, this name."""
+    return name == INDEX or re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", name) is not None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from composer_path.models.vocabulary_rows import name_of, tied_names
 from composer_path.own_parts.registry import check_sources, sources_of
 from composer_path.storage.json_object import read_json_object
 from composer_path.weights.folder import write_folder
-from composer_path.weights.tensor_file import check_tensors, read_tensor_folder
+from composer_path.weights.tensor_file import WeightsError, check_tensors, read_tensor_folder, widest_float
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -143,6 +143,10 @@ class PathMLLM(path_mllm.PathMLLM):
             raise ValueError(
                 f"'{file}': must be as export wrote it; found {type(error).__name__}: {error}; {fix}"
             ) from None
+        said, has = config.get("num_image_tokens"), model.num_image_tokens()
+        if said is not None and said != has:
+            fix = "export the model again"
+            raise ValueError(f"'{file}': num_image_tokens must be the model's {has}; found {said}; {fix}")
         model.image_token_id, model.max_seq_len = config["image_token_id"], config.get("max_seq_len")
         return model.filled(str(folder), read_tensor_folder(folder), dtype)
 
@@ -150,13 +154,18 @@ class PathMLLM(path_mllm.PathMLLM):
         """This model, built empty, with the weights of `source` in place and ready to be asked.
 
         Raises:
-            WeightsError: They don't fit (all differences listed).
+            WeightsError: They don't fit (all differences listed), or aren't numbers that a model is computed with.
         """
         if (tied := self.tied_names()) and tied[1] in tensors:
             tensors = {tied[0]: tensors[tied[1]]} | tensors
-        check_tensors(source, self.state_dict(), tensors)
-        if dtype is not None:
-            tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            if not torch.equal(tensors[tied[0]], tensors[tied[1]]):
+                found = f"tie_word_embeddings is true, but {tied[0]} differs from {tied[1]}"
+                raise WeightsError(f"weights: '{source}' doesn't fit its config.json. {found}; export the model again")
+        own = self.state_dict()
+        check_tensors(source, own, tensors)
+        floats = {key: tensor for key, tensor in tensors.items() if own[key].is_floating_point()}
+        held = widest_float(source, floats)
+        tensors |= {key: tensor.to(dtype or held) for key, tensor in floats.items()}
         self.load_state_dict(tensors, assign=True)
         self.language_model.tie_weights()
         return self.eval()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 # What a folder's weights begin with; the first that is there is taken, so safetensors come before pickles.
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin.index.json", "pytorch_model.bin")
 
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 SAFE_FIX = "pickles that hold objects could run code and are refused: save the tensors alone, as safetensors"
 
 
@@ -203,6 +206,19 @@ def check_tensors(
     }
     if problems := [f"{title} ({len(keys)}): {some(keys)}" for title, keys in differences.items() if keys]:
         raise WeightsError(f"weights: '{source}' doesn't fit the model. " + ". ".join(problems))
+
+
+def widest_float(source: str, tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The one dtype in which a model can hold these weights without loss.
+
+    Raises:
+        WeightsError: Some are in numbers that no model is computed with: whole ones, or floats of 8 bits.
+    """
+    if others := sorted(name for name, tensor in tensors.items() if tensor.dtype not in FLOATS):
+        words = sorted({str(tensors[name].dtype).removeprefix("torch.") for name in others})
+        found = f"found {', '.join(words)} in {some(others, 3)}"
+        raise WeightsError(f"weights: '{source}' must be in fp32, bf16 or fp16; {found}; take them in one of these")
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

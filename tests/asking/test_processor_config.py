@@ -46,8 +46,10 @@ def test_a_folder_of_an_earlier_version_has_the_usual_limit_of_pixels(model: Pat
     ("content", "message"),
     [
         (None, "no processor_config.json"),
-        ("{", "is damaged"),
-        ("[]", "must be an object"),
+        ("{", "must be one JSON object; found .* in line 1"),
+        ('{"template": "plain", "template": "plain"}', "found the key 'template' twice"),
+        ('{"max_seq_len": NaN}', "found NaN, which is no number"),
+        ("[]", "must be one JSON object; found a list"),
         ('{"template": "plain"}', r"lacks \['decoder', 'fit', 'image_position', 'max_seq_len'\]"),
         (
             '{"a": 1, "template": "plain", "image_position": "front", "max_seq_len": 9, "fit": "pad", "decoder": ""}',

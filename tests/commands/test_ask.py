@@ -127,3 +127,19 @@ def test_a_file_that_is_none_is_one_message(
     (model / file).write_bytes(content)
     assert main(["ask", str(model), QUESTION]) == 2
     assert capsys.readouterr().err.count("composer-path ask: ") == 1
+
+
+@pytest.mark.parametrize("temperature", ["inf", "nan", "-1", "1e-320"])
+def test_a_temperature_that_nothing_can_be_drawn_with_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], temperature: str
+) -> None:
+    assert main(["ask", str(folder), QUESTION, f"--temperature={temperature}"]) == 2
+    assert "--temperature: must be 0, or from 0.001 to 1000, found" in capsys.readouterr().err
+
+
+def test_a_later_question_takes_no_image_away_from_the_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n<image> Sure?\n\n"))
+    assert main(["ask", str(folder), "--chat", "--image", TILE, "--max-new-tokens", "2"]) == 2
+    assert "the questions hold 2 image tags and the conversation 1 images" in capsys.readouterr().err

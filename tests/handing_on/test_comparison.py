@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,39 @@ def test_our_folder_and_its_stock_llava_are_one_model_but_for_the_image_tokens_r
     assert main(words) == 1
     said = json.loads(capsys.readouterr().out)
     assert said["logits"]["max_rel"] < 1e-5 and said["logits"]["other_choices"] == 0
+
+
+def test_equal_tensors_that_are_read_otherwise_are_another_model(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(ours, tmp_path / "other"))
+    content = json.loads((other / "config.json").read_text())
+    content["text_config"]["num_attention_heads"] = 2
+    content |= {"transformers_version": "4.0.0", "dtype": "bfloat16"}  # of which no number depends
+    del content["text_config"]["max_position_embeddings"]  # a default, to another version
+    (other / "config.json").write_text(json.dumps(content))
+    found = compare(ours, other)
+    assert found.settings == {"text_config.num_attention_heads": (4, 2)} and not found.equal
+    assert main(["compare", str(ours), str(other)]) == 1
+    said = capsys.readouterr().out
+    assert "other settings: text_config.num_attention_heads: 4 in A, 2 in B\n" in said
+    assert said.endswith("different\n")
+    content["text_config"]["num_attention_heads"] = 4
+    (other / "config.json").write_text(json.dumps(content))
+    assert compare(ours, other).equal
+
+
+def test_a_folder_whose_shards_and_index_disagree_is_refused(tmp_path: Path) -> None:
+    for name, keys in (("model-1.safetensors", "ab"), ("model-2.safetensors", "bc")):
+        file_of(tmp_path / name, **{key: torch.ones(1) for key in keys})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "c": "model-2.safetensors"}}))
+    with pytest.raises(ValueError, match="holds tensors that another shard holds too: b"):
+        compare(tmp_path, tmp_path)
+    file_of(tmp_path / "model-2.safetensors", c=torch.ones(1))
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "d": "model-2.safetensors"}}))
+    with pytest.raises(ValueError, match="names what isn't there: d in"):
+        compare(tmp_path, tmp_path)
 
 
 def test_the_language_model_alone_is_found_in_the_whole(found: Trained, ours: Path, tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from composer_path.handing_on.llava_hf import write_llava_hf
 from composer_path.handing_on.onnx_file import FILE, check_graph, plain_embedder, write_onnx
 from composer_path.handing_on.peft_folder import write_peft
 from composer_path.handing_on.projector_folder import write_projector_folder
-from composer_path.handing_on.published import WRITTEN
 from composer_path.handing_on.reference_folder import write_reference
 from composer_path.handing_on.trained_model import whole_weights
 from composer_path.records.vocabulary import load_tokenizer, num_ids
+from composer_path.run.published import WRITTEN
 from composer_path.weights.assembly import assemble_model
 from composer_path.weights.projector_file import build_projector
 from composer_path.weights.vision_file import build_vision_encoder

@@ -18,10 +18,11 @@ from tiny_model import IMAGES, tiny_model_folder
 from composer_path import PathMLLM
 from composer_path.asking.assistant import Assistant
 from composer_path.cli import main
-from composer_path.hugging_face.carried_code import LICENSE, add_code, code, is_carried
+from composer_path.hugging_face.carried_code import LICENSE, add_code, code
+from composer_path.hugging_face.model_config import MODEL_TYPE
 from composer_path.records.conversation import Turn
 from composer_path.records.tokenize import IMAGE_TOKEN_ID
-from composer_path.run.export import is_model_file
+from composer_path.run.published import publish
 
 PICTURE, QUESTION = sorted(IMAGES.iterdir())[0], "What organ is this?"
 # What a folder's code may import before anything is asked of it.
@@ -116,10 +117,14 @@ def test_what_only_training_needs_is_left_behind() -> None:
         assert name not in text, name
 
 
-def test_another_export_takes_the_code_away(folder: Path) -> None:
-    names = {path.name for path in folder.iterdir() if is_carried(path.name)}
-    assert names == {*code(), LICENSE} and all(map(is_model_file, names))
-    assert not is_carried("my_notes.py") and "Apache License" in (folder / LICENSE).read_text()
+def test_another_export_takes_the_code_away(folder: Path, plain: Path, tmp_path: Path) -> None:
+    out, notes = tmp_path / "out", tmp_path / "out" / "my_notes.py"
+    for source, more in ((folder, {*code(), LICENSE}), (plain, set())):
+        publish(out, MODEL_TYPE, lambda new, source=source: shutil.copytree(source, new, dirs_exist_ok=True))
+        notes.touch()
+        assert {path.name for path in out.iterdir()} >= more
+    assert not {path.name for path in out.iterdir()} & {*code(), LICENSE} and notes.exists()
+    assert "Apache License" in (folder / LICENSE).read_text()
 
 
 def test_parts_of_ones_own_are_refused_by_name(plain: Path, tmp_path: Path) -> None:

@@ -210,6 +210,8 @@ def test_blocks_are_the_trunks_own_and_appear_once_in_the_state_dict() -> None:
         ({"name": "coca_vit-l", "kwargs": {"depht": 2}}, "depht"),
         ({"name": "open_clip/ViT-B-32", "kwargs": {"depth": 2}}, "no \\['depth'\\]"),
         ({"name": "coca_vit-l", "kwargs": {"pretrained": True}}, "pretrained"),
+        ({"name": "coca_vit-l", "kwargs": TINY | {"depth": 10**5}}, "depth must be at most 1,000, found 100000"),
+        ({"name": "coca_vit-l", "kwargs": TINY | {"embed_dim": 10**9}}, "embed_dim must be at most 1,000,000"),
         ({"name": "coca_vit-l", "kwargs": TINY, "image_size": 40}, "multiple of the patch size 16, found 40"),
         ({"name": "coca_vit-l", "kwargs": TINY, "tokens": "cls"}, "tokens: must be one of"),
         ({"name": "coca_vit-l", "kwargs": TINY, "mean": [0.5]}, "three numbers"),

@@ -109,3 +109,15 @@ def test_other_messages_are_refused_with_their_place_and_without_their_text(mess
     with pytest.raises(MessageError, match=said) as found:
         read_messages(messages)
     assert SECRET not in str(found.value)
+
+
+def test_a_tag_that_an_answer_spells_out_is_no_place_of_an_image() -> None:
+    turns = [Turn("human", "What?"), Turn("assistant", f"an {IMAGE_TAG}"), Turn("human", "And now?")]
+    asked = conversation_of(turns, 1)
+    assert [turn.text for turn in asked.turns] == [f"{IMAGE_TAG}\nWhat?", f"an {IMAGE_TAG}", "And now?"]
+
+
+@pytest.mark.parametrize(("question", "system"), [("a\udcffb", None), ("a", "\ud800")])
+def test_a_text_that_no_tokenizer_can_read_is_refused(question: str, system: str | None) -> None:
+    with pytest.raises(MessageError, match="must be text that UTF-8 can hold; found another character"):
+        conversation_of([Turn("human", question)], 0, system)
