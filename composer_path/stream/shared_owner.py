@@ -40,11 +40,18 @@ class SharedOwner:
         self.file = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if new else 0), 0o600)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(self.file), os.stat(self.path)):
+            if not self._is_there():
                 raise BlockingIOError("somebody has just removed it")
         except OSError:
             os.close(self.file)
             raise
+
+    def _is_there(self) -> bool:
+        """Whether the file that was opened is still the one of that name."""
+        try:
+            return os.path.samestat(os.fstat(self.file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def note(self) -> None:
         """Note that what stands under the number is of its owner, and of no other program."""

@@ -13,7 +13,7 @@ from composer_path.guards.ending import INTERRUPTED, MISTAKE, NOT_FINITE, STALLE
 
 SHARDED = ["trainer.save_interval=100ba"]
 DDP = ["trainer.parallelism_config=null", "trainer.save_interval=100ba"]
-MOST = 20  # seconds from the start of two warm processes to their end, on two busy cores
+MOST = 60  # seconds with the start, on a busy machine; a rank that waits for another does so for minutes
 
 
 def everything(outcome: Outcome) -> str:
