@@ -360,4 +360,5 @@ def test_compiled_blocks_are_equal_to_rounding() -> None:
     assert [kind for kind, _, _ in found] == ["off", "selective", "full"] * (
         len(STAGES) - 2
     )  # all with a trained block
-    assert all(float(loss) < 1e-6 and float(gradient) < 1e-5 for _, loss, gradient in found)  # measured 0, 4e-7
+    # Measured 0 and 4e-7; of adapters 9e-6, whose gradients are small.
+    assert all(float(loss) < 1e-6 and float(gradient) < 3e-5 for _, loss, gradient in found)
