@@ -52,14 +52,18 @@ MUTANTS = [
     *_mutants(
         "records/tokenize.py",
         "records/test_tokenize.py records/test_reference_rules.py",
-        ("labels += ids if supervised else [IGNORE_INDEX] * len(ids)", "labels += ids"),
+        ("labels += ids if weight else [IGNORE_INDEX] * len(ids)", "labels += ids"),
         ("ids = ids[:room]", "ids = ids[: room + 1]"),
     ),
     *_mutants(
         "records/prompts.py",
         "records/test_prompts.py records/test_reference_rules.py",
-        ('Text(f" {turn.text} ", supervised=True)', 'Text(f" {turn.text}", supervised=True)'),
-        ('rest = "".join(parts).strip()', 'rest = "".join(parts)'),
+        ('Text(f" {turn.text} ", True, turn.weight)', 'Text(f" {turn.text}", True, turn.weight)'),
+    ),
+    *_mutants(
+        "records/segments.py",
+        "records/test_prompts.py records/test_reference_rules.py",
+        ('rest = as_written("".join(parts)).strip()', 'rest = as_written("".join(parts))'),
     ),
     *_mutants(
         "records/conversation.py",
@@ -68,7 +72,7 @@ MUTANTS = [
         ("if num_tags != num_images:", "if num_tags > num_images:"),
     ),
     *_mutants(
-        "images/pixels.py",
+        "images/fitting.py",
         "images/test_pixels.py",
         ("((side - image.width) // 2, (side - image.height) // 2)", "((side - image.width) // 2, 0)"),
         (
@@ -85,7 +89,7 @@ MUTANTS = [
     *_mutants(
         "images/jpeg.py",
         "images/test_jpeg.py",
-        ("ended = self._read() or not whole", "ended = self._read() or True"),
+        ("if any(lowest.any() for lowest in self._lowest_bits.values()):", "if False:"),
         ("self._lowest_bits[name][first : last + 1] = bits & 15", "self._lowest_bits[name][first : last + 1] = 0"),
     ),
     *_mutants(
@@ -155,7 +159,10 @@ MUTANTS = [
         "batches/balance.py",
         "batches/test_balance.py",
         ("at = np.flatnonzero(left[rows, best] < gap)", "at = np.flatnonzero(left[rows, best] <= gap)"),
-        ("loads = np.where(steps >= 0, tokens[steps], 0).sum(", "loads = tokens[steps].sum("),
+        (
+            "loads = np.where(steps >= 0, tokens[np.maximum(sample_of(steps), 0)], 0).sum(",
+            "loads = tokens[np.maximum(sample_of(steps), 0)].sum(",
+        ),
     ),
     *_mutants(
         "batches/loader.py",
@@ -172,13 +179,16 @@ MUTANTS = [
     *_mutants(
         "models/attention.py",
         "models/test_attention.py",
-        ("if window is not None and window < max_length:", "if False:"),
+        (
+            "window = None if window is None or window >= max_length else int(window)",
+            "window = None",
+        ),
         ("missing = -inputs_embeds.shape[0] % multiple", "missing = inputs_embeds.shape[0] % multiple"),
     ),
     *_mutants(
         "run/optimizer.py",
         "run/test_optimizer.py",
-        ("((weight_decay, matrices), (0.0, others))", "((weight_decay, [*matrices, *others]), (0.0, []))"),
+        ('"weight_decay": 0.0 if still else decay', '"weight_decay": decay'),
         (
             "rates = lr if isinstance(lr, Mapping) else dict.fromkeys(MODULES, lr)",
             "rates = dict.fromkeys(MODULES, max(lr.values()) if isinstance(lr, Mapping) else lr)",
@@ -188,8 +198,8 @@ MUTANTS = [
         "asking/closed_questions.py",
         "asking/test_closed_questions.py",
         (
-            "asked = (question.turns, question.system, len(images), longest)",
-            "asked = (question.turns, len(images), longest)",
+            "same = (question.turns, question.system, len(question.images), longest)",
+            "same = (question.turns, len(question.images), longest)",
         ),
         ("return found[0] if len(found) == 1 else None", "return found[0] if found else None"),
     ),
