@@ -25,7 +25,7 @@ from composer_path.images.features import (
     pack_features,
 )
 from composer_path.images.pixels import ImagePreparation, normalize_image
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.models.pattern import learning_modules
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.parallel import in_threads
