@@ -139,6 +139,17 @@ def test_a_longer_tokenizer_is_taken_where_rows_may_be_added(settings: dict[str,
     ("said", "named"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, r"its RoPE \(dynamic\) depends"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                    "factor": 4.0,
+                }
+            },
+            r"its RoPE \(longrope\) depends on a row's longest sample beyond 64 tokens, found .* set max_seq_len",
+        ),
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, "has learned 64 positions|transformers 5"),
     ],
 )
