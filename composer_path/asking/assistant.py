@@ -95,14 +95,15 @@ class Assistant:
         try:
             if region is None:
                 return self.read_picture(path.read_bytes())
-            return self.images.load(Examiner().region(path, region, self.images.max_pixels).data)
+            return self.images.load_stored(Examiner().region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 
     def read_picture(self, data: bytes, examiner: Examiner | None = None) -> Picture:
         """The picture in the bytes of an image file; raises `ImageError` where a conversion would refuse it."""
         examiner = examiner or Examiner()  # what a conversion would store, and its answer to what it wouldn't
-        return self.images.load(examiner.examine(data, self.images.max_pixels).data)
+        images = self.images
+        return images.load_stored(examiner.examine(data, images.max_pixels, images.scale_levels).data)
 
     def answer(
         self,

@@ -11,7 +11,7 @@ from composer_path.own_parts.registry import check_sources
 from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
 
-_IMAGES = ("fit", "decoder", "max_pixels")  # what the model itself doesn't know
+_IMAGES = ("fit", "decoder", "max_pixels", "scale_levels")  # what the model itself doesn't know
 FIX = "export the model again"
 
 

@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from composer_path.images import bmp, jpeg2000, kinds, png, tiff, webp
 from composer_path.images.jpeg import Jpeg, is_jpeg
 from composer_path.images.jpeg_frame import frame_of
+from composer_path.images.levels import ODDITY
 from composer_path.images.plain_pixels import TINY, oddities, plain_pixels, scale_to_8_bit
 from composer_path.records.rules import ImageError
 
@@ -154,7 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> Image.Image:
     """8-bit RGB of a picture that somebody has opened with Pillow, as of its file; the picture stays as it is.
 
     Raises:
@@ -168,7 +169,7 @@ def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise _unreadable(getattr(image, "format", None) or "image", b"", error) from None
     orientation = orientation_of(image)
     upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
-    return to_rgb(plain_pixels(upright, False, inverted)[0])
+    return to_rgb(plain_pixels(upright, scale_levels, inverted)[0])
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> list[str]:
@@ -226,7 +227,7 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool 
             return StoredPicture(stored, odd)
         image, header = _open(data, max_pixels)  # not at an eighth
     pixels, odd = _decoded(image, header, data, scale_levels)
-    if isinstance(image, PngImageFile) and upright and not (scale_levels and "levels_below_4096" in odd):
+    if isinstance(image, PngImageFile) and upright and not (scale_levels and ODDITY in odd):
         return StoredPicture(png.pixel_chunks(data), odd)
     file = io.BytesIO()
     pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile

@@ -150,7 +150,7 @@ def encode_set(
         # What still holds of the old set's card, and how the features were made.
         card: dict[str, Any] = {key: view.card[key] for key in _KEPT if key in view.card}
         card |= {"records": summary.samples, "images": summary.images, "undecodable": summary.undecodable}
-        publish_new(place, writer, card | features, features)
+        publish_new(place, writer, card | features, view.index_keys | features)
     return summary
 
 

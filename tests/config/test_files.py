@@ -256,6 +256,14 @@ def test_samples_of_a_mixture_are_counted_by_its_shares(
     assert [line.split()[1] for line in samples_left_out(settings)] == [str(left_out)] * bool(left_out)
 
 
+def test_sets_whose_dark_pictures_were_read_in_two_ways_are_seen(settings: dict[str, Any], tmp_path: Path) -> None:
+    write_index(tmp_path / "train", 24, scale_levels=True)
+    assert check_files(settings) == []
+    settings["train_loader"]["dataset"]["scale_levels"] = False
+    [problem] = check_files(settings)
+    assert problem.startswith("train_loader.dataset: scale_levels: found false, but train_loader.dataset was converted")
+
+
 def test_stored_features_must_be_of_the_images_that_the_run_prepares(settings: dict[str, Any], tmp_path: Path) -> None:
     features = {"encoder": {}, "weights": "", "fit": "crop", "decoder": "pil", "pad_color": [0, 0, 0]}
     features |= {"num_tokens": 50, "dim": 96, "dtype": "bfloat16"}

@@ -186,7 +186,7 @@ def test_each_sample_of_a_row_is_as_in_transformers_alone(kind: str) -> None:
                 logits_of_row(ours, [3, KNOWN + 1])
         for found, length in zip(logits_of_row(ours, lengths), lengths, strict=True):
             expected = deepcopy(theirs)(input_ids=(torch.arange(length) * 7 % 96)[None]).logits[0]
-            assert ((found - expected).norm() / expected.norm()).item() < 1e-5  # measured 5e-7 at most
+            assert ((found - expected).norm() / expected.norm()).item() < 1e-5  # measured 6e-7 at most
         longer = theirs(input_ids=(torch.arange(100) * 7 % 96)[None]).logits[0, :20]
     assert torch.allclose(longer, logits_of_row(ours, [20])[0], atol=1e-3) is (kind == "one set of factors")
 
