@@ -87,6 +87,7 @@ def guarded_train(
     from composer_path.run.parts import build_metrics, build_parts, trainer_keywords
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
+    from composer_path.run.preparation import note_levels
     from composer_path.run.report import RunReport, require_steps
     from composer_path.run.schedule import build_schedule
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
@@ -129,6 +130,7 @@ def guarded_train(
     report = RunReport(run_folder, count_parameters(model))
     dataset = train_loader.dataloader.dataset
     prepared = {"tokenizer": tokenizer, "text": dataset.text, "images": dataset.images}
+    config = note_levels(settings["train_loader"]["dataset"], config, dataset.images)
     start = choose_start(settings, trained_only, tokenizer_hash(tokenizer), dataset.data_hash)
     of_the_run = {"run_folder": run_folder, "model": model, "trained_only": trained_only, **prepared}
     trainer = StepTrainer(
@@ -193,13 +195,8 @@ def build_loader(
     longest = section["dataset"]["max_seq_len"]
     check_length_supported(model.language_model.config, model.longest_in_row(longest))
     warn_of_length(model.language_model.config, longest)
-    loader: Any = build_dataloader(
-        **section,
-        tokenizer=tokenizer,
-        num_image_tokens=model.num_image_tokens(),
-        image_size=encoder.image_size,
-        mean=encoder.mean,
-    )
+    asked = {"image_size": encoder.image_size, "mean": encoder.mean, "num_image_tokens": model.num_image_tokens()}
+    loader: Any = build_dataloader(**{**section, **asked, "tokenizer": tokenizer})
     check_features(loader.dataloader.dataset, encoder, algorithms)
     return loader
 

@@ -16,7 +16,7 @@ from composer_path import PathMLLM
 from composer_path.batches.batch import Batch
 from composer_path.config.reading import load_config, plain
 from composer_path.models.flops import FlopCounter
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.records.tokenize import IGNORE_INDEX
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.train import build_loader, build_model

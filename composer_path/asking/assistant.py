@@ -96,7 +96,7 @@ class Assistant:
             return load_untrusted_file(path, self.images)
         require_file(path)
         try:
-            return self.images.load(Examiner().region(path, region, self.images.max_pixels).data)
+            return self.images.load_stored(Examiner().region(path, region, self.images.max_pixels).data)
         except ImageError as error:
             raise ValueError(f"image '{path}': {error}") from None
 

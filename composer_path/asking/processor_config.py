@@ -13,7 +13,7 @@ from composer_path.records.prompts import get_template
 from composer_path.records.tokenize import TextPreparation
 from composer_path.weights.model_folder import PathMLLM
 
-_IMAGES = ("fit", "decoder", "max_pixels")  # what the model itself doesn't know
+_IMAGES = ("fit", "decoder", "max_pixels", "scale_levels")  # what the model itself doesn't know
 FIX = "export the model again"
 
 

@@ -18,6 +18,7 @@ from composer_path.batches.batch import Sample
 from composer_path.batches.measure import lengths_key
 from composer_path.batches.mixture import Source, Template, asking_template, build_streams, template_of
 from composer_path.images.features import FeaturesError, common_features, is_features, unpack_features
+from composer_path.images.levels import common_levels
 from composer_path.images.pixels import Decoder, Fit, ImagePreparation
 from composer_path.records.conversation import Conversation
 from composer_path.records.prompts import TemplateError
@@ -51,6 +52,7 @@ class ConversationDataset(BalancedStreamingDataset):
         fit: See `ImagePreparation`.
         decoder: Likewise.
         max_pixels: Likewise; larger images are refused.
+        scale_levels: Likewise; None for what the sets say that they were converted with.
         streams: A mixture: name -> keywords of `composer_path.batches.mixture.build_stream`, in place of `local`.
         **streaming: Keywords of `GuardedStreamingDataset` and `streaming.StreamingDataset`, passed through.
 
@@ -72,6 +74,7 @@ class ConversationDataset(BalancedStreamingDataset):
         fit: Fit = ImagePreparation.fit,
         decoder: Decoder = ImagePreparation.decoder,
         max_pixels: int = ImagePreparation.max_pixels,
+        scale_levels: bool | None = None,
         streams: Mapping[str, Mapping[str, Any]] | None = None,
         **streaming: Any,
     ) -> None:
@@ -84,7 +87,9 @@ class ConversationDataset(BalancedStreamingDataset):
         self._asking = template, streams
         text_encoder(tokenizer)  # before workers are forked, each of which would build it again
         super().__init__(**streaming)
-        self.features = common_features({stream.where: self._index_of(stream) for stream in self.streams})
+        indices = {stream.where: self._index_of(stream) for stream in self.streams}
+        self.images = replace(self.images, scale_levels=common_levels(indices, scale_levels))
+        self.features = common_features(indices)
         for columns in {tuple(getattr(shard, "column_names", ())) for shard in self.shards}:
             if not set(COLUMNS) <= set(columns):
                 rule = f"shards must have the columns {', '.join(COLUMNS)}"

@@ -12,6 +12,7 @@ from streaming.base.util import number_abbrev_to_int
 
 from composer_path.batches.mixture import template_of
 from composer_path.images.features import FeaturesError, common_features
+from composer_path.images.levels import LevelsError, common_levels
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.language_types import check_length_supported
 from composer_path.models.pattern import learning_modules
@@ -35,7 +36,11 @@ def check_files(settings: Settings) -> list[str]:
     problems: list[str] = []
     for name, loader in loaders.items():
         missing = list(_missing_shards(name, loader))
-        problems += missing or [*_epoch_problems(name, loader), *_feature_problems(settings, name, loader)]
+        problems += missing or [
+            *_epoch_problems(name, loader),
+            *_feature_problems(settings, name, loader),
+            *_level_problems(name, loader),
+        ]
     problems += [*_tokenizer_problems(settings, loaders), *_earlier_results(settings)]
     if os.environ.get("RANK", "0") == "0":  # only rank 0 reads weights
         problems += _missing_weights(settings["model"])
@@ -194,6 +199,15 @@ def _samples_of_an_epoch(loader: Settings) -> int | None:
         return None  # a set without a sample, which is refused when it is read
     epoch_size = loader["dataset"]["epoch_size"]
     return sum(stream_shares(sizes, wanted, None if epoch_size is None else number_abbrev_to_int(epoch_size)))
+
+
+def _level_problems(name: str, loader: Settings) -> Iterator[str]:
+    """Sets whose dark 16-bit pictures were read in two ways."""
+    found = {where: index.read_bytes() for where, _, index in _sets(name, loader) if index is not None}
+    try:
+        common_levels(found, loader["dataset"]["scale_levels"])
+    except LevelsError as error:
+        yield f"{name}.dataset: {error}"
 
 
 def _feature_problems(settings: Settings, name: str, loader: Settings) -> Iterator[str]:

@@ -35,6 +35,7 @@ from composer_path.conversion.rejected_file import ConvertError, Rejections
 from composer_path.conversion.replacement import take_place
 from composer_path.conversion.sample_lengths import CountedLengths, WantedLengths, counted, read_parts
 from composer_path.conversion.summary import ConvertSummary, card_before, count_repeated_images, rejected_by_rule
+from composer_path.images.levels import index_keys
 from composer_path.parallel import in_threads
 from composer_path.shards.columns import FORMAT_VERSION
 from composer_path.shards.index import INDEX_NAME, MANIFEST_NAME, held, is_ours, part_name, publish, require_own
@@ -242,7 +243,8 @@ def _publish(
 
     summary.repeated_images = count_repeated_images(place, dones)
     card = {**manifest.card, **summary.counts(), "partitions": manifest.num_partitions}
-    publish(place, dones, card, beside=write_lengths)
+    said = index_keys(bool(card["options"].get("scale_levels")), summary.oddities)
+    publish(place, dones, card, said, beside=write_lengths)
 
 
 def _require_whole(place: Folder | Bucket, written: list[PartitionDone], fingerprint: str) -> None:

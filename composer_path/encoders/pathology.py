@@ -205,7 +205,9 @@ PATHOLOGY = {
             "github.com/Google-Health/medsiglip: README.md (400M, 448 px), "
             "notebooks/fine_tune_for_image_classification.ipynb (mean 0.5)",
             "huggingface.co/fokan/MedSigLIP: preprocessor_config.json (a copy)",
+            "transformers/models/siglip/configuration_siglip.py (hidden_act gelu_pytorch_tanh)",
         ),
+        {"act_layer": "gelu_tanh"},
         num_prefix_tokens=0,
     ),
 }

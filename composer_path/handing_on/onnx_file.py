@@ -102,6 +102,7 @@ def _facts(found: Trained) -> dict[str, str]:
         "image_std": encoder.std,
         "fit": images.fit,
         "pad_color": images.pad_color,
+        "scale_levels": images.scale_levels,
         "num_image_tokens": found.model.num_image_tokens(),
         "vision_encoder": encoder.config["name"],
         "version": __version__,

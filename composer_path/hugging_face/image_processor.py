@@ -31,6 +31,7 @@ class ComposerPathImageProcessor(BaseImageProcessor):
         decoder: `pil` or `torchvision`, of files.
         pad_color: Red, green, blue.
         max_pixels: The most that are decoded.
+        scale_levels: See `composer_path.ImagePreparation`.
         image_mean: Of the encoder.
         image_std: Likewise.
         **kwargs: Of transformers' own.
@@ -47,10 +48,12 @@ class ComposerPathImageProcessor(BaseImageProcessor):
         max_pixels: int = ImagePreparation.max_pixels,
         image_mean: Sequence[float] = IMAGE_MEAN,
         image_std: Sequence[float] = IMAGE_STD,
+        scale_levels: bool = ImagePreparation.scale_levels,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.image_size, self.fit, self.decoder, self.max_pixels = image_size, fit, decoder, max_pixels
+        self.scale_levels = scale_levels
         self.pad_color, self.image_mean, self.image_std = list(pad_color), list(image_mean), list(image_std)
         self.preparation  # noqa: B018  # refuses what it doesn't know
 
@@ -58,7 +61,7 @@ class ComposerPathImageProcessor(BaseImageProcessor):
     def preparation(self) -> ImagePreparation:
         """How pictures are prepared."""
         red, green, blue = self.pad_color
-        settings: dict[str, Any] = {"fit": self.fit, "decoder": self.decoder, "max_pixels": self.max_pixels}
+        settings: dict[str, Any] = {key: getattr(self, key) for key in ("fit", "decoder", "max_pixels", "scale_levels")}
         return ImagePreparation(self.image_size, pad_color=(red, green, blue), **settings)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
@@ -103,7 +106,7 @@ class ComposerPathImageProcessor(BaseImageProcessor):
         if not isinstance(image, Image.Image):
             raise ValueError(f"image: must be a picture, a path, bytes or an array, found {type(image).__name__}")
         red, green, blue = self.pad_color
-        picture = pixels_of(image, self.max_pixels)
+        picture = pixels_of(image, self.max_pixels, self.scale_levels)
         return torch.from_numpy(fit_square(picture, self.image_size, preparation.fit, (red, green, blue)))
 
 

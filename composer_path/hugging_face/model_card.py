@@ -101,8 +101,9 @@ def model_card(
         count = sum(value.numel() for key, value in weights.items() if key.startswith(f"{name}."))
         rows.append((words, f"{kinds[name]} ({count:,} parameters)"))
     size = model.vision_encoder.image_size
+    kept = f"fit: {images.fit}" + (", 12 bits in 16 scaled" if images.scale_levels else "")
     rows += [
-        ("Images", f"{size} x {size} pixels (fit: {images.fit}), {model.num_image_tokens()} tokens each"),
+        ("Images", f"{size} x {size} pixels ({kept}), {model.num_image_tokens()} tokens each"),
         ("Image token", f"`{token.text}` ({token.id})"),
         ("Template", f"{text.template.name}, images at: {text.image_position}"),
         ("Longest conversation in training", f"{text.max_seq_len or 'without limit'} tokens"),

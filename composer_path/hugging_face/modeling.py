@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel,
 from composer_path.hugging_face.configuration import WHERE, ComposerPathConfig
 from composer_path.hugging_face.model_config import vision_keywords
 from composer_path.images.pixels import normalize_image
-from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
+from composer_path.models.language_model import load_language_model_config
 from composer_path.models.language_types import (
     decoder_of,
     inputs_scale,
@@ -20,6 +20,7 @@ from composer_path.models.language_types import (
     padded_attention,
     room_behind,
 )
+from composer_path.models.parameters import cast_parameters, empty_parameters
 from composer_path.models.projector import untrained_projector
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.models.vision_encoder import untrained_vision_encoder

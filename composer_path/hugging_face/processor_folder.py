@@ -25,7 +25,7 @@ from composer_path.weights.folder import write_json
 PROCESSOR_CONFIG, IMAGE_CONFIG = "processor_config.json", "preprocessor_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TEXT = ("image_position", "max_seq_len")
-IMAGES = ("image_size", "fit", "decoder", "pad_color", "max_pixels")
+IMAGES = ("image_size", "fit", "decoder", "pad_color", "max_pixels", "scale_levels")
 OF_A_PROCESSOR = {"processor_class", "image_token", "num_image_tokens", "template", "imports", *TEXT}
 
 

@@ -11,10 +11,12 @@ import json
 import math
 import os
 import resource
+import select
 import signal
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -53,11 +55,15 @@ def serve(pipe: int, file: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     end_with_parent()
     keep_freed_memory()
-    connection, shared = Connection(pipe), SharedBytes(file)
+    connection, shared, asked = Connection(pipe), SharedBytes(file), select.poll()
+    asked.register(pipe, select.POLLIN)
     with suppress(EOFError, OSError):
-        while connection.poll(_IDLE_SECONDS):
+        while asked.poll(1000 * _IDLE_SECONDS):
             request = json.loads(connection.recv_bytes())
-            answer, stored = _answer(request, shared.read(request["num_bytes"]))
+            data = shared.read(request["num_bytes"])
+            answer, stored = _answer(request, data)
+            if stored == data:  # as of most JPEGs: who asked has them
+                answer["unchanged"], stored = True, b""
             shared.write(stored)
             connection.send_bytes(json.dumps(answer | {"num_bytes": len(stored)}).encode())
 
@@ -86,9 +92,15 @@ def _bound(granted: int) -> None:
     seconds = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + seconds_for(granted)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     with suppress(OSError, ValueError):  # only Linux says how much there is already
-        taken = int(Path("/proc/self/statm").read_bytes().split()[0]) * _PAGE
+        taken = int(os.pread(_memory_file(), 64, 0).split()[0]) * _PAGE
         limit, hard = taken + granted + _MORE_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+
+
+@cache
+def _memory_file() -> int:
+    """Where Linux says how much memory this process has; opened once, as it is read for each picture."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _require(needed: int, granted: int) -> None:
@@ -96,20 +108,22 @@ def _require(needed: int, granted: int) -> None:
         raise _Needs(needed)
 
 
+def _within(request: dict[str, Any]) -> Callable[[int], None]:
+    """What refuses a picture that takes more than was granted."""
+    return partial(_require, granted=request["granted"])
+
+
 def _check(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    _require(memory_of(data, request["max_pixels"]), request["granted"])
-    return {"oddities": check_image(data, request["max_pixels"])}, b""
+    return {"oddities": check_image(data, request["max_pixels"], _within(request))}, b""
 
 
 def _examine(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
     max_pixels, scale_levels = request["max_pixels"], request["scale_levels"]
-    needed, square = memory_of(data, max_pixels), _square(request)
-    if square is None:
-        _require(needed, request["granted"])
-        stored = examine_image(data, max_pixels, scale_levels)
+    if (square := _square(request)) is None:
+        stored = examine_image(data, max_pixels, scale_levels, _within(request))
         return {"oddities": stored.oddities}, stored.data
     header = open_image(data, max_pixels)
-    _require(max(needed, _square_bytes(*header.size)), request["granted"])
+    _require(max(memory_of(data, max_pixels), _square_bytes(*header.size)), request["granted"])
     if header.format == "JPEG":  # decoding alone doesn't find data that end early
         odd = check_image(data, max_pixels) if request["complete"] else []
         image = rgb_image(data, max_pixels)

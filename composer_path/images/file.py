@@ -26,6 +26,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from composer_path.images import bmp, jpeg2000, kinds, png, tiff, webp
 from composer_path.images.jpeg import Jpeg, is_jpeg
 from composer_path.images.jpeg_frame import frame_of
+from composer_path.images.levels import ODDITY
 from composer_path.images.plain_pixels import TINY, oddities, plain_pixels, scale_to_8_bit
 from composer_path.records.rules import ImageError
 
@@ -57,6 +58,7 @@ class _Header:
     inverted: bool = False  # white is 0
     further: bool = False  # there are other pages or frames
     bytes_per_pixel: int = 12  # memory while it is examined and stored: decoded twice, and encoded
+    scalable: bool = False  # a JPEG of DCT and Huffman codes
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class StoredPicture:
 def _jpeg_header(data: bytes) -> _Header:
     frame = frame_of(data)
     cost = 8 if not frame.scalable else 6 if frame.progressive else 1  # of progressive ones all coefficients are kept
-    return _Header(data, (frame.width, frame.height), bytes_per_pixel=cost)
+    return _Header(data, (frame.width, frame.height), bytes_per_pixel=cost, scalable=frame.scalable)
 
 
 def _png_header(data: bytes) -> _Header:
@@ -111,6 +113,10 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile], Callable[[b
 READABLE = ", ".join(name for name, _, _, _ in _FORMATS)
 
 
+def _any(num_bytes: int) -> None:
+    """Allow as much memory as a picture takes."""
+
+
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
     """Read an image's header and check that it has no more than `max_pixels`; no pixel is decoded yet.
 
@@ -122,8 +128,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile:
 
 def memory_of(data: bytes, max_pixels: int = MAX_PIXELS) -> int:
     """Bytes that it takes at most to examine an image; raises as `open_image`."""
-    image, header = _open(bytes(data), max_pixels)
-    return header.bytes_per_pixel * image.width * image.height + 3 * len(data)
+    data = bytes(data)
+    return _memory(*_open(data, max_pixels), data)
 
 
 def decode_pixels(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> Image.Image:
@@ -154,7 +160,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> Image.Image:
     """8-bit RGB of a picture that somebody has opened with Pillow, as of its file; the picture stays as it is.
 
     Raises:
@@ -168,18 +174,20 @@ def pixels_of(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise _unreadable(getattr(image, "format", None) or "image", b"", error) from None
     orientation = orientation_of(image)
     upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
-    return to_rgb(plain_pixels(upright, False, inverted)[0])
+    return to_rgb(plain_pixels(upright, scale_levels, inverted)[0])
 
 
-def check_image(data: bytes, max_pixels: int = MAX_PIXELS) -> list[str]:
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS, allow: Callable[[int], None] = _any) -> list[str]:
     """Check that an image can be decoded in full, as fast as its format allows; returns its oddities.
 
     A JPEG's entropy-coded data is read to the end but only an eighth of its pixels a side are made. One whose data end
-    early is found, though decoders take it (see `Jpeg.complete`). Raises as `decode_pixels`.
+    early is found, though decoders take it (see `Jpeg.complete`). Raises as `decode_pixels`. `allow` is told how many
+    bytes of memory that takes, before it is done, and may raise.
     """
     data = bytes(data)
     image, header = _open(data, max_pixels)
-    if isinstance(image, JpegImageFile) and frame_of(data).scalable:
+    allow(_memory(image, header, data))
+    if isinstance(image, JpegImageFile) and header.scalable:
         return _checked_jpeg(image, data)[1]
     return _decoded(image, header, data)[1]
 
@@ -198,7 +206,7 @@ def stored_by_structure(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes | No
     """
     data = bytes(data)
     image, header = _open(data, max_pixels)
-    if isinstance(image, JpegImageFile) and frame_of(data).scalable and orientation_of(image) == 1:
+    if header.scalable and orientation_of(image) == 1:
         jpeg = Jpeg(data)
         return jpeg.stripped() if jpeg.ended else None
     if isinstance(image, PngImageFile) and png.has_end(data):
@@ -207,7 +215,9 @@ def stored_by_structure(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes | No
     return None
 
 
-def examine_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> StoredPicture:
+def examine_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False, allow: Callable[[int], None] = _any
+) -> StoredPicture:
     """Decode an image, and make the bytes that are stored in a shard: the same pixels, and nothing else.
 
     1. Upright JPEG of DCT and Huffman codes: metadata segments and whatever follows its end are dropped; coded data
@@ -215,23 +225,29 @@ def examine_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool 
     2. Upright PNG: only the chunks that make pixels are kept, bit for bit.
     3. Anything else (EXIF-rotated, lossless JPEG, TIFF, WebP, BMP, GIF, JPEG 2000): a lossless PNG of the pixels.
 
-    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. Raises as `check_image`.
+    Of the result `decode_pixels` gives exactly the pixels it gives of `data`. `allow`, and what is raised, are those of
+    `check_image`.
     """
     data = bytes(data)
     image, header = _open(data, max_pixels)
+    allow(_memory(image, header, data))
     upright = orientation_of(image) == 1
-    if isinstance(image, JpegImageFile) and frame_of(data).scalable:
+    if isinstance(image, JpegImageFile) and header.scalable:
         stored, odd = _checked_jpeg(image, data)
         if upright:
             return StoredPicture(stored, odd)
         image, header = _open(data, max_pixels)  # not at an eighth
     pixels, odd = _decoded(image, header, data, scale_levels)
-    if isinstance(image, PngImageFile) and upright and not (scale_levels and "levels_below_4096" in odd):
+    if isinstance(image, PngImageFile) and upright and not (scale_levels and ODDITY in odd):
         return StoredPicture(png.pixel_chunks(data), odd)
     file = io.BytesIO()
     pixels.info.clear()  # Pillow would write some of it back, e.g. the colour profile
     pixels.save(file, "PNG")
     return StoredPicture(file.getvalue(), odd)
+
+
+def _memory(image: ImageFile, header: _Header, data: bytes) -> int:
+    return header.bytes_per_pixel * image.width * image.height + 3 * len(data)
 
 
 def orientation_of(image: Image.Image) -> int:

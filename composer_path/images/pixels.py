@@ -11,7 +11,7 @@ transparent black; here such pictures come out upright, scaled and on white.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -52,6 +52,7 @@ class ImagePreparation:
             formats, rotated, CMYK or smaller pictures) goes through Pillow and is exact.
         pad_color: Red, green and blue of the padding, 0 to 255; `pad_color_of(mean)` of the encoder.
         max_pixels: The most pixels that may be decoded; checked on the header, before any memory is taken.
+        scale_levels: Files of 16-bit grey below 4,096 are taken for 12 bits, and scaled; a shard's were by `convert`.
 
     Raises:
         ValueError: An unknown `fit` or `decoder`.
@@ -62,6 +63,7 @@ class ImagePreparation:
     decoder: Decoder = "pil"
     pad_color: tuple[int, int, int] = PAD_COLOR
     max_pixels: int = MAX_PIXELS
+    scale_levels: bool = False
 
     def __post_init__(self) -> None:
         for name, words in (("fit", Fit), ("decoder", Decoder)):
@@ -94,7 +96,7 @@ class ImagePreparation:
         """
         if self.decoder == "torchvision" and self._is_made_smaller(data):
             return self._fit_with_torchvision(_decode_jpeg(data))
-        image = rgb_image(data, self.max_pixels)
+        image = rgb_image(data, self.max_pixels, self.scale_levels)
         return torch.from_numpy(fit_square(image, self.image_size, self.fit, self.pad_color))
 
     def load_stored(self, data: bytes | memoryview) -> Pixels:
@@ -106,7 +108,7 @@ class ImagePreparation:
         """
         if is_square(data):
             return torch.from_numpy(unpack_square(data, self.square))
-        return self.load(bytes(data))
+        return replace(self, scale_levels=False).load(bytes(data))
 
     def resize(self, data: bytes) -> bytes:
         """Make the finished square that `--resize` stores in place of the file."""

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from composer_path.images.levels import ODDITY
 from composer_path.records.rules import ImageError
 
 # What is counted of pictures that may be right, and are often a mistake.
 ODDITIES = {
-    "levels_below_4096": "16-bit images with levels below 4,096 (--scale-levels)",
+    ODDITY: "16-bit images with levels below 4,096 (--scale-levels)",
     "transparent": "images that are fully transparent",
     "one_color": "images of one flat colour",
     "tiny": "images of fewer than 16 pixels a side",
@@ -91,7 +92,7 @@ def _plain_16_bit(image: Image.Image, scale_levels: bool, inverted: bool) -> tup
     found += ["one_color"] if low == high else []
     transparent = image.info.get("transparency")
     if 0 < high < 4096:
-        found.append("levels_below_4096")
+        found.append(ODDITY)
         if scale_levels:
             for rows in _bands(*image.size):
                 levels[rows] = (levels[rows].astype(np.uint32) * _WHITE + 2047) // 4095

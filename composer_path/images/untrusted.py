@@ -12,7 +12,7 @@ from composer_path.records.rules import ImageError
 def load_untrusted(data: bytes, images: ImagePreparation, examiner: Examiner | None = None) -> Pixels:
     """The picture in the bytes of an image file; raises `ImageError` where a conversion would refuse it."""
     examiner = examiner or Examiner()  # what a conversion would store, and its answer to what it wouldn't
-    return images.load(examiner.examine(data, images.max_pixels).data)
+    return images.load_stored(examiner.examine(data, images.max_pixels, images.scale_levels).data)
 
 
 def load_untrusted_file(path: str | Path, images: ImagePreparation) -> Pixels:

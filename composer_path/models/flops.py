@@ -3,7 +3,8 @@
 A product of a [n, k] with a [k, m] matrix is 2nkm operations. What learns costs three forward passes (forward, gradient
 of the input, gradient of the weight); what is frozen but passed through on the way to something that learns, two (three
 in attention, which has no weights); what is frozen and lies before everything that learns, one. Causal attention counts
-half of its square. Norms, activations, embeddings and the optimizer are left out, as is usual: under 1 %.
+half of its square, in layers with a window less what lies outside of it; of experts count those that a token meets.
+Norms, activations, embeddings and the optimizer are left out, as is usual: under 1 %.
 
 Legend: w = matrix entries a token is multiplied with, a = width of the queries of all heads together.
 """
@@ -63,6 +64,7 @@ class FlopCounter:
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.attention = 4.0 * heads * head_dim * len(blocks)
+        self.num_blocks, self.windows = len(blocks), _windows(config, len(blocks))
         head: Any = model.language_model.get_output_embeddings()
         self.head = 2.0 * num_weights(head.weight)
         self.vision_trained = trained["vision_encoder"]
@@ -83,9 +85,10 @@ class FlopCounter:
         """Operations that forward and backward pass of these samples need, however they are computed.
 
         `lengths` count a sample's tokens, images included; `num_images` and `num_targets` (answer tokens) are those of
-        all samples. `causal_share` of attention's square is counted; 1 is for kernels that compute all of it.
+        all samples. `causal_share` of attention's square is counted; 1 is for kernels that compute all of it, whatever
+        their windows.
         """
-        square = causal_share * self.attention * float(sum(length**2 for length in lengths))
+        square = self.attention * (self._causal(lengths) if causal_share == 0.5 else causal_share * _squares(lengths))
         matrices = self.body * float(sum(lengths))
         blocks = self.vision_passes[0] * self.vision_matrices + self.vision_passes[1] * self.vision_attention
         per_image, once = self.pooled[0] + self.mlp, self.pooled[1]
@@ -102,10 +105,27 @@ class FlopCounter:
         """Operations done twice: `blocks` by `activation_checkpointing: full`, the `head`'s by `loss_chunk`."""
         total = self.head * num_targets if head else 0.0
         if blocks:
-            total += self.body * float(sum(lengths)) + 0.5 * self.attention * float(sum(n**2 for n in lengths))
+            total += self.body * float(sum(lengths)) + self.attention * self._causal(lengths)
             if self.vision_trained:
                 total += num_images * (self.vision_matrices + self.vision_attention)
         return total
+
+    def _causal(self, lengths: Sequence[int]) -> float:
+        """Pairs of tokens that look at each other, on average over the layers."""
+        outside = sum(_squares(max(length - window, 0) for length in lengths) for window in self.windows)
+        return 0.5 * (_squares(lengths) - outside / self.num_blocks)
+
+
+def _squares(lengths: Iterable[int]) -> float:
+    return float(sum(length**2 for length in lengths))
+
+
+def _windows(config: Any, num_blocks: int) -> list[int]:
+    """The window of each layer that has one."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return []
+    return [window] * (num_blocks if kinds is None else list(kinds).count("sliding_attention"))
 
 
 def _passes(trained: bool, before: bool) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,6 +19,7 @@ from transformers import (
 
 from composer_path.models.attention import AttentionBackend, resolve_attention
 from composer_path.models.language_types import check_attention_supported
+from composer_path.models.parameters import cast_parameters, empty_parameters
 from composer_path.models.rope_keys import check_rope_known, read_rope_parameters
 from composer_path.storage.json_object import file_inside, read_json_object
 
@@ -181,30 +179,3 @@ def _check_sizes(config: PretrainedConfig) -> None:
     if width % heads and getattr(config, "head_dim", None) in (None, width // heads):
         rule = f"hidden_size must be a multiple of num_attention_heads, found {width} and {heads}"
         raise ValueError(f"model.language_model: {rule}; correct it")
-
-
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> Any:
-    """Cast the parameters only: `module.to(bfloat16)` would cast RoPE's `inv_freq` too, 5 rad off at position 4,095."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
-
-
-@contextmanager
-def empty_parameters(enabled: bool = True) -> Iterator[None]:
-    """Within this context, modules are built with parameters on the meta device and real buffers."""
-    if not enabled:
-        yield
-        return
-    register = nn.Module.register_parameter
-
-    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
-        if param is not None and not param.is_meta:  # one that is already empty may be tied: keep the same object
-            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

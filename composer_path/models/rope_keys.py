@@ -81,10 +81,13 @@ def check_rope_known(config: PretrainedConfig) -> None:
     for rope in _ropes(config):
         if (kind := _kind(rope)) not in KINDS:
             raise ValueError(f"{where} must be one of {', '.join(KINDS)}, found {kind!r}; choose another model")
-        values = shared | {key: getattr(config, key, None) for key in KINDS[kind]} | dict(rope)
-        for key in (*KINDS[kind], "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
-            value, needed = values.get(key), key in KINDS[kind]
-            if value is None and not needed:
+        needed = KINDS[kind]
+        if kind == "longrope" and TRANSFORMERS_MAJOR < 5 and getattr(config, ORIGINAL, None) is None:
+            needed += ("factor",) if rope.get("attention_factor") is None else ()  # transformers 5 divides the lengths
+        values = shared | {key: getattr(config, key, None) for key in needed} | dict(rope)
+        for key in (*needed, "rope_theta", "rope_local_base_freq", "partial_rotary_factor"):
+            value = values.get(key)
+            if value is None and key not in needed:
                 continue
             low, numbers = float(key in AT_LEAST_1), value if isinstance(value, list) else [value]
             most = 1.0 if key == "partial_rotary_factor" else 1e12
@@ -105,7 +108,8 @@ def check_rope_supported(config: PretrainedConfig, longest: int) -> None:
     """Refuse, by name, a RoPE that turns a sample of a row otherwise because of a longer one beside it.
 
     Transformers takes the frequencies of such kinds (`dynamic`, `longrope`) from the longest sample of a row. Up to the
-    length that the model was first trained with they are the same for all.
+    length that the model was first trained with they are the same for all: its own, or `short_factor`'s. Beyond it each
+    length has its own (`dynamic`), or those of `long_factor`, which shorter samples alone would not get.
 
     Args:
         config: Of the language model.
@@ -116,7 +120,8 @@ def check_rope_supported(config: PretrainedConfig, longest: int) -> None:
     """
     for rope in _ropes(config):
         kind = _kind(rope)
-        if kind not in ("dynamic", "longrope"):
+        one_table = kind == "longrope" and rope["short_factor"] == rope["long_factor"]
+        if kind not in ("dynamic", "longrope") or one_table:
             continue
         known = [getattr(config, "max_position_embeddings", None)]
         if kind == "longrope":

@@ -9,6 +9,8 @@ import timm
 import timm.layers
 from torch import nn
 
+from composer_path.models.parameters import built_emptied
+
 LIBRARIES = {"timm.layers": timm.layers, "torch.nn": nn, "nn": nn}
 
 
@@ -28,7 +30,7 @@ def build_timm_trunk(name: str, image_size: int | None, kwargs: dict[str, Any]) 
     if norm_eps is not None and (type(norm_eps) not in (int, float) or not 0 < norm_eps < 1):
         raise ValueError(f"vision_encoder.kwargs: norm_eps must be a number between 0 and 1, found {norm_eps!r}")
     try:
-        trunk: Any = timm.create_model(name, pretrained=False, num_classes=0, **settings)
+        trunk: Any = built_emptied(lambda: timm.create_model(name, pretrained=False, num_classes=0, **settings))
     except (TypeError, AssertionError) as error:  # an unknown keyword; sizes that timm asserts
         raise ValueError(f"vision_encoder.kwargs: timm's '{name}' doesn't take {settings}: {error}") from error
     lacking = [part for part in ("blocks", "num_prefix_tokens", "patch_embed", "embed_dim") if not hasattr(trunk, part)]

@@ -38,6 +38,10 @@ RESERVED = {"num_classes", "img_size", "global_pool", "checkpoint_path", "cache_
 _MOST_BLOCKS, _MOST = 1000, 10**6  # beyond these no encoder is built in a lifetime
 FETCHING = ("pretrained", "timm_", "hf_")
 
+# Buffers of timm that are operands of a matrix product: EVA-02's and BEiT's bias of the keys, which is 0, and the
+# coordinates of relative positions. Without autocast torch wants them in the weights' dtype; RoPE's tables stay fp32.
+OPERANDS = {"k_bias", "rel_coords_log"}
+
 
 class VisionEncoder(nn.Module):
     """A vision transformer without its head, together with what its users have to know about it.
@@ -79,6 +83,8 @@ class VisionEncoder(nn.Module):
             raise ValueError("vision_encoder.tokens: 'cls_patches' needs a CLS token, found none; take 'patches'")
         self.num_prefix_tokens: int = trunk.num_prefix_tokens  # CLS, then registers
         self.normalization_known = True  # not only a library's default for a name
+        modules = trunk.modules()
+        self._operands = [(module, name) for module in modules for name in module._buffers if name in OPERANDS]
         self.num_kept_prefix_tokens = {"all": self.num_prefix_tokens, "patches": 0, "cls_patches": 1}[tokens]
 
     def forward(self, images: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images tokens dim"]:
@@ -88,11 +94,20 @@ class VisionEncoder(nn.Module):
         `images` are normalised with `mean` and `std` already.
         """
         self.num_tokens(images.shape[-2], images.shape[-1])
-        features = self.trunk.forward_features(images.to(next(self.trunk.parameters()).dtype))
+        dtype = next(self.trunk.parameters()).dtype
+        self._cast_operands(dtype)
+        features = self.trunk.forward_features(images.to(dtype))
         kept, prefix = self.num_kept_prefix_tokens, self.num_prefix_tokens
         if kept == prefix:
             return features
         return features[:, prefix:] if kept == 0 else torch.cat([features[:, :kept], features[:, prefix:]], dim=1)
+
+    def _cast_operands(self, dtype: torch.dtype) -> None:
+        """Give the weights' dtype, which FSDP may change, to what enters products beside them without being one."""
+        for module, name in self._operands:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.dtype != dtype:
+                module._buffers[name] = buffer.to(dtype)
 
     def num_tokens(self, height: int, width: int) -> int:
         """How many tokens an image of this size (in pixels) gives.

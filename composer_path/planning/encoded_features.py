@@ -25,7 +25,7 @@ from composer_path.images.features import (
     pack_features,
 )
 from composer_path.images.pixels import ImagePreparation, normalize_image
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.models.pattern import learning_modules
 from composer_path.models.vision_encoder import VisionEncoder
 from composer_path.parallel import in_threads
@@ -150,7 +150,7 @@ def encode_set(
         # What still holds of the old set's card, and how the features were made.
         card: dict[str, Any] = {key: view.card[key] for key in _KEPT if key in view.card}
         card |= {"records": summary.samples, "images": summary.images, "undecodable": summary.undecodable}
-        publish_new(place, writer, card | features, features)
+        publish_new(place, writer, card | features, view.index_keys | features)
     return summary
 
 

@@ -80,7 +80,8 @@ def training_sets(settings: Mapping[str, Any], loaders: tuple[str, ...] | None =
 
 def image_tokens_of(model: Mapping[str, Any]) -> int:
     """How many placeholders an image takes by the YAML's section; the two modules are built without weights."""
-    from composer_path.models.language_model import empty_parameters, load_language_model_config
+    from composer_path.models.language_model import load_language_model_config
+    from composer_path.models.parameters import empty_parameters
     from composer_path.models.projector import untrained_projector
     from composer_path.models.vision_encoder import untrained_vision_encoder
 

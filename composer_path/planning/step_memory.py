@@ -116,6 +116,9 @@ def peak_of_step(model: PathMLLM, row: RowSize) -> int:
 
     A gradient is counted until it is complete, as where it is handed on to its owner right away. The model lies on the
     meta device (see `to_meta`), or a real one.
+
+    Raises:
+        ValueError: It can't run without data, as mixtures of experts before transformers 5.
     """
     device = next(model.parameters()).device
     batch = _empty_batch(model, row, device)
@@ -126,6 +129,10 @@ def peak_of_step(model: PathMLLM, row: RowSize) -> int:
         with _flash_on_meta(), LiveBytes(iter(known)) as live:
             model(**batch).sum().backward()
         return live.peak
+    except NotImplementedError:  # which token meets which expert: no tensor without content says it
+        kind = model.language_model.config.model_type
+        rule = "its step must run without data to be planned, found experts that are chosen by the data"
+        raise ValueError(f"language model '{kind}': {rule}; install transformers 5, or choose another model") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -28,8 +28,8 @@ _PLACES = re.compile(
 # is compared by the stream, which takes another one where an epoch begins.
 _FIXED = re.compile(
     r"seed|tokenizer\..*|model\..*|optimizer\.(name|fused|amsgrad|block_size|layer_wise_lr_decay|groups(\.\d+\.match)?)"
-    r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|decoder|streams(\..*)?)"
-    r"|execution\.frozen_weights|files\..*"
+    r"|train_loader\.dataset\.(template|template\..*|max_seq_len|image_position|fit|max_pixels|scale_levels|decoder)"
+    r"|train_loader\.dataset\.streams(\..*)?|execution\.frozen_weights|files\..*"
 )
 _FREE = re.compile(r"model\.attention|train_loader\.dataset\.streams\.[^.]+\.(download_\w+|validate_hash|keep_zip)")
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from composer_path.images.features import INDEX_KEY as FEATURES_KEY
 from composer_path.shards.index import empty_place, new_set, publish_new
 from composer_path.shards.mds import HASHES, ShardError, name_of
 from composer_path.shards.summary import ShardSummary
@@ -112,7 +111,7 @@ def select_samples(
             writer.write(columns)
             summary.count(sample)
         card = _card(view, summary, conditions, num_samples, seed)
-        publish_new(place, writer, card, {} if view.features is None else {FEATURES_KEY: view.features})
+        publish_new(place, writer, card, view.index_keys)
     return summary
 
 

@@ -24,6 +24,7 @@ from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, open_place
 
 Result = TypeVar("Result")
+OF_IMAGES = ("features", "scale_levels")  # what an index says of its images, and what is made of the set says too
 _WHOLE = 2**32  # bytes: more than a sample can have
 
 
@@ -66,6 +67,7 @@ class ShardView:
                 "content; write shards with composer-path convert"
             )
         self.shards: list[Entry] = shards
+        self.index_keys = {key: index[key] for key in OF_IMAGES if key in index}
         self.features: dict[str, Any] | None = index.get("features")  # None for a set of images
         card = self._read_json(CARD_NAME)
         self.card: dict[str, Any] = card if isinstance(card, dict) else {}

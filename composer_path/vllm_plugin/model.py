@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_p
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from composer_path.hugging_face.model_config import vision_keywords
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
 from composer_path.own_parts.registry import check_sources

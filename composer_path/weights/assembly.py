@@ -10,8 +10,9 @@ import torch
 
 from composer_path.models.attention import AttentionBackend, kernel_in_words, resolve_attention
 from composer_path.models.execution import hold_frozen_units
-from composer_path.models.language_model import cast_parameters, empty_parameters, load_language_model_config
+from composer_path.models.language_model import load_language_model_config
 from composer_path.models.lora import add_adapters
+from composer_path.models.parameters import cast_parameters, empty_parameters
 from composer_path.models.pattern import MODULES, modules_of
 from composer_path.models.projector import NUM_MARKS
 from composer_path.models.vocabulary_rows import mean_word

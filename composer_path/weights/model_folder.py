@@ -15,7 +15,8 @@ from composer_path.hugging_face.configuration import text_keys
 from composer_path.hugging_face.model_config import MODEL_TYPE, checked_config, model_config, vision_keywords
 from composer_path.models import path_mllm
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import empty_parameters, untrained_language_model
+from composer_path.models.language_model import untrained_language_model
+from composer_path.models.parameters import empty_parameters
 from composer_path.models.projector import untrained_projector
 from composer_path.models.vision_encoder import untrained_vision_encoder
 from composer_path.models.vocabulary_rows import name_of, tied_names

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from composer_path.models.attention import AttentionBackend
-from composer_path.models.language_model import LLAMA_KEYS, empty_parameters, untrained_language_model
+from composer_path.models.language_model import LLAMA_KEYS, untrained_language_model
+from composer_path.models.parameters import empty_parameters
 from composer_path.models.projector import NUM_MARKS, Projector, untrained_projector
 from composer_path.models.rope_keys import old_rope_keys
 from composer_path.models.vision_encoder import VisionEncoder, untrained_vision_encoder

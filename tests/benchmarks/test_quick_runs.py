@@ -15,6 +15,7 @@ EXPECTED = {
     "end_to_end": "ours is faster by",
     "host_work": "ours over transformers",
     "scaling": "KB a token",
+    "examining_speed": "own process : this one",
     "learning": "loops_range_between_seeds",
 }
 

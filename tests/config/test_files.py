@@ -139,6 +139,17 @@ def test_a_longer_tokenizer_is_taken_where_rows_may_be_added(settings: dict[str,
     ("said", "named"),
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, r"its RoPE \(dynamic\) depends"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "longrope",
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                    "factor": 4.0,
+                }
+            },
+            r"its RoPE \(longrope\) depends on a row's longest sample beyond 64 tokens, found .* set max_seq_len",
+        ),
         ({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}, "has learned 64 positions|transformers 5"),
     ],
 )
@@ -243,6 +254,14 @@ def test_samples_of_a_mixture_are_counted_by_its_shares(
     settings["train_loader"] |= {"global_batch_size": 8, "drop_last": True}
     assert check_files(settings) == []
     assert [line.split()[1] for line in samples_left_out(settings)] == [str(left_out)] * bool(left_out)
+
+
+def test_sets_whose_dark_pictures_were_read_in_two_ways_are_seen(settings: dict[str, Any], tmp_path: Path) -> None:
+    write_index(tmp_path / "train", 24, scale_levels=True)
+    assert check_files(settings) == []
+    settings["train_loader"]["dataset"]["scale_levels"] = False
+    [problem] = check_files(settings)
+    assert problem.startswith("train_loader.dataset: scale_levels: found false, but train_loader.dataset was converted")
 
 
 def test_stored_features_must_be_of_the_images_that_the_run_prepares(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "kwargs": SMALL,
     },
     "eva": {"name": "timm/eva02_tiny_patch14_224", "image_size": 28, "kwargs": SMALL},
+    "eva, fused": {"name": "timm/eva02_enormous_patch14_clip_224", "image_size": 28, "kwargs": SMALL},
+    "learned rope": {"name": "timm/vit_small_patch16_rope_mixed_224", "image_size": 32, "kwargs": SMALL},
     "registers": {
         "name": "timm/vit_small_patch14_reg4_dinov2",
         "image_size": 28,

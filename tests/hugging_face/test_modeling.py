@@ -181,7 +181,7 @@ def test_a_device_map_changes_nothing(folder: Path, where: Any) -> None:
     assert_same_model(PathMLLM.from_pretrained(folder), loaded(folder, device_map=where))
 
 
-@pytest.mark.parametrize("encoder", ["coca", "dinov3"])
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_in_bf16_only_parameters_are_cast(tmp_path: Path, encoder: str) -> None:
     """A table of positions in bf16 would turn tokens by radians."""
     exported(tiny_path_mllm(encoder), tmp_path)

@@ -23,6 +23,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide heads": {"llm": {"head_dim": 24}},
     "tied head": {"llm": {"tie_word_embeddings": True}},
     "without class token": {"vision": {"tokens": "patches"}},
+    "windows": {"llm": {"model_type": "mistral", "sliding_window": 16}},
+    "experts": {"llm": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}},
+    "narrow experts": {
+        "llm": {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+    },
 }
 
 
@@ -37,13 +42,15 @@ def build(trainable: list[str], vision: Any = None, projector: Any = None, llm: 
         "vocab_size": 512,
     }
     kwargs = {"embed_dim": 48, "depth": 2, "num_heads": 2}
-    return assemble_model(
+    model = assemble_model(
         vision_encoder={"name": "timm/vit_tiny_patch16_224", "image_size": 64, "kwargs": kwargs} | (vision or {}),
         projector=projector or {"pooler": POOLER, "mlp": {"depth": 2}},
         language_model={"config": config | (llm or {})},
         trainable=trainable,
         attention="sdpa",
     )
+    model.language_model.config._experts_implementation = "eager"  # as products that torch's counter knows
+    return model
 
 
 def step(model: PathMLLM) -> int:
@@ -105,6 +112,19 @@ def test_causal_attention_counts_half() -> None:
     counter = FlopCounter(build(["projector", "language_model"]))
     whole, half = (counter.needed([1000], 0, 0, causal_share=share).language_model for share in (1.0, 0.5))
     assert whole - half == pytest.approx(0.5 * 3 * 4 * 64 * 2 * 1000**2)
+
+
+@pytest.mark.parametrize("window", [16, 100])
+def test_what_lies_outside_of_a_window_is_not_counted(window: int) -> None:
+    """Each token looks at itself and at those before it, `window` in all; half a token each is left out, as always."""
+    kinds = ["sliding_attention", "full_attention"]
+    llm = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    counter = FlopCounter(build(["projector", "language_model"], llm=llm))
+    pairs = sum(min(place + 1, window) - 0.5 for length in LENGTHS for place in range(length))
+    pairs += sum(0.5 * length**2 for length in LENGTHS)
+    matrices = counter.needed([1], 0, 0, causal_share=0.0).language_model * sum(LENGTHS)
+    found = counter.needed(LENGTHS, 0, 0).language_model - matrices
+    assert found == pytest.approx(3 * 4 * 64 * pairs, rel=0.02)
 
 
 def test_a_7b_needs_what_its_formula_says() -> None:

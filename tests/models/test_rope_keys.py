@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from composer_path.models.language_model import load_language_model_config
 from composer_path.models.path_mllm import PathMLLM
@@ -98,7 +99,8 @@ def test_settings_of_single_layers_are_refused_where_they_would_be_lost() -> Non
 # --- kinds that depend on a row's longest sample ---------------------------------------------------------------------
 
 KNOWN = 64  # positions that the model was first trained with
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+NO_FACTOR = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONG = NO_FACTOR | {"factor": 4.0}
 BY_LENGTH = {
     "dynamic": {"max_position_embeddings": KNOWN, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     "dynamic, old word": {"max_position_embeddings": KNOWN, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
@@ -157,6 +159,38 @@ def test_a_sample_beside_a_longer_one_is_as_alone_or_the_row_is_refused_by_name(
         assert torch.allclose(alone, beside, atol=1e-5)
 
 
+SAME = LONG | {"long_factor": LONG["short_factor"], "factor": 1.0}
+PHI_3 = {"model_type": "phi3", "pad_token_id": 0, "original_max_position_embeddings": KNOWN}
+OF_PHI_3 = {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [4.0] * 4}
+# Of each: a language model, and the lengths of a row whose longest sample is as long as it may be.
+ALONE: dict[str, tuple[dict[str, Any], list[int]]] = {
+    **{kind: (words, [20, KNOWN, 3]) for kind, words in BY_LENGTH.items()},
+    "Phi-3": (
+        PHI_3 | {"rope_scaling": {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [4.0] * 4}},
+        [64, 9],
+    ),
+    "one set of factors": ({"original_max_position_embeddings": KNOWN, "rope_scaling": SAME}, [20, 100, KNOWN]),
+}
+
+
+@pytest.mark.parametrize("kind", ALONE)
+def test_each_sample_of_a_row_is_as_in_transformers_alone(kind: str) -> None:
+    """Also after a longer sample was tried, whose frequencies transformers would keep."""
+    words, lengths = ALONE[kind]
+    ours = model_with_rope(words)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_config(deepcopy(ours.language_model.config), attn_implementation="eager")
+        theirs.load_state_dict(ours.language_model.state_dict())
+        if kind != "one set of factors":
+            with pytest.raises(ValueError, match="depends on a row's longest sample beyond 64 tokens, found 65"):
+                logits_of_row(ours, [3, KNOWN + 1])
+        for found, length in zip(logits_of_row(ours, lengths), lengths, strict=True):
+            expected = deepcopy(theirs)(input_ids=(torch.arange(length) * 7 % 96)[None]).logits[0]
+            assert ((found - expected).norm() / expected.norm()).item() < 1e-5  # measured 6e-7 at most
+        longer = theirs(input_ids=(torch.arange(100) * 7 % 96)[None]).logits[0, :20]
+    assert torch.allclose(longer, logits_of_row(ours, [20])[0], atol=1e-3) is (kind == "one set of factors")
+
+
 def test_a_row_that_is_filled_up_beyond_the_known_positions_is_refused_too() -> None:
     model = model_with_rope(BY_LENGTH["dynamic"])
     model.row_multiple = 128
@@ -184,6 +218,7 @@ def test_a_row_that_is_filled_up_beyond_the_known_positions_is_refused_too() -> 
             {"rope_scaling": {"rope_type": "longrope", "short_factor": 1.0}},
             "needs short_factor to be a list|required keys .*long_factor",
         ),
+        *[({"rope_scaling": NO_FACTOR}, r"\(longrope\) needs factor")] * (TRANSFORMERS_MAJOR < 5),
         ({"rope_theta": -1.0}, "needs rope_theta to be a number"),
         ({"rope_theta": True}, "needs rope_theta to be a number"),
     ],

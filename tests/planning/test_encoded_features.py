@@ -20,7 +20,7 @@ from composer_path.commands.verb import parse
 from composer_path.config.reading import plain
 from composer_path.images.features import FeaturesError, features_in_index
 from composer_path.models.composer_model import ComposerPathMLLM
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.planning.encoded_features import (
     FeatureEncoder,
     build_feature_encoder,

@@ -13,6 +13,7 @@ from torch.autograd.profiler import profile
 
 from composer_path.models.execution import choose_execution
 from composer_path.models.path_mllm import PathMLLM
+from composer_path.models.rope_keys import TRANSFORMERS_MAJOR
 from composer_path.planning import step_memory
 from composer_path.planning.step_memory import (
     LiveBytes,
@@ -132,6 +133,26 @@ def test_what_has_content_or_memory_in_common_or_to_spare_is_always_run() -> Non
     assert _repeatable([whole], [torch.empty(4, device="meta"), 3], None)
     assert not _repeatable([whole], [whole.view(2, 2)]) and not _repeatable([whole[:2]])
     assert not _repeatable([whole], [filled]) and not _repeatable([filled])
+
+
+def test_a_mixture_of_experts_is_planned_or_refused_by_name() -> None:
+    config = {"model_type": "mixtral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "num_local_experts": 4}
+    model = assemble_model(
+        vision_encoder={"name": "timm/vit_tiny_patch16_224", "image_size": 32, "kwargs": {"depth": 1}},
+        projector={"type": "linear"},
+        language_model={"config": config},
+        trainable=["projector", "language_model"],
+        empty=True,
+    )
+    with computing_in(to_meta(model), torch.bfloat16):
+        if TRANSFORMERS_MAJOR < 5:
+            with pytest.raises(
+                ValueError, match=r"'mixtral': its step must run without data .* install transformers 5"
+            ):
+                peak_of_step(model, replace(ROW, images=1))
+        else:
+            assert 0 < peak_of_step(model, replace(ROW, samples=1)) < peak_of_step(model, replace(ROW, samples=4))
 
 
 def test_logits_in_chunks_lower_the_peak_as_planned() -> None:

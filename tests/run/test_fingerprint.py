@@ -49,7 +49,8 @@ FIXED = (
         "optimizer.layer_wise_lr_decay",
     ),
     *(f"train_loader.dataset.{key}" for key in ("template", "max_seq_len", "image_position", "fit", "max_pixels")),
-    *("train_loader.dataset.decoder", "train_loader.dataset.streams", "execution.frozen_weights"),
+    *(f"train_loader.dataset.{key}" for key in ("scale_levels", "decoder", "streams")),
+    "execution.frozen_weights",
 )
 FREE = (
     *("model.attention", "tokenizer.path", "model.vision_encoder.weights", "model.projector.weights"),

@@ -25,7 +25,7 @@ from tiny_run import (
 from composer_path import ComposerPathMLLM, PathMLLM
 from composer_path.batches.batch import split_batch
 from composer_path.config.reading import plain
-from composer_path.models.language_model import cast_parameters
+from composer_path.models.parameters import cast_parameters
 from composer_path.records.vocabulary import load_tokenizer
 from composer_path.run import sharding
 from composer_path.run.sharding import build_parallelism_config
