@@ -18,7 +18,7 @@ from composer_path.hugging_face.processor_folder import PROCESSOR_CONFIG
 from composer_path.images.examiner import Examiner
 from composer_path.images.pixels import ImagePreparation
 from composer_path.images.untrusted import load_untrusted, load_untrusted_file, require_file
-from composer_path.models.language_types import longest_conversation, room_behind
+from composer_path.models.language_types import go_on, longest_conversation, room_behind
 from composer_path.records.conversation import Conversation, Turn
 from composer_path.records.image_tags import IMAGE_TAG
 from composer_path.records.messages import conversation_of
@@ -214,7 +214,8 @@ class Assistant:
     ) -> str:
         prompt = self._prompt(conversation, images)
         (embeds,) = self.features.embedded([prompt])  # in a chat each question comes with the same pictures
-        new = self.model.continued(
+        new = go_on(
+            self.model.language_model,
             embeds,
             max_new_tokens=min(max_new_tokens, prompt.room),
             eos_token_id=self.end_ids(),

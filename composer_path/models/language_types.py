@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from composer_path.models.rope_keys import TRANSFORMERS_MAJOR, check_rope_supported
@@ -109,6 +110,14 @@ def room_behind(num_tokens: int, limit: int | None) -> int:
     if limit is not None and num_tokens >= limit:
         raise ValueError(f"the conversation takes {num_tokens} tokens of {limit}; start a new one")
     return 2**31 if limit is None else limit - num_tokens
+
+
+def go_on(language_model: Any, embeds: Tensor, **generation: Any) -> Tensor:
+    """New ids behind an embedded prompt of shape (tokens, width), greedily by default, as transformers writes them."""
+    mask = torch.ones((1, len(embeds)), dtype=torch.int64, device=embeds.device)
+    keywords = {"do_sample": False, "use_cache": True} | generation
+    with torch.no_grad():
+        return language_model.generate(inputs_embeds=embeds[None], attention_mask=mask, **keywords)[0]
 
 
 def padded_attention(config: PretrainedConfig) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from composer_path.images.pixels import normalize_image
 from composer_path.models.attention import fill_row, pack_attention
-from composer_path.models.language_types import check_length_supported, decoder_blocks, decoder_of, inputs_scale
+from composer_path.models.language_types import check_length_supported, decoder_blocks, decoder_of, go_on, inputs_scale
 from composer_path.models.pattern import pick
 from composer_path.models.projector import Projector
 from composer_path.models.vision_encoder import VisionEncoder
@@ -190,17 +190,8 @@ class PathMLLM(nn.Module):
         images = torch.empty((0, 3, 1, 1), dtype=torch.uint8) if pixel_values is None else pixel_values
         image_index = (input_ids < 0).nonzero()[:, 0]
         image_embeds = self.embed_images(images.to(device))
-        return self.continued(
-            self.embed_tokens(input_ids.to(device), image_embeds, image_index.to(device)), **generation
-        )
-
-    @torch.no_grad()
-    def continued(self, embeds: Float[Tensor, "tokens hidden"], **generation: Any) -> Int64[Tensor, " new_tokens"]:
-        """What `generate` gives for a prompt of which all is embedded already, its images too."""
-        mask = torch.ones((1, len(embeds)), dtype=torch.int64, device=embeds.device)
-        keywords = {"do_sample": False, "use_cache": True} | generation
-        generate: Any = self.language_model.generate
-        return generate(inputs_embeds=embeds[None], attention_mask=mask, **keywords)[0]
+        embeds = self.embed_tokens(input_ids.to(device), image_embeds, image_index.to(device))
+        return go_on(self.language_model, embeds, **generation)
 
     def trainable(self, patterns: Sequence[str]) -> PathMLLM:
         """Train what these name (`pattern.py`: modules, or parts of them) and nothing else.
