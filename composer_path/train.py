@@ -112,13 +112,11 @@ def guarded_train(
     tokenizer = load_tokenizer(**settings["tokenizer"])
     model = choose_execution(build_model(with_local_weights(settings), num_ids(tokenizer)), **settings["execution"])
     check_vocabulary(tokenizer, model.num_embeddings())
+    optimizer = build_optimizer(model, **settings["optimizer"])
     if dist.get_global_rank() == 0:
         print(f"{trainer_section['run_name']} {describe_parameters(model)}", file=sys.stderr)
-    optimizer = build_optimizer(model, **settings["optimizer"])
-    if dist.get_global_rank() == 0 and (
-        settings["optimizer"]["groups"] or settings["optimizer"]["layer_wise_lr_decay"]
-    ):
-        print(describe_groups(optimizer), file=sys.stderr)
+        if settings["optimizer"]["groups"] or settings["optimizer"]["layer_wise_lr_decay"]:
+            print(describe_groups(optimizer), file=sys.stderr)
     trained_only = TrainedOnly(model)
 
     train_loader: Any = build_loader(settings["train_loader"], model, tokenizer, settings["algorithms"])

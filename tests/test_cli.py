@@ -99,7 +99,7 @@ def test_each_mistake_is_one_line_and_exit_code_2(
         "give a question, or --chat": ["ask", folder],
         "give a question, or --chat to": ["ask", folder, " "],
         "takes a question; give one": ["ask", folder, "--image", TILE],
-        "--temperature: must be 0 or more, found -1.0": ["ask", folder, QUESTION, "--temperature", "-1"],
+        "--temperature: must be 0, or from 0.001 to 1000, found -1.0": ["ask", folder, QUESTION, "--temperature", "-1"],
         "notes.txt': an image must decode": ["ask", folder, "--image", text, QUESTION],
         "none.jpg': there is no such file": ["ask", folder, "--image", "none.jpg", QUESTION],
         "1 image tags and the conversation 2 images": [

@@ -165,8 +165,10 @@ class PathMLLM(path_mllm.PathMLLM):
         own = self.state_dict()
         check_tensors(source, own, tensors)
         floats = {key: tensor for key, tensor in tensors.items() if own[key].is_floating_point()}
-        held = widest_float(source, floats)
-        tensors |= {key: tensor.to(dtype or held) for key, tensor in floats.items()}
+        for module in {key.partition(".")[0] for key in floats}:  # between two of them vectors are converted
+            of_module = {key: tensor for key, tensor in floats.items() if key.startswith(f"{module}.")}
+            held = widest_float(source, of_module)
+            tensors |= {key: tensor.to(dtype or held) for key, tensor in of_module.items()}
         self.load_state_dict(tensors, assign=True)
         self.language_model.tie_weights()
         return self.eval()

@@ -255,7 +255,7 @@ def test_a_record_whose_answers_are_cut_away_has_no_answer_tokens(mistral):
 
 
 def test_max_seq_len_below_one_is_refused(mistral):
-    with pytest.raises(ValueError, match="max_seq_len: must be at least 1, found 0"):
+    with pytest.raises(ValueError, match="max_seq_len: must be at least 1, and whole, found 0"):
         tokenize_conversation(conversation("Q", "A"), mistral, "plain", 1, max_seq_len=0)
 
 

@@ -46,12 +46,18 @@ def test_a_configuration_that_ties_what_differs_is_refused(folder: Path) -> None
         PathMLLM.from_pretrained(folder)
 
 
-def test_weights_of_several_dtypes_are_held_in_the_widest(folder: Path) -> None:
+def test_weights_of_several_dtypes_are_held_in_the_widest_of_their_module(folder: Path) -> None:
     change_weights(folder, lambda name, value: value.bfloat16() if "layers.0" in name else value)
+    change_weights(folder, lambda name, value: value.bfloat16() if name.startswith("vision_encoder.") else value)
     model = PathMLLM.from_pretrained(folder)
-    assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    dtypes = {(name.partition(".")[0], value.dtype) for name, value in model.state_dict().items()}
+    assert dtypes == {
+        ("vision_encoder", torch.bfloat16),
+        ("projector", torch.float32),
+        ("language_model", torch.float32),
+    }
     stored = load_file(folder / "model.safetensors")
-    assert all(torch.equal(value, stored[name].float()) for name, value in model.state_dict().items())
+    assert all(torch.equal(value.float(), stored[name].float()) for name, value in model.state_dict().items())
     answer = Assistant.from_pretrained(folder).answer([("human", "What?")], max_new_tokens=2)
     assert isinstance(answer, str)
 
