@@ -102,7 +102,9 @@ def test_batches_outlive_a_killed_worker_and_its_other_memory_is_given_back() ->
     try:
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+        # A connection that was just being made breaks off.
+        ended = r"killed by signal|exited unexpectedly|reset by peer|^$"
+        with pytest.raises((RuntimeError, ConnectionError, EOFError), match=ended):
             for _ in range(24):
                 next(batches)
         for worker in workers:

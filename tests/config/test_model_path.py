@@ -56,8 +56,8 @@ def test_a_folder_stands_for_the_sections_of_its_parts_and_the_tokenizer(tmp_pat
 def test_a_tokenizer_of_its_own_stays_and_an_override_may_name_the_folder(tmp_path: Path, exported: Path) -> None:
     config = load_config(yaml_of(tmp_path, {}), [f"model.path={exported}"])
     assert config.tokenizer.path == "test_data/tokenizer" and config.model.projector.weights == str(exported)
-    named = {"path": "${variables.shards}"}
-    assert "there is no folder 'runs/demo/shards'" in problems_of(tmp_path, named)[0]
+    named = {"path": "${variables.shards}/none"}
+    assert "there is no folder 'runs/demo/shards/none'" in problems_of(tmp_path, named)[0]
 
 
 def test_what_isnt_weights_may_stand_beside_it_and_what_it_says_may_not(tmp_path: Path, exported: Path) -> None:

@@ -91,14 +91,25 @@ def test_ranks_take_their_leaders_number_though_other_runs_come_and_go(tmp_path:
     assert [number for _, number in ours] == [number for _, number in theirs]
 
 
+def left_by_a_run() -> tuple[int, list[SharedMemory]]:
+    """Remains under the next two numbers; other programs of this machine may take one of them in the meantime."""
+    for _ in range(50):
+        first, free = register_prefix(["/nowhere/else"], [None], World.detect())
+        free.cleanup()
+        remains: list[SharedMemory] = []
+        try:
+            remains.append(SharedMemory(_get_path(first, BARRIER), True, 8))  # the folders are gone, the barrier stays
+            remains.append(SharedMemory(_get_path(first + 1, LOCALS), True, 8))  # and the other way round
+            return first, remains
+        except FileExistsError:
+            for memory in remains:
+                memory.cleanup()
+    raise AssertionError("no two numbers were free")
+
+
 def test_the_remains_of_a_run_that_ended_half_way_are_passed_over(tmp_path: Path) -> None:
     """Streaming's own choice, the largest of each name's first free number, may be taken."""
-    first, free = register_prefix(["/nowhere/else"], [None], World.detect())
-    free.cleanup()
-    remains = [
-        SharedMemory(_get_path(first, BARRIER), True, 8),  # the folders are gone, the barrier is there
-        SharedMemory(_get_path(first + 1, LOCALS), True, 8),  # and the other way round
-    ]
+    first, remains = left_by_a_run()
     try:
         loader = build_loader(local=str(write_set(tmp_path)))
         assert sorted(read_epoch(loader)) == list(range(NUM_SAMPLES))
