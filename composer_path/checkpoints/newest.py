@@ -64,6 +64,15 @@ def newest_whole(folder: CheckpointFolder, clear: bool = True) -> Found | None:
     return None
 
 
+def newest_of_run(folder: CheckpointFolder, run: str) -> Found:
+    """The newest whole checkpoint of somebody's run, which may be at work; raises ValueError where it has none."""
+    found = newest_whole(folder, clear=False)
+    if found is None:
+        fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
+        raise ValueError(f"run '{run}': found no checkpoint in '{folder}'; {fix}")
+    return found
+
+
 def named(path: str | Path) -> Found:
     """The checkpoint at a path, which may be a link such as `latest`.
 

@@ -113,10 +113,6 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
         # checkpoints/<name> lies in the run's folder; a latest link may point anywhere, so it isn't followed here
         return path, path.absolute().parent.parent / CONFIG
     from composer_path.checkpoints.folder import CheckpointFolder
-    from composer_path.checkpoints.newest import newest_whole
+    from composer_path.checkpoints.newest import newest_of_run
 
-    found = newest_whole(CheckpointFolder(checkpoints), clear=False)
-    if found is None:
-        fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
-        raise ValueError(f"run '{path}': found no checkpoint in '{checkpoints}'; {fix}")
-    return found.path, path / CONFIG
+    return newest_of_run(CheckpointFolder(checkpoints), str(path)).path, path / CONFIG

@@ -18,7 +18,7 @@ from composer.utils import dist
 from composer_path.asking.run_table import CONFIG
 from composer_path.checkpoints.bucket import BucketFolder
 from composer_path.checkpoints.folder import CheckpointFolder
-from composer_path.checkpoints.newest import newest_whole
+from composer_path.checkpoints.newest import newest_of_run
 from composer_path.storage.atomic import TEMPORARY_SUFFIX
 from composer_path.storage.errors import shown
 from composer_path.storage.lock import LOCK, locked
@@ -72,13 +72,7 @@ def brought_here(address: str) -> Iterator[Path]:
     run, name = (run, name) if folder == CHECKPOINTS else (url, "")
     with tempfile.TemporaryDirectory() as path:
         checkpoints = BucketFolder(f"{run}/{CHECKPOINTS}", Path(path, "run", CHECKPOINTS))
-        if not name:
-            found = newest_whole(checkpoints, clear=False)
-            if found is None:
-                fix = "trainer.save_interval says when a run saves; or name a checkpoint itself"
-                raise ValueError(f"run '{shown(run)}': found no checkpoint in '{CHECKPOINTS}'; {fix}")
-            name = found.path.name
-        checkpoint = checkpoints.bring(name)
+        checkpoint = checkpoints.bring(name or newest_of_run(checkpoints, shown(run)).path.name)
         with suppress(FileNotFoundError):  # the caller may have another
             copy_to_disk(Bucket(run), CONFIG, Path(path, "run", CONFIG))
         yield checkpoint
