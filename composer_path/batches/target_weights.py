@@ -1,4 +1,7 @@
-"""What each answer token of a row counts in the loss: by its turn's weight, and by what is averaged over."""
+"""What each answer token of a row counts in the loss: by its turn's weight, and by what is averaged over.
+
+How these are summed over microbatches and ranks: `loss` of models/composer_model.py.
+"""
 
 from __future__ import annotations
 

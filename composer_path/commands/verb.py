@@ -39,7 +39,9 @@ def run_verb(verb: str, arguments: Sequence[str] | None = None) -> int:
     """Do what the words behind a verb say (default: those of the command line), and return the exit code."""
     options = parse(verb, arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is read from files
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao does there concerns its developers
+    # What torchao does there, and which kernels bitsandbytes misses on a CPU of this kind, concerns their developers.
+    for library in ("torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     return exit_code(lambda: module_of(verb).run(options), verb, str(options.out) if "out" in options else None)
 
 

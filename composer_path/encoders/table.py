@@ -1,4 +1,8 @@
-"""The table of public encoders, and which of them a name means that isn't in it."""
+"""The table of public encoders, and which of them a name means that isn't in it.
+
+To add one: a `Recipe` in pathology.py or general.py, with where each fact was read. An encoder of your own code is a
+`VisionTrunk` in a module that the YAML imports (docs/extending.md).
+"""
 
 from __future__ import annotations
 

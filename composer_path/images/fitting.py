@@ -32,7 +32,10 @@ def rgb_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = Fa
 def fit_square(
     image: Image.Image, image_size: int, fit: Fit, pad_color: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "3 size size"]:
-    """Pad to a square of the longer side, resize the shorter side to `image_size`, cut out the centre."""
+    """Pad to a square of the longer side, resize the shorter side to `image_size`, cut out the centre.
+
+    `pad_color` is the vision encoder's mean in 8 bits: `pad_color_of` of pixels.py.
+    """
     if fit == "pad" and image.width != image.height:
         side = max(image.size)
         square = Image.new("RGB", (side, side), pad_color)

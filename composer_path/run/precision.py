@@ -1,4 +1,7 @@
-"""Device and precision: the dtype of matrix products and of frozen weights, and what a CPU can do of the YAML's."""
+"""Device and precision: the dtype of matrix products and of frozen weights, and what a CPU can do of the YAML's.
+
+`trainer.precision` picks it (`amp_bf16`), or `param_dtype` of FSDP's `mixed_precision` where one is given.
+"""
 
 from __future__ import annotations
 
