@@ -1,7 +1,8 @@
 """Checks a YAML's plain values against the schema; every mistake is one line: where, what was found, what to do.
 
-Unknown and missing keys and wrong types are found here; why a known key isn't set in a YAML stands in sections.py
-(`refused`), rules of single values in rules.py, keys that contradict each other in agreement.py, files in files.py.
+Unknown and missing keys and wrong types are found here. Why a known key isn't set in a YAML stands in sections.py
+(`refused`, `elsewhere`), of algorithms and callbacks in run/verdicts.py, of optimizers in run/optimizer.py; rules of
+single values in rules.py, keys that contradict each other in agreement.py, files in files.py.
 """
 
 from __future__ import annotations

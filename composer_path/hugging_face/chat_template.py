@@ -1,7 +1,8 @@
 """The Jinja template of an exported folder: writes a conversation as training did.
 
 Of the tokenizer's own template all stands between two parts of ours: the first makes the messages what training made of
-them, the second cuts where an answer would begin.
+them, the second cuts where an answer would begin. Which template an exported model uses: the training set's; of a
+mixture's streams the one that is named for asking, or that all share (`asking_template` of batches/mixture.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Whether the Trainer that runs divides the loss over microbatches and ranks as it must.
 
-How: a step's loss is sum(weight * loss) / sum(weight) over the global batch; Composer sums over microbatches and ranks,
-see `loss` of composer_model.py. What a token weighs stands in batches/target_weights.py.
+How: a step's loss is sum(weight * loss) / sum(weight) over the global batch. Each microbatch gives its weighted mean,
+which Composer multiplies by the microbatch's share of all ranks' weights: `loss` of composer_model.py. What a token
+weighs (`train_loader.loss_average`) stands in batches/target_weights.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Places that files are read from and written to: a local folder, or a bucket (`s3://...`, `gs://...`).
 
 A file appears whole or not at all: a local one is written under another name and renamed, an object appears when its
-upload has ended.
+upload has ended. To add a kind of bucket: a `Store`, see store.py, and its scheme in `_STORES` here.
 """
 
 from __future__ import annotations
