@@ -46,7 +46,9 @@ from composer_path.stream.order import (
 from composer_path.stream.resume import OrderedStreamingDataset
 from composer_path.stream.shared_prefix import prefix_picked_once
 
-_A_MOMENT = 0.1  # s
+_REMOTE, _PREPARING, _LOCAL = (
+    np.uint8(state) for state in (_ShardState.REMOTE, _ShardState.PREPARING, _ShardState.LOCAL)
+)
 
 
 class GuardedStreamingDataset(OrderedStreamingDataset):
@@ -114,13 +116,12 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
         self.settle_order()
         self.remember_data()
         self._samples = SampleReader()
-        self._asked: dict[int, float] = {}
         self._starts: list[int] = self.sample_offset_per_shard.tolist()
         self._failure = FailureNote(f"{self._shm_prefix_int:06}_failure")
         if leads:
             self._failure.clear()
             # What lies in a cache is looked at before it is believed: `prepare_shard` does so for this state.
-            self._shard_states[:] = np.uint8(_ShardState.REMOTE)
+            self._shard_states[:] = _REMOTE
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are started anew: locks stay with the first process."""
@@ -151,47 +152,37 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
 
         While another worker fetches it this one waits, if `blocking`, or returns.
         """
-        if self._was_here(shard_id, blocking) or self._is_here(shard_id):  # the lock costs more than reading a sample
+        if self._is_here(shard_id):  # the lock costs more than reading a sample
             return
         started = time.monotonic()
         while not self._claim(shard_id):
-            if not blocking or self._shard_states[shard_id] == _ShardState.LOCAL:
+            if not blocking or self._shard_states[shard_id] == _LOCAL:
                 return
             self.raise_failure()
             self._check_patience(started, shard_id)
             time.sleep(TICK)
         stream, shard, name = self._shard(shard_id)
-        delta, state = 0, _ShardState.REMOTE
+        delta, state = 0, _REMOTE
         try:
             stream.stopped = self._failure.is_set  # not a method of ours: a cycle would keep the cache's lock
-            delta, state = stream.prepare_shard(shard), _ShardState.LOCAL
+            delta, state = stream.prepare_shard(shard), _LOCAL
         except BaseException as error:
             raise self.note(error, name) from (None if isinstance(error, StreamError | Stopped) else error)
         finally:
             with FileLock(self._cache_filelock_path):
                 self.cache_usage += delta - self._reserved(shard_id)
                 self._shard_access_times[shard_id] = np.uint64(time.time_ns())
-                self._shard_states[shard_id] = np.uint8(state)
+                self._shard_states[shard_id] = state
 
     def _shard(self, shard_id: int | np.integer) -> tuple[GuardedStream, Reader, str]:
         """A shard's stream, the shard, and its file's name."""
         shard = self.shards[shard_id]
         return self.streams[self.stream_per_shard[shard_id]], shard, shard.file_pairs[0][0].basename
 
-    def _was_here(self, shard_id: int | np.integer, blocking: bool) -> bool:
-        """Whether it was a moment ago, which is enough ahead of time: Streaming's thread asks before each sample."""
-        if blocking or self._shard_states[shard_id] != _ShardState.LOCAL:
-            return False
-        asked, now = self._asked.get(int(shard_id), -np.inf), time.monotonic()
-        if now - asked > _A_MOMENT:
-            self._asked[int(shard_id)] = now
-            return False
-        return True
-
     def _is_here(self, shard_id: int | np.integer) -> bool:
         """Whether a shard was checked and is still there; it is wanted now, so it won't be the first to make room."""
         stream, _, name = self._shard(shard_id)
-        if self._shard_states[shard_id] != _ShardState.LOCAL or not (stream.folder / name).is_file():
+        if self._shard_states[shard_id] != _LOCAL or not (stream.folder / name).is_file():
             return False
         self._shard_access_times[shard_id] = np.uint64(time.time_ns())
         return True
@@ -200,16 +191,16 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
         """Whether this process is now the one that prepares a shard."""
         with FileLock(self._cache_filelock_path):
             state = self._shard_states[shard_id]
-            if state == _ShardState.PREPARING or self._is_here(shard_id):
+            if state == _PREPARING or self._is_here(shard_id):
                 return False
             stream, shard, _ = self._shard(shard_id)
-            if state == _ShardState.LOCAL:
+            if state == _LOCAL:
                 self.cache_usage -= shard.get_raw_size()  # somebody emptied the cache
             elif self.cache_limit and stream.remote is not None:
                 while self.cache_limit < self.cache_usage + shard.get_max_size() and self._make_room(shard_id):
                     pass
             self.cache_usage += self._reserved(shard_id)
-            self._shard_states[shard_id] = np.uint8(_ShardState.PREPARING)
+            self._shard_states[shard_id] = _PREPARING
             return True
 
     def _reserved(self, shard_id: int | np.integer) -> int:
@@ -221,11 +212,11 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
         """Remove the shard that was not read for the longest time, never one that has no remote."""
         states, times = self._shard_states.numpy(), self._shard_access_times.numpy()
         cached = np.array([stream.remote is not None for stream in self.streams])[self.stream_per_shard]
-        evictable = np.flatnonzero(cached & (states == _ShardState.LOCAL))
+        evictable = np.flatnonzero(cached & (states == _LOCAL))
         if len(evictable):
             self._evict_shard(evictable[np.argmin(times[evictable])])
             return True
-        for shard_id in np.flatnonzero(cached & (states == _ShardState.REMOTE)):  # of an earlier run, not looked at yet
+        for shard_id in np.flatnonzero(cached & (states == _REMOTE)):  # of an earlier run, not looked at yet
             if shard_id != wanted and (freed := self.shards[shard_id].evict()):
                 self.cache_usage -= freed
                 return True
@@ -243,14 +234,15 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
     def get_item(self, sample_id: int | np.integer, retry: int = 7) -> Any:
         """A sample by its index; its shard is brought here and checked first."""
         shard_id, number = self._find(int(sample_id))
-        if self._shard_states[shard_id] != _ShardState.LOCAL:
+        if self._shard_states[shard_id] != _LOCAL:
             self.prepare_shard(shard_id)
         try:
             stops = hasattr(self, "_event") and self._event.is_set()
             record = None if stops else self._samples.read(self.shards[shard_id], number)
             if record is None:  # Streaming brings a file that is gone, or raises what another thread met
                 return super().get_item(int(sample_id), retry)
-            self._shard_access_times[shard_id] = np.uint64(time.time_ns())
+            if self.cache_limit:  # otherwise nothing makes room
+                self._shard_access_times[shard_id] = np.uint64(time.time_ns())
             return record
         except StreamError:
             raise
@@ -285,24 +277,32 @@ class GuardedStreamingDataset(OrderedStreamingDataset):
             self._event.set()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """Streaming's loop, which also ends in the failure of any process, and when a shard never becomes ready."""
-        waiting_since = time.monotonic()
+        """This worker's samples in their order; `get_item` waits for the shard of each, and raises any failure."""
         while not it.should_exit() and it.yield_index < it.total:
-            waits = it.ready_index <= it.yield_index
-            if (waits or self._event.is_set()) and self._failure.is_set():
-                self._event.set()  # for this process's threads
-                it.on_exit()
-                self.raise_failure()
-            sample_id = int(it.sample_ids[it.yield_index])
-            if waits:
-                if sample_id != -1:
-                    self._check_patience(waiting_since, self._find(sample_id)[0])
-                time.sleep(TICK)
-                continue
-            if sample_id != -1:
+            if (sample_id := int(it.sample_ids[it.yield_index])) != NOTHING:
                 yield sample_id
             it.yield_index += 1
-            waiting_since = time.monotonic()
+        it.on_exit()
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Have shards here ahead of the samples that are yielded; each once for all its samples that are near."""
+        shard_ids = np.searchsorted(self.sample_offset_per_shard, it.sample_ids, side="right") - 1  # -1: no sample
+        try:
+            while it.prepare_index < it.total:
+                end = it.total if self.predownload is None else min(it.yield_index + self.predownload + 1, it.total)
+                for shard_id in dict.fromkeys(shard_ids[it.prepare_index : end].tolist()):
+                    if it.should_exit() or self._event.is_set():
+                        return
+                    if shard_id >= 0:
+                        self.prepare_shard(shard_id, blocking=False)
+                it.prepare_index = max(end, it.prepare_index)
+                if it.prepare_index < it.total and (self._event.wait(TICK) or it.should_exit()):
+                    return
+        finally:
+            it.on_exit()
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Nothing: a sample's shard is waited for where the sample is read."""
         it.on_exit()
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:

@@ -45,8 +45,6 @@ ORIGINALS: list[tuple[Any, str, str, str]] = [
     (SpeedMonitor, "batch_end", "b3654794acea0e6d", "callbacks/speed_report.py"),
     (StreamingDataset, "__init__", "34032a553e3c5801", "stream/guarded.py"),
     (StreamingDataset, "_evict_shard", "82a72e29eb978e8e", "stream/guarded.py"),
-    (StreamingDataset, "_prepare_thread", "51ca7defcb598b6d", "stream/guarded.py"),
-    (StreamingDataset, "_ready_thread", "7d83095a9f36423e", "stream/guarded.py"),
     (StreamingDataset, "_resume", "308faccca0ea5c95", "stream/resume.py"),
     (StreamingDataset, "state_dict", "f43fd0324bbaddc3", "stream/resume.py"),
     (StreamingDataset, "load_state_dict", "05a5e2b2930ea878", "stream/resume.py"),

@@ -59,6 +59,31 @@ def test_a_good_set_is_read_whole_epoch_after_epoch(num_workers: int, remote: Pa
     assert [path.name for path in cache.iterdir() if path.suffix not in (".mds", ".json")] == []
 
 
+class Asked(GuardedStreamingDataset):
+    """Notes which shards its thread asks for, ahead of the samples."""
+
+    def prepare_shard(self, shard_id: int | np.integer, blocking: bool = True) -> None:
+        if not blocking:
+            self.__dict__.setdefault("ahead", []).append(int(shard_id))
+        super().prepare_shard(shard_id, blocking)
+
+
+def test_a_shard_is_brought_ahead_once_for_all_its_samples_that_are_near(remote: Path, cache: Path) -> None:
+    dataset = Asked(remote=str(remote), local=str(cache), batch_size=4, predownload=NUM_SAMPLES)
+    assert len(list(dataset)) == NUM_SAMPLES
+    assert dataset.ahead == list(range(len(shard_names(remote))))
+
+
+def test_no_more_is_brought_ahead_than_predownload_says(remote: Path, cache: Path) -> None:
+    dataset = Asked(remote=str(remote), local=str(cache), batch_size=4, predownload=4, shuffle=False)
+    samples = iter(dataset)
+    next(samples)
+    time.sleep(0.2)  # the thread looks 28 times in it
+    near = {dataset._find(number)[0] for number in range(5)}
+    assert set(dataset.ahead) == near and len(near) < len(shard_names(remote))
+    assert len(list(samples)) == NUM_SAMPLES - 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "rule"), [("missing", "missing"), ("flipped", "hash"), ("truncated", "size")], ids=lambda value: value

@@ -17,6 +17,8 @@ ORIGINALS = {
     (StreamingDataset, "get_item"): "0082820df3629b50",
     (StreamingDataset, "on_exception"): "29b835084a0b6d8a",
     (StreamingDataset, "_each_sample_id"): "78e2aed24cff2607",
+    (StreamingDataset, "_prepare_thread"): "51ca7defcb598b6d",
+    (StreamingDataset, "_ready_thread"): "7d83095a9f36423e",
     (StreamingDataset, "__iter__"): "6457c4cfbae05998",
     (StreamingDataset, "_resume"): "308faccca0ea5c95",
     (StreamingDataset, "_get_work"): "b44aef7d7bfdc6f2",
