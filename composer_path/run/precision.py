@@ -1,6 +1,6 @@
 """Device and precision: the dtype of matrix products and of frozen weights, and what a CPU can do of the YAML's.
 
-`trainer.precision` picks it (`amp_bf16`), or `param_dtype` of FSDP's `mixed_precision` where one is given.
+`trainer.precision` picks it (`amp_bf16`; every YAML says it), or `param_dtype` of FSDP's `mixed_precision`, if given.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from composer_path.storage.errors import Fault, broken_off, named, passing, status_fault
 from composer_path.storage.s3 import S3Store
-from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Store, client_of, pieces, wanted_range
+from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Attempts, Store, client_of, pieces, wanted_range
 from composer_path.storage.transfer import Answer
 
 
@@ -29,6 +29,8 @@ def google_store(url: str) -> S3Store | GoogleStore:
 
 class GoogleStore(Store):
     """A folder of a bucket of Google's."""
+
+    takes_files = True
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every object."""
@@ -55,8 +57,11 @@ class GoogleStore(Store):
         with self._asked("POST", "/upload/storage/v1", params=wanted, data=data, headers=headers):
             return
 
-    def write_file(self, name: str, path: Path) -> None:
+    def write_file(self, name: str, path: Path, attempts: Attempts) -> None:
         """Write an object from a file, which is sent piece by piece."""
+        attempts(self._send_file, name, path)
+
+    def _send_file(self, name: str, path: Path) -> None:
         wanted = {"uploadType": "media", "name": self.key(name)}
         headers = {"Content-Type": "application/octet-stream"}
         with (

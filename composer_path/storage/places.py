@@ -1,7 +1,8 @@
 """Places that files are read from and written to: a local folder, or a bucket (`s3://...`, `gs://...`).
 
 A file appears whole or not at all: a local one is written under another name and renamed, an object appears when its
-upload has ended. To add a kind of bucket: a `Store`, see store.py, and its scheme in `_STORES` here.
+upload has ended. To add a kind of bucket: a `Store` with its abstract methods (store.py; checkpoints need `write_file`
+too), and its scheme in `_STORES` here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +23,13 @@ import xxhash
 from composer_path.storage.atomic import sync_path, write_whole
 from composer_path.storage.elsewhere import FsspecStore, why_unreadable
 from composer_path.storage.errors import Fault, StorageError, explained, shown, source_fault
-from composer_path.storage.google import GoogleStore, google_store
+from composer_path.storage.google import google_store
 from composer_path.storage.lock import LOCK
 from composer_path.storage.s3 import S3Store
+from composer_path.storage.store import Store
 from composer_path.storage.transfer import Answer, Limits, fetch
 
 _CHUNK_BYTES = 4 * 2**20
-_PART_BYTES = 64 * 2**20  # of 10,000 at most that S3 takes of an object
 # Seconds between the attempts of one request: a store that rests for a minute costs no conversion.
 _PAUSES = (1, 2, 4, 8, 16, 30)
 _OF_OBJECTS = ("read", "delete from")  # there what is missing is an object, and the place is as it should be
@@ -159,21 +161,9 @@ class Bucket:
         Raises:
             StorageError: Also where this kind of store is only read.
         """
-        if not isinstance(self._store, S3Store):
-            if not isinstance(self._store, GoogleStore):
-                raise StorageError(f"{self}: files are written to s3:// and gs:// only; take one of these, or a folder")
-            self._ask("write", self._store.write_file, name, path)
-        elif path.stat().st_size <= _PART_BYTES:
-            self._ask("write", self._store.write, name, path.read_bytes())
-        else:
-            upload = self._ask("write", self._store.begin, name)
-            with path.open("rb") as file:
-                pieces = iter(lambda: file.read(_PART_BYTES), b"")
-                parts = [
-                    self._ask("write", self._store.write_part, name, upload, number, data)
-                    for number, data in enumerate(pieces, start=1)
-                ]
-            self._ask("write", self._store.finish, name, upload, parts)
+        if not self._store.takes_files:
+            raise StorageError(f"{self}: files are written to s3:// and gs:// only; take one of these, or a folder")
+        self._store.write_file(name, path, partial(self._ask, "write"))
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects."""
@@ -219,8 +209,7 @@ class Bucket:
         raise AssertionError("unreachable")
 
 
-_Kind = Callable[[str], S3Store | GoogleStore | FsspecStore]
-_STORES: dict[str, _Kind] = {"s3": S3Store, "gs": google_store, "gcs": google_store}
+_STORES: dict[str, Callable[[str], Store]] = {"s3": S3Store, "gs": google_store, "gcs": google_store}
 
 
 def open_place(url: str | Path) -> Folder | Bucket:

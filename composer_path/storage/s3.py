@@ -11,15 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from composer_path.storage.errors import Fault, broken_off, named, status_fault
-from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Store, client_of, pieces, wanted_range
+from composer_path.storage.store import CONNECT_SECONDS, STALL_SECONDS, Attempts, Store, client_of, pieces, wanted_range
 from composer_path.storage.transfer import Answer
+
+_PART_BYTES = 64 * 2**20  # of 10,000 at most that S3 takes of an object
 
 
 class S3Store(Store):
     """A folder of an S3 bucket; an endpoint and keywords of a boto3 session go before what boto3 finds."""
+
+    takes_files = True
 
     def __init__(self, url: str, endpoint: str | None = None, **session: str) -> None:
         super().__init__(url)
@@ -46,18 +51,29 @@ class S3Store(Store):
         with self._asked() as client:
             client.put_object(**self._request, Key=self.key(name), Body=data)
 
-    def begin(self, name: str) -> str:
-        """Begin an object that is written in parts; returns the word for it. It appears with `finish`."""
+    def write_file(self, name: str, path: Path, attempts: Attempts) -> None:
+        """Write an object from a file, a large one in parts; it appears with the last."""
+        if path.stat().st_size <= _PART_BYTES:
+            attempts(self.write, name, path.read_bytes())
+            return
+        upload = attempts(self._begin, name)
+        with path.open("rb") as file:
+            pieces = iter(lambda: file.read(_PART_BYTES), b"")
+            parts = [attempts(self._write_part, name, upload, *numbered) for numbered in enumerate(pieces, start=1)]
+        attempts(self._finish, name, upload, parts)
+
+    def _begin(self, name: str) -> str:
+        """Begin an object that is written in parts; returns the word for it. It appears with `_finish`."""
         with self._asked() as client:
             return client.create_multipart_upload(**self._request, Key=self.key(name))["UploadId"]
 
-    def write_part(self, name: str, upload: str, number: int, data: bytes) -> str:
+    def _write_part(self, name: str, upload: str, number: int, data: bytes) -> str:
         """Write a part, counted from 1, of 5 MB at least but for the last; returns the word for it."""
         with self._asked() as client:
             part = {"Key": self.key(name), "UploadId": upload, "PartNumber": number}
             return client.upload_part(**self._request, **part, Body=data)["ETag"]
 
-    def finish(self, name: str, upload: str, parts: Sequence[str]) -> None:
+    def _finish(self, name: str, upload: str, parts: Sequence[str]) -> None:
         """Let the object appear."""
         tags = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(parts, start=1)]
         with self._asked() as client:

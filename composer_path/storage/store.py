@@ -11,7 +11,8 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from composer_path.storage.errors import passing
 from composer_path.storage.transfer import Answer
@@ -25,8 +26,17 @@ _clients: dict[Hashable, Any] = {}
 _lock = threading.Lock()
 
 
+Attempts = Callable[..., Any]  # makes a request (a method and its arguments), again while that may help
+
+
 class Store(ABC):
-    """Objects below an address, by name relative to it; every method is one attempt, and raises `Fault`."""
+    """Objects below an address, by name relative to it; every method is one attempt, and raises `Fault`.
+
+    Attributes:
+        takes_files: Whether it has `write_file`, which checkpoints in a bucket need; others are for sets of shards.
+    """
+
+    takes_files: ClassVar[bool] = False
 
     def __init__(self, url: str) -> None:
         self.bucket, _, self.prefix = url.partition("://")[2].strip("/").partition("/")
@@ -34,6 +44,26 @@ class Store(ABC):
     def key(self, name: str) -> str:
         """Name of an object in its bucket."""
         return f"{self.prefix}/{name}" if self.prefix else name
+
+    @abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every object."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Return an object's size."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object whole; it appears when all of it has arrived."""
+
+    def write_file(self, name: str, path: Path, attempts: Attempts) -> None:
+        """Write an object from a local file of any size, by attempts at single requests."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Delete an object."""
 
     @abstractmethod
     def ask(self, name: str, start: int, end: int | None, stall: float) -> AbstractContextManager[Answer]:

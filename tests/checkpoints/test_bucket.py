@@ -20,7 +20,7 @@ from composer_path.cli import main
 from composer_path.config.files import check_files
 from composer_path.config.reading import plain
 from composer_path.run import place
-from composer_path.storage import places
+from composer_path.storage import places, s3
 from composer_path.storage.places import Folder
 from composer_path.weights.tensor_file import read_tensor_file
 
@@ -159,7 +159,7 @@ def test_large_files_go_in_parts_and_a_part_that_fails_is_sent_again(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, there, proxy = bucket
-    monkeypatch.setattr(places, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)
     data = torch.randint(256, (12 * 2**20,), dtype=torch.uint8).numpy().tobytes()
     (tmp_path / "large").write_bytes(data)
     proxy.spoils.append(Spoil("PUT .*partNumber=2", "status:503", times=1))
