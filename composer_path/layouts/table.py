@@ -20,6 +20,8 @@ MAX_FIELD = 64 * 2**20
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNCLOSED = "unexpected end of data"  # csv's words for a quote that is open at the end of the file
+# What an empty field is written as, by pandas and by databases.
+_NOTHING = frozenset(("", "nan", "NaN", "<NA>", "NULL", "null"))
 _SURROGATE = re.compile("[\udc80-\udcff]")
 
 
@@ -85,7 +87,8 @@ class Table:
                 continue  # a blank line
             if problem is None:
                 problem = self._check(fields)
-            values = {} if problem else {name: text or None for name, text in zip(self.columns, fields, strict=True)}
+            found = [] if problem else (None if text in _NOTHING else text for text in fields)
+            values = dict(zip(self.columns, found, strict=False))
             yield Line(first_line, first, self._at, values, problem)
 
     def _problem(self, error: csv.Error) -> RecordError:

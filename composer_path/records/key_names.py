@@ -69,6 +69,13 @@ _FLAG_SYNONYMS = {
     **dict.fromkeys(("weights", "lossweight", "lossweights", "tokenweight", "turnweight"), "weight"),
     **dict.fromkeys(("losses", "computeloss", "useloss", "hasloss", "calculateloss", "nolossmask"), "loss"),
 }
+# Words of other names of a flag, as in `train_on_turn` or `no_loss`; the latter ones where the value could be a flag's.
+_FLAG_WORDS = frozenset(
+    ("loss", "losses", "train", "trains", "trained", "training", "trainable", "supervise", "supervised", "supervision")
+)
+_FLAG_WORDS_OF_NUMBERS = frozenset(
+    ("mask", "masks", "masked", "weight", "weights", "grad", "learn", "learned", "exclude")
+)
 _REGION_SYNONYMS = {
     **dict.fromkeys(("path", "image", "img", "name", "filename", "filepath", "slide", "wsi", "src", "url"), "file"),
     **dict.fromkeys(("left", "x0", "xmin", "posx"), "x"),
@@ -125,12 +132,22 @@ def turn_key_meant(key: str, value: object, turn: dict[str, object], known: froz
         return None
     if (same := _same(key, known)) is not None:
         return same
-    if (flag := _FLAG_SYNONYMS.get(canonical(key))) is not None:
+    if (flag := flag_meant(key, value)) is not None:
         return flag
     if not says_nothing(value) and (_PICTURE.fullmatch(canonical(key)) or _names_picture(value)):
         return "image"
     meant = _TURN_SYNONYMS.get(canonical(key))
     return meant if meant is not None and meant not in turn else None
+
+
+def flag_meant(key: str, value: object) -> str | None:
+    """The flag of a turn that a key of another name is; one of no known name may be any of them, so 'loss'."""
+    if (flag := _FLAG_SYNONYMS.get(canonical(key))) is not None:
+        return flag
+    words = {word.lower() for word in _WORD.findall(key)}
+    first = value[0] if isinstance(value, list) and value else value
+    meant = words & _FLAG_WORDS or (words & _FLAG_WORDS_OF_NUMBERS and isinstance(first, bool | int | float))
+    return "loss" if meant else None
 
 
 def region_key_meant(key: str, known: frozenset[str]) -> str | None:
