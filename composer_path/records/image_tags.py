@@ -23,7 +23,7 @@ _READABLE = (
 _ONLY_REFUSED = (
     r"<\s*[|/]?\s*[\w:.-]*(?:image|img|picture|photo)[\w:.-]*\s*[|/]?\s*>",  # </image>, <start_of_image>
     rf"</?\s*\|?\s*(?:{_WORD}|video|audio|im_patch)s?(?![a-z\d])[^<>]{{0,200}}>?",
-    r"<\s*/?\s*\|?_*(?:media|vision|visual)(?:[ _-]?(?:start|end|begin|pad|token|content|embed|feature)s?)?_*\|?\s*/?\s*>",
+    r"<\s*/?\s*\|?_*(?:media|vision|visual)(?:[ _-]?(?:start|end|begin|pad|token|embed|feature)s?)?_*\|?\s*/?\s*>",
     r"\bdata:image/[\w.+-]{1,20}(?:;[\w=-]{1,20})*,",  # a picture as text
     r"<\s*/?\s*im_(?:start|end)\s*>",
     r"\[/?\s*img[\w-]*\s*\]",
