@@ -123,6 +123,15 @@ def test_a_jpeg_without_its_end_is_answered_the_same_by_both_checks() -> None:
     assert examine_image(whole[:-2]).data == whole
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_whose_end_was_never_copied_is_damaged(progressive: bool) -> None:
+    whole = encode(tissue(320, 240), "JPEG", quality=95, progressive=progressive)
+    for use in (examine_image, check_image, stored_by_structure):
+        with pytest.raises(ImageError, match="ends in zeros"):
+            use(whole[:-600] + bytes(600))
+    assert examine_image(whole + bytes(600)).data == examine_image(whole).data
+
+
 def test_what_is_no_pixel_of_a_png_may_be_wrong_and_what_is_may_not() -> None:
     png = encode(tissue(), "PNG")
     profile = b"x\0\0" + zlib.compress(bytes(3_000_000))
