@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from composer_path.layouts.row import plain_key
+from composer_path.records.key_names import ROW_NUMBER
 from composer_path.records.rules import RecordError
 
 # A picture as base64 may take a whole field; a longer one is a quote that was never closed.
@@ -64,7 +65,7 @@ class Table:
             raise TableError(_invalid("a first line that is no list of columns", "line 1")) from None
         names = [name.strip() for name in header]
         if names and not names[0]:
-            names[0] = "(row number)"  # as pandas writes it
+            names[0] = ROW_NUMBER  # as pandas writes it
         _check_columns(names)
         self.columns = names
 

@@ -12,10 +12,11 @@ import unicodedata
 from functools import lru_cache
 
 NOT_SHOWN = "(not a plain name)"
+ROW_NUMBER = "(row number)"  # what a table's first column is called that has no name
 
 # Words of which a shown key may be made; none is anybody's name, place or date.
 _HARMLESS = """
-a b c d h ids w
+a b c d h id ids w
 annotation annotations answer answers answerable area aspect assistant attribute attributes audio augmented bbox
 bboxes box boxes bytes caption captions category categories chain channel channels chat choice choices class classes
 clean closed cls cmu cognitive cohort color comment comments complexity concept confidence content context
@@ -98,7 +99,7 @@ def shown_key(key: str) -> str:
     """A key's name if all its words are harmless, else `NOT_SHOWN`."""
     words = _WORD.findall(key)
     harmless = words and all(len(word) < 3 if word.isdigit() else word.lower() in HARMLESS_WORDS for word in words)
-    return key if harmless and _PLAIN.fullmatch(key) else NOT_SHOWN
+    return key if (harmless and _PLAIN.fullmatch(key)) or key == ROW_NUMBER else NOT_SHOWN
 
 
 def shown_identifier(key: str) -> str:

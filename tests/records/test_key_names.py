@@ -142,7 +142,20 @@ def test_other_keys_of_a_region_are_named(changes: dict[str, Any], rules: list[s
     assert "Jane" not in str(problem) and NOT_SHOWN in str(problem)
 
 
-@pytest.mark.parametrize("key", ["model", "questionType", "answer_type", "num_images", "split", "umls_ids", "image_2"])
+HARMLESS = [
+    "model",
+    "questionType",
+    "answer_type",
+    "num_images",
+    "split",
+    "umls_ids",
+    "image_2",
+    "file_id",
+    "(row number)",
+]
+
+
+@pytest.mark.parametrize("key", HARMLESS)
 def test_a_key_of_harmless_words_is_shown(key: str) -> None:
     assert shown_key(key) == key
 
