@@ -10,6 +10,7 @@ from composer_path.census.census import Census
 from composer_path.census.report import rows_of
 from composer_path.census.tally import HISTOGRAMS, bin_of
 from composer_path.conversion.record_file import place_of
+from composer_path.printable import printable, printable_lines
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2433; --quiet: #5c6475; --line: #d5d9e2; --bar: #7a4fa3; --paper: #fff; }
@@ -32,13 +33,13 @@ _WIDTH, _HEIGHT = 320, 120  # of a chart
 
 def page_of(census: Census) -> str:
     """The page's HTML. Whatever comes from the data is escaped; it holds no text of a conversation and no file name."""
-    title = f"Census of {escape(census.name)}"
+    title = f"Census of {escape(printable(census.name))}"
     body = "\n".join(_body(census))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width"><meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">\n"
-        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        f"<style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n{printable_lines(body)}\n</body></html>\n"
     )
 
 

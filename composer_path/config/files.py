@@ -17,6 +17,7 @@ from composer_path.models.language_model import load_language_model_config
 from composer_path.models.language_types import check_length_supported
 from composer_path.models.pattern import learning_modules
 from composer_path.planning.measured_lengths import lengths_problems
+from composer_path.records.chat_template import FIXED_DATE, render_around
 from composer_path.records.prompts import ChatTemplate
 from composer_path.records.vocabulary import check_vocabulary, load_tokenizer
 from composer_path.run.evaluations import loader_sections
@@ -100,6 +101,11 @@ def _tokenizer_problems(settings: Settings, loaders: Settings) -> Iterator[str]:
     if asking and not getattr(tokenizer, "chat_template", None):
         hint = "take a tokenizer that has one, or another template, such as llava_llama_2"
         yield f"{asking[0]}.template: found no chat template in tokenizer.path '{path}'; {hint}"
+    elif asking:
+        try:
+            render_around(["user", "assistant"], tokenizer, FIXED_DATE)
+        except ValueError as error:
+            yield f"{asking[0]}.template: {error}"
 
 
 def _vocab_size(language_model: Settings) -> int | None:

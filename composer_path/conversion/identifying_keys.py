@@ -38,6 +38,17 @@ IDENTIFYING_KEYS = {
     **dict.fromkeys(("hospital", "institution", "clinic", "ward", "department"), "place"),
 }
 
+# What an id or a number may be of, in words that stand before it: `pt_id`, `block_no`, `caseSubmitterId`.
+_NUMBERED = {
+    "patient": r"^pt|^pat|case|hosp|hospital|chart|health|medicare|submitter|subject|subjectreading|participant|^tcga",
+    "specimen": r"^acc|specimen|sample|aliquot|block|biopsy|^path|pathology|histo|histology|histologie|^lab|report"
+    r"|order|request|journal|eingangs|procedure|procedurestep|study|encounter|visit|admission|episode|^plate|cassette",
+    "slide": r"slide|wsi|^scan|svs",
+    "person": r"user|contact|pathologist|annotator|rater|reader|physician|technician|operator|account",
+    "number": r"device|scanner|serial|detector|gantry|generator|insurance|versicherten|versicherungs|karten|vehicle",
+}
+_NUMBER = r"(ids?|no|nr|nums?|numbers?|nummer)$"
+
 # Any key with one of these in it; the first that is found counts.
 _PARTS = (
     (re.compile(r"^(patient|subject)s?(age|sex|gender)$"), None),  # which tell little alone, and much of the picture
@@ -66,9 +77,32 @@ _PARTS = (
     (re.compile(r"(instance|series|study|reference|device|irradiationevent|pyramid|object|dimension\w*)uid$"), "uid"),
     (re.compile(r"(image|file|pic|picture|photo)(name|path|file|url|uri|id)$"), "image"),
     (re.compile(r"mrn$|^mrn|^ssn|ssn$|^dob|dob$"), "number"),
+    *((re.compile(rf"({stems}){_NUMBER}"), kind) for kind, stems in _NUMBERED.items()),
+    (re.compile(r"submitter|barcode|identifier|identification|identifying|(placer|filler)order"), "specimen"),
+    (re.compile(r"^(wsi|svs|scan)(name|path)"), "slide"),
+    # Who did something, DICOM's attributes of persons, and names by their first letter.
+    (re.compile(r"(ed|read|written)by$|^(owner|consultant|technician|spouse|guardian|rater|dr|gp)(name)?$"), "person"),
+    (
+        re.compile(
+            r"(performer|observer|creator|evaluator|distribution|interpreter|recorder|transcriber|approver|author|operator"
+            r"|technician|consultant|oncologist|radiologist|pathologist|customer)s?(name)?$|responsibleperson"
+        ),
+        "person",
+    ),
+    (re.compile(r"names?ofintended|^(pt|f|l|m)names?$|^name(first|last)|familiennam|authortrial"), "person"),
+    (re.compile(r"^(?!.*(class|syntax|scheme|context|template|palette)).*uids?(list|infile|trial)?$"), "uid"),
+    (re.compile(r"residence|latitude|longitude|^gps|institute$|(site|cent(er|re))(name|id)$|aetitle$"), "place"),
+    (re.compile(r"addr\d?$|telecom|ipaddr|macaddr"), "contact"),
+    (re.compile(r"datestamp|^yob$|^geb|militaryrank|occupation"), "date"),
+    (re.compile("患者|病人|환자|пациент|病理号|住院号|门诊号|病历号|身份证|등록번호"), "patient"),
+    (re.compile("姓名|氏名|이름|성명|^имя$|фамилия|^фио$"), "person"),
+    (
+        re.compile(r"^(hn|hcn|bsn|cpr|cpf|dni|rut|svnr|kvnr|aadhaar|ohip|person|codicefiscale|fiscalcode)(nummer)?$"),
+        "number",
+    ),
 )
-# DICOM's own number of an attribute, (0010,0020) or 00100020.
-_DICOM_TAG = re.compile(r"[0-9a-f]{4}[0-9a-f]{4}")
+# DICOM's own number of an attribute, (0010,0020), 00100020, x00100020 or tag_0010_0020.
+_DICOM_TAG = re.compile(r"(?:0?x|tag|dicom)?[0-9a-f]{8}")
 
 
 @lru_cache(maxsize=4096)

@@ -39,6 +39,17 @@ _FOREIGN = {
     b"ARROW1": "an Arrow file, write it as parquet first",
     b"SQLite format 3": "an SQLite database, write it as CSV first",
     b"\x89HDF": "HDF5, which holds features",
+    b"FEA1": "a Feather file, write it as parquet first",
+    b"PARE": "an encrypted parquet file, write it without encryption first",
+    b"\xd0\xcf\x11\xe0": "an Office file, save it as CSV first",
+    b"%PDF": "a PDF file",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"version https://git-lfs": "a Git LFS pointer in place of the file, run `git lfs pull` first",
+    b"/annex/objects": "a git-annex pointer in place of the file, run `git annex get` first",
+    b"<!doctype html": "an HTML page in place of the file, fetch the file itself",
+    b"<html": "an HTML page in place of the file, fetch the file itself",
+    b"<?xml": "an XML file, or a server's error message in place of the file",
 }
 _PICKLE = tuple(bytes([0x80, version]) for version in range(2, 6))
 # A file of which as many first rows are of no layout is refused as a whole.
@@ -105,12 +116,14 @@ class InputFile:
             head = file.read(_HEAD_BYTES)
             if head[:4] == b"PAR1":
                 return "parquet"
+            if not head:
+                return "json"  # which holds no record
             fix = "give JSON, JSONL, CSV, TSV or parquet"
             if head.startswith(_PICKLE):
                 found = "a pickle, which runs code when it is opened"
                 raise RecordError("unsupported-layout", found, "take the set's parquet or JSON files")
             for magic, what in _FOREIGN.items():
-                if head.startswith(magic):
+                if head.startswith(magic) or head[:64].lower().startswith(magic):
                     raise RecordError("unsupported-layout", f"a file of another kind: {what}", fix)
             start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
             ending = PurePosixPath(self._path).suffix.lower()

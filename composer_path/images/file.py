@@ -59,6 +59,7 @@ class _Header:
     further: bool = False  # there are other pages or frames
     bytes_per_pixel: int = 12  # memory while it is examined and stored: decoded twice, and encoded
     scalable: bool = False  # a JPEG of DCT and Huffman codes
+    deep: bool = False  # of 16 bits, of which the decoder gives the higher 8 where there are colours
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def _jpeg_header(data: bytes) -> _Header:
 def _png_header(data: bytes) -> _Header:
     light = png.pixel_chunks(data, turning=True)
     size = int.from_bytes(light[16:20]), int.from_bytes(light[20:24])
-    return _Header(light, size, further=png.is_animated(data), bytes_per_pixel=8)
+    return _Header(light, size, further=png.is_animated(data), bytes_per_pixel=8, deep=light[24] == 16)
 
 
 def _tiff_header(data: bytes) -> _Header:
     picture = tiff.picture_of(data)
-    return _Header(picture.data, picture.size, picture.inverted, picture.num_others > 0)
+    return _Header(picture.data, picture.size, picture.inverted, picture.num_others > 0, deep=picture.bits == 16)
 
 
 def _webp_header(data: bytes) -> _Header:
@@ -97,7 +98,8 @@ def _bmp_header(data: bytes) -> _Header:
 
 
 def _jpeg2000_header(data: bytes) -> _Header:
-    return _Header(data, jpeg2000.size_of(data), bytes_per_pixel=20)
+    width, height, bits = jpeg2000.size_of(data)
+    return _Header(data, (width, height), bytes_per_pixel=20, deep=bits == 16)
 
 
 # Only formats whose decoders are meant for untrusted pixels: Pillow would hand PostScript to an interpreter.
@@ -312,6 +314,10 @@ def _decoded(
     orientation = orientation_of(image)
     upright = image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
     pixels, odd = plain_pixels(upright, scale_levels, header.inverted)
+    if header.deep and pixels.mode == "RGB" and max(high for _, high in pixels.getextrema()) < 16:  # type: ignore[misc]
+        if scale_levels:
+            raise ImageError("unsupported-image", "16-bit colours with levels below 4,096", "scale them to 8 bits")
+        odd = [*odd, ODDITY]
     return pixels, [*odd, *(["further_pages"] if further else [])]
 
 

@@ -22,6 +22,8 @@ _SCAN_CHUNK = 2**18  # a progressive file has many short scans
 _DRI, _APP0, _APP14 = 0xDD, 0xE0, 0xEE
 # Encoders write about ten; each makes every decoder go over the whole picture once more.
 _MAX_SCANS = 100
+# So many at the end of a file without an end marker are of a copy that was broken off in a place reserved for it.
+_ZEROS = 64
 # Frame headers, Huffman and arithmetic tables, scan, quantization tables, number of lines, restart interval.
 _CODING = frozenset({*range(0xC0, 0xD0), SOS, 0xDB, 0xDC, _DRI})
 _METADATA = frozenset({*range(0xE0, 0xF0), 0xFE})  # APPn, comments
@@ -57,6 +59,8 @@ class Jpeg:
         self.ended = self._read()
         if self._frame is None or not self._num_scans:
             raise self._refused("has no pixels")
+        if not self.ended and not any(data[-_ZEROS:]):  # they are codes, of grey blocks
+            raise self._refused("ends in zeros")
         if any(lowest.any() for lowest in self._lowest_bits.values()):
             raise self._refused("lacks some of its scans")
 

@@ -16,8 +16,8 @@ _SIZ = struct.Struct(">HHIIIIIIIIH")  # length, capabilities, x, y, x0, y0, tile
 _FIX = "save it as PNG or TIFF"
 
 
-def size_of(data: bytes) -> tuple[int, int]:
-    """Width and height of a file whose kind is read.
+def size_of(data: bytes) -> tuple[int, int, int]:
+    """Width, height and bits of a file whose kind is read.
 
     Raises:
         ImageError: `unsupported-image`, or `unreadable-image` without a header.
@@ -39,7 +39,7 @@ def size_of(data: bytes) -> tuple[int, int]:
         raise _unsupported(f"a JPEG 2000 file of {count} components of {bits} bits")
     if (tile_left + tile_width < right or tile_top + tile_height < bottom) and not tiles_are_safe(pillow_version):
         raise _unsupported(f"a JPEG 2000 file in tiles, which Pillow {pillow_version} may not survive")
-    return width, height
+    return width, height, bits
 
 
 def tiles_are_safe(version: str) -> bool:

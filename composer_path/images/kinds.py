@@ -28,6 +28,13 @@ _PICTURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x93NUMPY", "a NumPy array", _EXPORT),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _EXPORT),
     (b"gimp xcf", "a GIMP file", _EXPORT),
+    (b"qoif", "a QOI file", _EXPORT),
+    (b"DDS ", "a DDS file", _EXPORT),
+    (b"icns", "an Apple icon file", _EXPORT),
+    (b"\x01\xda\x00", "an SGI file", _EXPORT),
+    (b"\x01\xda\x01", "an SGI file", _EXPORT),
+    (b"\x0a\x05\x01", "a PCX file", _EXPORT),
+    (b"#?RADIANCE", "a Radiance file", _EXPORT),
     (b"BPG\xfb", "a BPG file", _EXPORT),
     (b"\xd0\xcf\x11\xe0", "an Office or FlashPix file", "export its picture as PNG"),
     (b"\x1f\x8b", "a gzip archive", "unpack it"),
@@ -62,7 +69,8 @@ def refused(data: bytes, readable: str) -> ImageError:
 
 def _picture(data: bytes) -> ImageError | None:
     found = next(((kind, fix) for start, kind, fix in _PICTURES if data.startswith(start)), None)
-    if data[128:132] == b"DICM":
+    # Without its preamble a DICOM file begins with group 2 or 8 and a two-letter kind of value.
+    if data[128:132] == b"DICM" or re.match(rb"[\x02\x08]\0..(?:UL|CS|UI|OB|SH)", data, re.DOTALL):
         found = "a DICOM file", _REGION
     elif data[4:8] == b"ftyp":
         brand = data[8:12].lower()

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from mmap import mmap
 
+import numpy as np
 from PIL import __version__ as pillow_version
 
 from composer_path.records.rules import ImageError
@@ -17,11 +18,13 @@ from composer_path.records.rules import ImageError
 STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 255, 256, 257, 258, 259, 262
 _SAMPLES, _TILE_WIDTH, _SAMPLE_FORMAT, _NDPI = 277, 322, 339, 65420
+_ROWS, _TILE_HEIGHT, _PLANES, _COLORS, _DEPTH = 278, 323, 284, 320, 32997
+_STRIPS, _TILES = (273, 279), (324, 325)  # where they lie, and how long they are
 # Of a page: bits, order of bits, strips, orientation, rows, planes, options of T.4, predictor, colours, tiles, extra
 # samples, their format, JPEG tables, and YCbCr.
 _PIXEL_TAGS = {_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, 266, 273, 274, _SAMPLES, 278, 279, 284, 292, 293}
 _PIXEL_TAGS |= {317, 320, _TILE_WIDTH, 323, 324, 325, 338, _SAMPLE_FORMAT, 347, 529, 530, 531, 532}
-_WHITE_IS_ZERO, _BLACK_IS_ZERO, _YCBCR = 0, 1, 6
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _PALETTE, _YCBCR = 0, 1, 3, 6
 _JPEG = 7
 _READ = (1, 5, _JPEG, 8, 32773, 32946)  # none, LZW, JPEG, Deflate, PackBits, old Deflate
 # Of damaged fax data libtiff makes pixels out of whatever lay in memory, and says nothing.
@@ -112,9 +115,10 @@ def picture_of(data: bytes) -> TiffPicture:
         fix = "name a region of it with x, y, width and height, or export it as PNG"
         raise ImageError("unsupported-image", "a Hamamatsu NDPI slide", fix)
     _check(page)
+    reader.check_extent(page)
     gray16 = page.bits == (16,) and page.first(_PHOTOMETRIC, 1) == _WHITE_IS_ZERO
     light = reader.with_directory(page, _BLACK_IS_ZERO if gray16 else None)
-    others = sum(not other.reduced for other in pages) - (not page.reduced)
+    others = sum(not other.reduced for other in pages) - (not page.reduced) + (page.first(_DEPTH, 1) > 1)
     return TiffPicture(light, page.size, gray16, page.bits[0], others)
 
 
@@ -155,6 +159,8 @@ def _check(page: _Page) -> None:
         raise _unsupported(f"that holds {_PHOTOMETRICS[photometric]}")
     if len(set(page.bits)) > 1 or max(page.bits) > 32 or num_samples > 6 or num_samples < 1:
         raise _unsupported(f"of {num_samples} samples of {max(page.bits)} bits")
+    if page.bits[0] > 8 and num_samples > 1 and page.first(_PLANES, 1) == 2:  # Pillow takes bytes for samples
+        raise _unsupported(f"of {page.bits[0]} bits in separate planes")
     if compression == _JPEG and page.bits[0] != 8:
         raise _unsupported(f"compressed as JPEG of {page.bits[0]} bits")
     # CVE-2026-4775: libtiff's own conversion of YCbCr writes out of bounds. JPEG's is libjpeg's.
@@ -206,6 +212,38 @@ class _Reader:
             raise self._damaged("has no directory")
         return pages
 
+    def check_extent(self, page: _Page) -> None:
+        """Refuse a page of which strips or tiles are missing, or reach beyond the file's end; or a palette of 8 bits.
+
+        What is missing would be black, a directory that is written at the end be taken for pixels, and such a palette
+        be black, too.
+        """
+        (width, height), samples, bits = page.size, page.first(_SAMPLES, 1), page.bits[0]
+        planes, samples = (samples, 1) if page.first(_PLANES, 1) == 2 else (1, samples)
+        tiled = _TILE_WIDTH in page.entries
+        rows = page.first(_TILE_HEIGHT, 0) if tiled else min(page.first(_ROWS, height), height)
+        across = page.first(_TILE_WIDTH, 0) if tiled else width
+        if not rows or not across:
+            raise self._damaged("has strips or tiles of no size")
+        down = -(-height // rows)
+        count = down * -(-width // across) * planes
+        places, lengths = (self._all(page.entries.get(tag)) for tag in (_TILES if tiled else _STRIPS))
+        if len(places) < count:
+            raise self._damaged("lacks some of its strips or tiles")
+        end = len(self._data)
+        if page.first(_COMPRESSION, 1) == 1 and page.first(_PHOTOMETRIC, -1) != _YCBCR:
+            row = -(-across * bits * samples // 8)
+            lengths = np.full(count, min(rows * row, end + 1), np.uint64)
+            if not tiled:
+                lengths[down - 1 :: down] = min((height - (down - 1) * rows) * row, end + 1)
+        places, lengths = places[:count], lengths[:count] if len(lengths) >= count else np.zeros(count, np.uint64)
+        if ((places > end) | (lengths > end) | (places + lengths > end)).any():
+            raise self._damaged("ends before its pixels do")
+        if not places.all():
+            raise _unsupported("of which strips or tiles are left out")
+        if page.first(_PHOTOMETRIC, -1) == _PALETTE and self._all(page.entries.get(_COLORS)).max(initial=0) < 256:
+            raise _unsupported("with a palette of 8-bit colours, where 16 bits belong")
+
     def with_directory(self, page: _Page, photometric: int | None) -> bytes:
         """The file with one directory at its end, of the page's tags that make pixels."""
         entries = {tag: page.entries[tag] for tag in sorted(_PIXEL_TAGS & page.entries.keys())}
@@ -256,6 +294,18 @@ class _Reader:
             found = self._data[place : place + _FIRST * _SIZES[kind]]
         form = struct.Struct(f"{self._order}{min(count, _FIRST)}{_NUMBERS[kind]}")
         return form.unpack_from(found) if len(found) >= form.size else ()
+
+    def _all(self, entry: bytes | None) -> np.ndarray:
+        """All of an entry's whole numbers that lie in the file."""
+        kind, count = (0, 0) if entry is None else struct.unpack_from(self._order + "H" + self._places, entry, 2)
+        if entry is None or kind not in _NUMBERS:
+            return np.empty(0, np.uint64)
+        found = entry[12 if self._big else 8 :]
+        if count * _SIZES[kind] > len(found):
+            place = struct.unpack(self._order + self._places, found)[0]
+            found = self._data[place : place + count * _SIZES[kind]]
+        count = min(count, len(found) // _SIZES[kind])
+        return np.frombuffer(found, f"{self._order}u{_SIZES[kind]}", count).astype(np.uint64)
 
     def _number(self, form: str, place: int) -> int:
         try:

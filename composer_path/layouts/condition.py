@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, UInt64
 
-from composer_path.layouts.row import IMAGE_KEYS, Row, plain_key
+from composer_path.layouts.row import IMAGE_KEYS, Row, number_of, plain_key
 from composer_path.layouts.table import Table, TableError
 
 _CONDITION = re.compile(r"(?:(.+?\.(?:csv|tsv)):)?([^:=!<>]+?)\s*(!=|<=|>=|=|<|>)([^=].*|)", re.DOTALL | re.IGNORECASE)
@@ -155,11 +155,7 @@ def _number(value: Any) -> float | None:
         word = value.strip().casefold()
         if word in _TRUTH:
             return _TRUTH[word]
-        try:
-            number = float(word)
-        except ValueError:
-            return None
-        return number if number == number else None
+        return number_of(word)
     return float(value) if isinstance(value, int | float) else None
 
 

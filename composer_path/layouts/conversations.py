@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from composer_path.layouts.row import IMAGE_KEYS, Row, wrong_type
+from composer_path.records.key_names import flag_meant
 from composer_path.records.messages import IMAGE_PARTS, TEXT_PARTS
 from composer_path.records.rules import IMAGE_TAG, RecordError
+from composer_path.records.turn_weight import FLAGS
 
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
+# How a part of messages holds its picture.
+_PICTURE_KEYS = ("image", "image_url", "path", "url", "bytes")
 _TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 
 
@@ -46,8 +50,8 @@ def messages(row: Row, prompts: Sequence[str]) -> dict[str, Any]:
         raise wrong_type("messages", "a list of {role, content}")
     named: list[Any] = []
     turns = [_turn(row, one, f"messages[{index}]", named) for index, one in enumerate(given)]
-    record = row.about()
-    if turns and turns[0]["from"] in ("system", "developer"):
+    record = row.about() | {flag: row.get(flag) for flag in FLAGS if row.has(flag)}
+    if turns and turns[0].get("from") in ("system", "developer"):
         record["system"] = turns.pop(0)["value"]
     if row.has("system") and record.setdefault("system", system := row.get("system")) != system:
         raise RecordError("unknown-layout", "two system messages that differ", "leave one of them", "system")
@@ -76,17 +80,26 @@ def _turn(row: Row, message: Mapping[str, Any], where: str, named: list[Any]) ->
     role = message.pop("role", message.pop("from", None))
     _refuse_tools(role, message)
     content = message.pop("content", message.pop("value", None))
+    others: dict[str, Any] = {}
     if isinstance(content, list):
-        content = "\n".join(_part(row, part, f"{where}.content[{i}]", named) for i, part in enumerate(content))
+        parts = [_part(row, part, f"{where}.content[{i}]", named, others) for i, part in enumerate(content)]
+        content = "\n".join(parts)
     # Flags such as `loss` and `weight` go on to the turn, and so does what nobody reads, to be counted there.
-    return {**message, "from": role, "value": content}
+    known = {"from": role, "value": content}
+    return {**others, **message, **({} if role is content is None else known)}
 
 
-def _part(row: Row, part: Any, where: str, named: list[Any]) -> str:
-    """Return a part's text, or the tag of its picture."""
+def _part(row: Row, part: Any, where: str, named: list[Any], others: dict[str, Any]) -> str:
+    """Return a part's text, or the tag of its picture; what nobody reads of it is added to `others`."""
     if not isinstance(part, dict):
         raise wrong_type(where, "an object {'type': ...}")
     kind = part.get("type")
+    known = ("type", "text") if kind in TEXT_PARTS else ("type", "text", *_PICTURE_KEYS)
+    unread = {key: value for key, value in part.items() if key not in known and value is not None}
+    if any(flag_meant(key, value) for key, value in unread.items()):
+        fix = "give the flag to the whole turn, or leave it out"
+        raise RecordError("lookalike-key", "a flag of a part", fix, where)
+    others |= unread
     if kind in TEXT_PARTS:
         if not isinstance(text := part.get("text"), str):
             raise wrong_type(f"{where}.text", "a string")
@@ -95,8 +108,7 @@ def _part(row: Row, part: Any, where: str, named: list[Any]) -> str:
         raise RecordError(
             "unsupported-layout", "a part that is neither text nor image", "leave it out", f"{where}.type"
         )
-    keys = ("image", "image_url", "path", "url", "bytes")
-    pictures = [part[key] for key in keys if part.get(key) is not None]
+    pictures = [part[key] for key in _PICTURE_KEYS if part.get(key) is not None]
     if "bytes" in part and part["bytes"] is not None:
         pictures = [part]
     if len(pictures) > 1:

@@ -22,13 +22,18 @@ def rows_of(value: dict[str, Any], columns_asked: set[str]) -> list[Any]:
     Raises:
         RecordError: It is no object of records, or of no layout.
     """
+    if _has_layout(value):
+        return [value]
     if _is_split(value):
         value = {"": value}
     rows = list(value.values())
     if value and all(isinstance(one, dict) for one in rows) and all(map(_is_split, rows)):
         if "split" not in columns_asked:
-            fix = "choose one with --where split=val (or test, test_tiny)"
-            raise RecordError("unknown-layout", "PathMMU's splits, of which test_tiny repeats a part of test", fix)
+            splits = sorted({name for one in rows for name in one})
+            fix = f"choose one with --where split={splits[-1]}"
+            raise RecordError(
+                "unknown-layout", f"splits in one file ({', '.join(splits)}), which may repeat records", fix
+            )
         return [
             {**row, "category": category or None, "split": split} if isinstance(row, dict) else row
             for category, splits in value.items()
@@ -48,6 +53,14 @@ def is_one_record(value: dict[str, Any]) -> bool:
         recognise(value)
     except RecordError as error:
         return error.rule == "unsupported-layout" or not any(isinstance(one, dict | list) for one in value.values())
+    return True
+
+
+def _has_layout(value: dict[str, Any]) -> bool:
+    try:
+        recognise(value)
+    except RecordError:
+        return False
     return True
 
 

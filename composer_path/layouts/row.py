@@ -5,6 +5,7 @@ No error holds a value, and of the keys only those that a layout asks for.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +18,20 @@ CAPTION_KEYS = ("caption", "text", "report")
 
 # Of these a record would lose a part of what it shows or asks for.
 _UNREAD_MEDIA = ("video", "videos", "audio", "audios")
+# What `float` takes beyond this (1_0, other alphabets' digits, "infinity") is a slip.
+_NUMBER = re.compile(r"\s*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?\s*")
 _NOT_IN_KEYS = re.compile(r"[\W_]+")
 
 
 def plain_key(key: str) -> str:
     """Return a key without case, blanks and signs: `Choice A`, `choice_a` and `choiceA` are one."""
     return _NOT_IN_KEYS.sub("", key).casefold()
+
+
+def number_of(text: str) -> float | None:
+    """Return the finite number that a text is, or None."""
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
+    return number if math.isfinite(number) else None
 
 
 class Row:
@@ -102,10 +111,9 @@ class Row:
         """Return what the row says of itself under a record's own keys, `source` standing for one that isn't given."""
         found = {key: self.get(key) for key in ("id", *METADATA_TYPES) if self.has(key)}
         if isinstance(found.get("mpp"), str):  # a table has strings only
-            try:
-                found["mpp"] = float(found["mpp"])
-            except ValueError:
-                raise wrong_type("mpp", "a number above 0 (micrometres per pixel)") from None
+            found["mpp"] = number_of(found["mpp"])
+            if found["mpp"] is None:
+                raise wrong_type("mpp", "a number above 0 (micrometres per pixel)")
         return found if source is None else {"source": source, **found}
 
     def refuse_media(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from composer_path.layouts.row import plain_key
+from composer_path.records.key_names import ROW_NUMBER
 from composer_path.records.rules import RecordError
 
 # A picture as base64 may take a whole field; a longer one is a quote that was never closed.
@@ -20,6 +21,8 @@ MAX_FIELD = 64 * 2**20
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _UNCLOSED = "unexpected end of data"  # csv's words for a quote that is open at the end of the file
+# What an empty field is written as, by pandas and by databases.
+_NOTHING = frozenset(("", "nan", "NaN", "<NA>", "NULL", "null"))
 _SURROGATE = re.compile("[\udc80-\udcff]")
 
 
@@ -62,7 +65,7 @@ class Table:
             raise TableError(_invalid("a first line that is no list of columns", "line 1")) from None
         names = [name.strip() for name in header]
         if names and not names[0]:
-            names[0] = "(row number)"  # as pandas writes it
+            names[0] = ROW_NUMBER  # as pandas writes it
         _check_columns(names)
         self.columns = names
 
@@ -85,7 +88,8 @@ class Table:
                 continue  # a blank line
             if problem is None:
                 problem = self._check(fields)
-            values = {} if problem else {name: text or None for name, text in zip(self.columns, fields, strict=True)}
+            found = [] if problem else (None if text in _NOTHING else text for text in fields)
+            values = dict(zip(self.columns, found, strict=False))
             yield Line(first_line, first, self._at, values, problem)
 
     def _problem(self, error: csv.Error) -> RecordError:

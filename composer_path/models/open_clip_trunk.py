@@ -59,13 +59,12 @@ def open_clip_vision_config(name: str) -> tuple[dict[str, Any], bool]:
 
     if name not in open_clip.list_models():
         nearest = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        raise ValueError(f"vision_encoder.name: open_clip has no model '{name}'; nearest names: {nearest}")
+        known = f"; nearest names: {', '.join(nearest)}" if nearest else ""
+        raise ValueError(f"open_clip has no model '{name}'{known}")
     config = open_clip.get_model_config(name)
     vision = dict(config["vision_cfg"])
     if isinstance(vision.get("layers"), (list, tuple)):
-        raise ValueError(
-            f"vision_encoder.name: open_clip's '{name}' has a ResNet tower, which has no tokens; take a ViT"
-        )
+        raise ValueError(f"open_clip's '{name}' has a ResNet tower, which has no tokens; take a ViT")
     return vision, bool(config.get("quick_gelu", False))
 
 

@@ -42,16 +42,17 @@ class VisionFacts:
     num_registers: int | None = None
     rope_base: float | None = None
 
-    def differences(self, model: VisionFacts) -> Iterator[str]:
+    def differences(self, model: VisionFacts, open_clip: bool = False) -> Iterator[str]:
         """What is otherwise in a model, where both are known, with what to write in the YAML."""
+        keywords = OPEN_CLIP_KEYWORDS if open_clip else {one.name: one.name for one in fields(self)} | KEYWORDS
         for fact in fields(self):
             said, has = getattr(self, fact.name), getattr(model, fact.name)
             if said is None or has is None or said == has:
                 continue
             if fact.name == "norm_eps" and abs(said - has) < 1e-3 * said:
                 continue
-            word = KEYWORDS.get(fact.name, fact.name)
-            yield f"{fact.name} {said}, not {has} (kwargs: {{{word}: {said}}}, or another name)"
+            word = keywords.get(fact.name)
+            yield f"{fact.name} {said}, not {has} ({f'kwargs: {{{word}: {said}}}, or ' if word else ''}another name)"
 
 
 KEYWORDS = {
@@ -60,6 +61,7 @@ KEYWORDS = {
     "num_registers": "reg_tokens",
     "rope_base": "rope_temperature",
 }
+OPEN_CLIP_KEYWORDS = {"patch_size": "patch_size", "dim": "width", "depth": "layers"}  # the others its names decide
 
 
 def facts_of(trunk: Any) -> VisionFacts:

@@ -35,8 +35,6 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
             "template 'chat_template' needs a tokenizer that has one; this one has no chat_template (see its "
             "tokenizer_config.json), use 'llava_llama_2'"
         )
-    import jinja2
-
     # An em space on both sides tells whether the template trims contents; no template writes one itself.
     marks = [f"mark{index}x{secrets.token_hex(8)}" for index in range(len(roles))]
     messages = [{"role": role, "content": f"\u2003{mark}\u2003"} for role, mark in zip(roles, marks, strict=True)]
@@ -47,7 +45,7 @@ def render_around(roles: list[str], tokenizer: Any, date: str | datetime.date) -
         rendered = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, date_string=date_string
         )
-    except jinja2.TemplateError as error:  # for example a template without system messages
+    except Exception as error:  # for example of a template without system messages; 1 / 0 is no error of jinja2's own
         raise TemplateError(
             f"the tokenizer's chat template refuses a conversation of the roles {', '.join(roles)}: {error}"
         ) from error

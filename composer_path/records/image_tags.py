@@ -22,7 +22,9 @@ _READABLE = (
 )
 _ONLY_REFUSED = (
     r"<\s*[|/]?\s*[\w:.-]*(?:image|img|picture|photo)[\w:.-]*\s*[|/]?\s*>",  # </image>, <start_of_image>
-    rf"</?\s*\|?\s*(?:{_WORD}|video|audio|im_patch|vision_start|vision_end|vision_pad)s?(?![a-z\d])[^<>]{{0,200}}>?",
+    rf"</?\s*\|?\s*(?:{_WORD}|video|audio|im_patch)s?(?![a-z\d])[^<>]{{0,200}}>?",
+    r"<\s*/?\s*\|?_*(?:media|vision|visual)(?:[ _-]?(?:start|end|begin|pad|token|embed|feature)s?)?_*\|?\s*/?\s*>",
+    r"\bdata:image/[\w.+-]{1,20}(?:;[\w=-]{1,20})*,",  # a picture as text
     r"<\s*/?\s*im_(?:start|end)\s*>",
     r"\[/?\s*img[\w-]*\s*\]",
     r"&lt;\s*/?\s*(?:image|img)\b",
@@ -31,7 +33,7 @@ _ONLY_REFUSED = (
 _NAMED = [f"(?P<readable{n}>{one})" for n, one in enumerate(_READABLE)]
 _LOOKALIKE = re.compile("|".join((*_NAMED, *_ONLY_REFUSED)), re.I)
 _SHOWN = re.compile(rf"[<\[{{|/ ]*{_WORD}s?[ _-]?(?:token|placeholder|pad|here|file)?[ _-]?\d{{0,2}}[|/ \]}}>]*", re.I)
-_OPENINGS = re.compile(r"[<\[{]|&lt;", re.I)
+_OPENINGS = re.compile(r"[<\[{]|&lt;|data:", re.I)
 # Letters and brackets of other widths and alphabets, and marks without width, that make a tag look like the tag.
 _ODD = re.compile(
     "[\u00ad\u0131\u0261\u0430\u0435\u0456\u200b-\u200f\u2039\u2060-\u2064\u2329\u27e8\u3008\u300a\ufe64\ufeff"
@@ -76,7 +78,7 @@ class Lookalike:
 def lookalikes(text: str) -> Iterator[Lookalike]:
     """Yield all that look like the tag and are not, in order."""
     plain, places = text, None
-    if not text.isascii() and _ODD.search(text):
+    if not text.isascii() and (_ODD.search(text) or not unicodedata.is_normalized("NFKC", text)):
         plain, places = _in_ascii(text)
     if not _OPENINGS.search(plain):
         return

@@ -12,10 +12,11 @@ import unicodedata
 from functools import lru_cache
 
 NOT_SHOWN = "(not a plain name)"
+ROW_NUMBER = "(row number)"  # what a table's first column is called that has no name
 
 # Words of which a shown key may be made; none is anybody's name, place or date.
 _HARMLESS = """
-a b c d h ids w
+a b c d h id ids w
 annotation annotations answer answers answerable area aspect assistant attribute attributes audio augmented bbox
 bboxes box boxes bytes caption captions category categories chain channel channels chat choice choices class classes
 clean closed cls cmu cognitive cohort color comment comments complexity concept confidence content context
@@ -69,6 +70,13 @@ _FLAG_SYNONYMS = {
     **dict.fromkeys(("weights", "lossweight", "lossweights", "tokenweight", "turnweight"), "weight"),
     **dict.fromkeys(("losses", "computeloss", "useloss", "hasloss", "calculateloss", "nolossmask"), "loss"),
 }
+# Words of other names of a flag, as in `train_on_turn` or `no_loss`; the latter ones where the value could be a flag's.
+_FLAG_WORDS = frozenset(
+    ("loss", "losses", "train", "trains", "trained", "training", "trainable", "supervise", "supervised", "supervision")
+)
+_FLAG_WORDS_OF_NUMBERS = frozenset(
+    ("mask", "masks", "masked", "weight", "weights", "grad", "learn", "learned", "exclude")
+)
 _REGION_SYNONYMS = {
     **dict.fromkeys(("path", "image", "img", "name", "filename", "filepath", "slide", "wsi", "src", "url"), "file"),
     **dict.fromkeys(("left", "x0", "xmin", "posx"), "x"),
@@ -91,7 +99,7 @@ def shown_key(key: str) -> str:
     """A key's name if all its words are harmless, else `NOT_SHOWN`."""
     words = _WORD.findall(key)
     harmless = words and all(len(word) < 3 if word.isdigit() else word.lower() in HARMLESS_WORDS for word in words)
-    return key if harmless and _PLAIN.fullmatch(key) else NOT_SHOWN
+    return key if (harmless and _PLAIN.fullmatch(key)) or key == ROW_NUMBER else NOT_SHOWN
 
 
 def shown_identifier(key: str) -> str:
@@ -125,12 +133,22 @@ def turn_key_meant(key: str, value: object, turn: dict[str, object], known: froz
         return None
     if (same := _same(key, known)) is not None:
         return same
-    if (flag := _FLAG_SYNONYMS.get(canonical(key))) is not None:
+    if (flag := flag_meant(key, value)) is not None:
         return flag
     if not says_nothing(value) and (_PICTURE.fullmatch(canonical(key)) or _names_picture(value)):
         return "image"
     meant = _TURN_SYNONYMS.get(canonical(key))
     return meant if meant is not None and meant not in turn else None
+
+
+def flag_meant(key: str, value: object) -> str | None:
+    """The flag of a turn that a key of another name is; one of no known name may be any of them, so 'loss'."""
+    if (flag := _FLAG_SYNONYMS.get(canonical(key))) is not None:
+        return flag
+    words = {word.lower() for word in _WORD.findall(key)}
+    first = value[0] if isinstance(value, list) and value else value
+    meant = words & _FLAG_WORDS or (words & _FLAG_WORDS_OF_NUMBERS and isinstance(first, bool | int | float))
+    return "loss" if meant else None
 
 
 def region_key_meant(key: str, known: frozenset[str]) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 from composer_path.records.image_tags import IMAGE_TAG, lookalikes
 from composer_path.records.key_names import (
     NOT_SHOWN,
+    flag_meant,
     record_key_meant,
     region_key_meant,
     shown_key,
@@ -145,6 +146,8 @@ def _type_problems(record: dict[str, Any]) -> Iterator[RecordError]:
     """Wrong types and missing keys; null counts as absent for every optional key."""
     meant = {key: record_key_meant(key, value, record, RECORD_KEYS) for key, value in record.items()}
     yield from (_lookalike_key(key, name) for key, name in meant.items() if name is not None)
+    for key in (key for key in FLAGS if record.get(key) not in (None, True)):
+        yield RecordError("lookalike-key", f"'{key}', a flag of turns", "give it to each answer, or leave it out")
     for key, (types, expected) in _TYPES.items():
         yield from _value_problems(record.get(key), types, expected, key)
     if isinstance(record.get("meta"), dict):
@@ -342,6 +345,8 @@ def _lookalike_key(key: str, meant: str, where: str = "") -> RecordError:
     fix = f"did you mean '{meant}'? Rename it, or leave it out"
     if meant == "image" and where:
         fix = "give images under the record's key 'image', each with its tag"
+    elif meant in FLAGS and flag_meant(key, 0):  # of another name, which may mean the opposite
+        fix = f"did you mean '{meant}'? Write it as false or 0 for an answer that is not to be learned, or leave it out"
     return RecordError("lookalike-key", found, fix, where)
 
 

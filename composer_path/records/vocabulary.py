@@ -151,7 +151,15 @@ def _load_folder(path: Path, **kwargs: Any) -> Tokenizer:
         if settings.get("tokenizer_class") == "TokenizersBackend":
             tokenizer_class = PreTrainedTokenizerFast
             kwargs.pop("use_fast", None)
-    tokenizer = tokenizer_class.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
+    try:
+        tokenizer = tokenizer_class.from_pretrained(str(path), local_files_only=True, trust_remote_code=False, **kwargs)
+    except Exception as error:
+        if (
+            "tiktoken" in str(error).lower() and (path / "tokenizer.model").is_file()
+        ):  # whatever isn't sentencepiece's own
+            fix = "copy it again, or run `git lfs pull`"
+            raise ValueError(f"tokenizer.model in it is no whole sentencepiece model; {fix}") from error
+        raise
     templates = getattr(tokenizer, "chat_template", None)
     for name in templates if isinstance(templates, dict) else ():
         if not re.fullmatch(r"[\w-]+", str(name)):  # each is saved as a file of its name, until transformers 5.10

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_path.storage.json_object import read_json_object
+from composer_path.weights.vision_folder import white_of
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Of transformers' vision models, what a configuration leaves out.
@@ -121,6 +122,8 @@ def _normalization(folder: Path, kind: str) -> tuple[Any, Any]:
     """Mean and std of the images: what the folder says, else the tower's own."""
     file = folder / "preprocessor_config.json"
     said = read_json_object(file) if file.is_file() else {}
+    if said.get("do_normalize") is False or white_of(file, said) != 1:
+        raise ValueError(f"'{file}': images must be scaled to 1 and normalised; found otherwise; take another folder")
     own = (CLIP_MEAN, CLIP_STD) if kind == "clip_vision_model" else ((0.5,) * 3, (0.5,) * 3)
     found = tuple(said.get(key, default) for key, default in zip(("image_mean", "image_std"), own, strict=True))
     for key, value in zip(("image_mean", "image_std"), found, strict=True):

@@ -51,6 +51,7 @@ def read_tensor_file(path: str | Path, wanted: Callable[[str], bool] = everythin
         raise WeightsError(f"weights: no file '{path}'")
     if path.suffix not in (".safetensors", *PICKLES):
         raise WeightsError(f"weights: '{path}' must end with .safetensors or one of {', '.join(PICKLES)}")
+    _require_content(path)
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -77,11 +78,25 @@ def shapes_of_file(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of a file's tensors by name; of safetensors no data are read."""
     if path.suffix != ".safetensors":
         return {name: tuple(value.shape) for name, value in read_tensor_file(path).items()}
+    _require_content(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"weights: '{path}' can't be read, it may be cut or damaged: {error}") from None
+
+
+def _require_content(path: Path) -> None:
+    """Refuse what was left or saved in a file's place."""
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    found = "an empty file" if not head else None
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer; run `git lfs pull`"
+    elif head.startswith((b"<!doctype html", b"<html")):
+        found = "an HTML page; fetch the file itself"
+    if found is not None:
+        raise WeightsError(f"weights: '{path}' must hold tensors, found {found}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

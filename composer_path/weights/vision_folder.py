@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from composer_path.models.open_clip_trunk import OpenClipTrunk
 from composer_path.models.vision_encoder import VisionEncoder, check_vision_keywords
 from composer_path.models.vision_facts import ACTIVATIONS, VisionFacts, facts_of_open_clip, facts_of_timm
 from composer_path.weights.tensor_file import WEIGHTS, WeightsError, read_tensor_file, read_tensor_folder
@@ -57,7 +58,9 @@ def read_vision_folder(folder: Path) -> VisionFolder:
         _read_config(folder / CONFIG, found)
     if (folder / PREPROCESSOR).is_file():
         content = read_json_object(folder / PREPROCESSOR)
-        _take_normalization(folder / PREPROCESSOR, content.get("image_mean"), content.get("image_std"), found)
+        mean, std = content.get("image_mean"), content.get("image_std")
+        mean, std = ([0.0] * 3, [1.0] * 3) if content.get("do_normalize") is False else (mean, std)
+        _take_normalization(folder / PREPROCESSOR, mean, std, found, white_of(folder / PREPROCESSOR, content))
     return found
 
 
@@ -68,7 +71,8 @@ def check_what_a_folder_says(folder: VisionFolder, encoder: VisionEncoder, *, no
         WeightsError: Another architecture (every difference, with what to write); another mean or std, unless the user
             gave his own, of which he is warned.
     """
-    if folder.facts is not None and (differences := list(folder.facts.differences(encoder.facts()))):
+    by_name, facts = isinstance(encoder.trunk, OpenClipTrunk), encoder.facts()
+    if folder.facts is not None and (differences := list(folder.facts.differences(facts, by_name))):
         raise WeightsError(
             f"weights: '{folder.said_in}' says another architecture than '{encoder.config['name']}' has: "
             + "; ".join(differences)
@@ -197,15 +201,24 @@ def _object(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _take_normalization(path: Path, mean: Any, std: Any, found: VisionFolder) -> None:
-    """Mean and std of a file that says them; one alone, or no three numbers, is an error."""
+def white_of(path: Path, content: Mapping[str, Any]) -> float:
+    """What a white pixel is before mean and std, by a preprocessor's configuration: 1 where it says nothing else."""
+    factor = content.get("rescale_factor", 1 / 255) if content.get("do_rescale") is not False else 1
+    if type(factor) not in (int, float) or not 0 < factor <= 1:
+        raise WeightsError(f"weights: '{path}': rescale_factor: must be a number from 0 to 1; found {factor!r:.80}")
+    return 255.0 * factor if abs(255 * factor - 1) > 1e-3 else 1.0
+
+
+def _take_normalization(path: Path, mean: Any, std: Any, found: VisionFolder, white: float = 1) -> None:
+    """Mean and std of a file that says them, for a white of 1; one alone, or no three numbers, is an error."""
     if mean is None and std is None:
         return
     for key, values in (("mean", mean), ("std", std)):
         numbers = isinstance(values, list) and all(type(value) in (int, float) for value in values)
         if not numbers or len(values) != 3 or (key == "std" and min(values) <= 0):
             raise WeightsError(f"weights: '{path}': {key}: must be three numbers, of std above 0; found {values!r:.80}")
-    found.mean, found.std, found.normalization_in = tuple(map(float, mean)), tuple(map(float, std)), str(path)
+    found.mean, found.std = tuple(value / white for value in mean), tuple(value / white for value in std)
+    found.normalization_in = str(path)
 
 
 def _close(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:

@@ -199,6 +199,26 @@ def test_a_chat_template_must_be_the_tokenizers(settings: dict[str, Any], tmp_pa
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(CHAT)
     settings["tokenizer"]["path"] = str(tmp_path / "tokenizer")
     assert check_files(settings) == []
+    for broken, why in (
+        ("{% for", "unexpected"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ ''.__class__ }}", "once and in order"),
+    ):
+        (tmp_path / "tokenizer" / "chat_template.jinja").write_text(broken)
+        [problem] = check_files(settings)
+        assert problem.startswith("train_loader.dataset.template: the tokenizer's chat template ") and why in problem
+
+
+def test_a_sentencepiece_file_that_was_not_fetched_is_named(
+    settings: dict[str, Any], tmp_path: Path, repo_root: Path
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(repo_root / "test_data" / "tokenizer", folder)
+    settings["tokenizer"]["path"] = str(folder)
+    for content in ("version https://git-lfs.github.com/spec/v1\n", (folder / "tokenizer.model").read_bytes()[:999]):
+        (folder / "tokenizer.model").write_bytes(content if isinstance(content, bytes) else content.encode())
+        [problem] = check_files(settings)
+        assert "tokenizer.model in it is no whole sentencepiece model" in problem
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,18 @@ emailAddress phone phone_number address home_address zip StudyDate AcquisitionDa
 ReferringPhysicianName OperatorsName InstitutionName DeviceSerialNumber hospital Patientenname Geburtsdatum
 Nachname case_id caseId slide_id SlideID barcode file_name imagePath subject_id insurance_number 00100020
 (0010,0010) 0008,0050 patient_initials medicalRecordNumber pathologist admission_date uuid
+HumanPerformerName ContentCreatorName VerifyingObserverName InterpretationAuthor ROIInterpreter ResponsiblePerson
+OrderEnteredBy signed_by NamesOfIntendedRecipientsOfResults AcquisitionUID FailedSOPInstanceUIDList TrackingUID
+ClinicalTrialSubjectID StudyID AdmissionID SlideIdentifier identifier UniqueDeviceIdentifier StationAETitle
+PlacerOrderNumberImagingServiceRequest RegionOfResidence x00100020 0x00100010 tag_0010_0030 pt_id ptName pat_nr HN
+case_submitter_id submitter_id tcga_id bcr_aliquot_barcode path_number block-no specimenNumber acc_num report_no
+svs_path scanId user_id fname geb 姓名 患者ID 病理号 이름 ФИО svnr
 """
 IDENTIFYING = [*_IDENTIFYING.split(), "\uff30atientID"]
 _KEPT = """
 kind grade split options answer stain_name model_name patient_age PatientSex organ site diagnosis score
 template regions stage caption question class_name dataset ki67 tumor_type label fold
+prompt_id template_id task_id question_no image_number_of_cells SOPClassUID scanner_model specimen_type pathway
 """
 KEPT = _KEPT.split()
 

@@ -123,6 +123,15 @@ def test_a_jpeg_without_its_end_is_answered_the_same_by_both_checks() -> None:
     assert examine_image(whole[:-2]).data == whole
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_whose_end_was_never_copied_is_damaged(progressive: bool) -> None:
+    whole = encode(tissue(320, 240), "JPEG", quality=95, progressive=progressive)
+    for use in (examine_image, check_image, stored_by_structure):
+        with pytest.raises(ImageError, match="ends in zeros"):
+            use(whole[:-600] + bytes(600))
+    assert examine_image(whole + bytes(600)).data == examine_image(whole).data
+
+
 def test_what_is_no_pixel_of_a_png_may_be_wrong_and_what_is_may_not() -> None:
     png = encode(tissue(), "PNG")
     profile = b"x\0\0" + zlib.compress(bytes(3_000_000))
@@ -204,6 +213,51 @@ def test_tiffs_that_are_not_read_say_what_they_are(kind: str) -> None:
     assert found in said
 
 
+BLACK8 = [*range(256), *range(256), *range(256)]
+PLANES16 = {258: [16] * 3, 262: 2, 277: 3, 284: 2, 256: 96, 257: 64, 278: 64, 279: [12288] * 3}
+BROKEN_TIFFS = {
+    "more rows than strips": ({257: 84}, "unreadable-image", "lacks some of its strips or tiles"),
+    "strips beyond the end": ({273: 600}, "unreadable-image", "ends before its pixels do"),
+    "a strip far beyond the end": ({273: 2**31}, "unreadable-image", "ends before its pixels do"),
+    "wider than its bytes": ({256: 2**30}, "unreadable-image", "ends before its pixels do"),
+    "a strip left out": ({273: 0}, "unsupported-image", "strips or tiles are left out"),
+    "tiles of no size": ({322: 0, 323: 0}, "unreadable-image", "strips or tiles of no size"),
+    "compressed beyond the end": ({259: 5, 279: 10**6}, "unreadable-image", "ends before its pixels do"),
+    "a palette of 8 bits": ({262: 3, 320: BLACK8}, "unsupported-image", "a palette of 8-bit colours"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_TIFFS)
+@pytest.mark.parametrize("big", [False, True])
+def test_a_tiff_without_all_its_pixels_is_refused_and_nothing_else_is_taken_for_them(kind: str, big: bool) -> None:
+    tags, rule, found = BROKEN_TIFFS[kind]
+    # The directory of a truncated file may lie before the pixels; what is decoded has one behind them.
+    answer = refusal(tiff([{"pixels": GRAY, "tags": tags}], big=big))
+    assert answer[0] == rule and found in answer[1]
+
+
+def test_16_bits_in_separate_planes_are_unsupported() -> None:
+    planes = np.concatenate([GRAY16] * 3)
+    data = tiff([{"pixels": planes, "tags": PLANES16 | {273: [8 + GRAY16.nbytes * plane for plane in range(3)]}}])
+    assert refusal(data) == ("unsupported-image", "a TIFF file of 16 bits in separate planes")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_12_bits_in_16_of_colours_are_counted_and_not_scaled(kind: str) -> None:
+    levels = np.stack([GRAY.astype(np.uint16) * 16] * 3, -1)
+    data = tiff([{"pixels": levels}])
+    if kind == "PNG":
+        header = struct.pack(">IIBBBBB", 96, 64, 16, 2, 0, 0, 0)
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, body) for name, body in parts)
+    assert examine_image(data).oddities == ["levels_below_4096"] == check_image(data)
+    with pytest.raises(ImageError, match="16-bit colours with levels below 4,096") as error:
+        examine_image(data, scale_levels=True)
+    assert error.value.rule == "unsupported-image"
+    assert examine_image(tiff([{"pixels": levels * 16}])).oddities == []
+
+
 def test_an_ndpi_is_called_a_slide() -> None:
     rule, found = refusal(tiff([{"pixels": RGB, "tags": {65420: 1}}]))
     assert (rule, found) == ("unsupported-image", "a Hamamatsu NDPI slide")
@@ -230,6 +284,8 @@ def test_a_ring_of_directories_ends() -> None:
 
 OTHERS = {
     "DICOM": (bytes(128) + b"DICM" + bytes(200), "a DICOM file", "unsupported-image"),
+    "DICOM without preamble": (b"\x08\0\x05\0CS\x0a\0ISO_IR 100", "a DICOM file", "unsupported-image"),
+    "QOI": (b"qoif" + bytes(200), "a QOI file", "unsupported-image"),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(200), "a HEIC file", "unsupported-image"),
     "AVIF": (b"\0\0\0\x18ftypavif" + bytes(200), "an AVIF file", "unsupported-image"),
     "PDF": (b"%PDF-1.7\n" + bytes(200), "a PDF file", "unsupported-image"),

@@ -13,6 +13,7 @@ from layout_files import CHOICE, JSON_FILES, STEPS, TABLES, image_folder, png, t
 
 from composer_path.conversion.convert import convert
 from composer_path.conversion.rejected_file import ConvertError
+from composer_path.layouts.condition import Condition
 from composer_path.layouts.reading import Reading
 from composer_path.records.rules import RecordError, problems_of
 
@@ -54,6 +55,8 @@ def refused(row: dict[str, Any], layout: str = "auto") -> RecordError:
         ("image,Caption,caption\na.png,x,y\n", "the whole file: line 1: .*columns of the same name"),
         ("caption\nx\n", "the whole file: line 1: .*no two columns"),
         (f"photo,{SECRET}\na.png,x\n", "a table of 2 columns: no known key and 2 others; readable are llava"),
+        ("image,caption\na.png,NaN\n", "record 0 (line 2): caption: .*nothing in it"),
+        ("image,caption\na.png,NULL\n", "record 0 (line 2): caption: .*nothing in it"),
         ("image,label\na.png,x\n", "a table of 2 columns: the keys image and 1 other; readable are llava"),
         ("image,caption,question,answer\na.png,x,y,z\n", "keys of captions and questions; choose one with --layout"),
     ],
@@ -74,6 +77,62 @@ def test_a_table_without_utf_8_is_refused(images: Path, tmp_path: Path) -> None:
     assert "record 0 (line 2): the text must be UTF-8" in message_of(path, images)
     path.write_bytes("image,caption\na.png,x\n".encode("utf-16"))
     assert "the whole file: the text must be UTF-8" in message_of(path, images)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer in place of the file"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML page in place of the file"),
+        (b"\x89PNG\r\n\x1a\n", "a picture"),
+        (b"PARE\0", "an encrypted parquet file"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".json", ".csv", ".parquet"])
+def test_a_file_that_is_something_else_is_named(
+    ending: str, data: bytes, found: str, images: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / f"data{ending}"
+    path.write_bytes(data)
+    assert found in message_of(path, images)
+    path.write_bytes(b"")
+    assert "there must be a record to write, found none" in message_of(path, images) or ending == ".csv"
+
+
+@pytest.mark.parametrize("mpp", ["1_0", "\uff11", "infinity", "0x10", "1e999"])
+def test_a_number_that_only_python_takes_is_refused(mpp: str, images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"image,caption,mpp\na.png,x,{mpp}\n")
+    assert "record 0 (line 2): mpp: a value must have the type of its key" in message_of(path, images)
+    with pytest.raises(ValueError, match="must be followed by a number"):
+        Condition.parse(f"mpp>{mpp}")
+
+
+def test_a_flag_of_a_part_and_of_a_record_of_messages_is_refused() -> None:
+    asked, told = {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "!", "train": False}]}
+    assert refused({"messages": [asked, parts]}).rule == "lookalike-key"
+    value, _ = Reading().record({"messages": [asked, told], "weight": 0}, 0)
+    assert [problem.rule for problem in problems_of(value)] == ["lookalike-key"]
+
+
+def test_keys_of_a_part_that_nobody_reads_are_counted_with_its_turn() -> None:
+    part = {"type": "text", "text": "?", "cache_control": {}}
+    value, _ = Reading().record(
+        {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "!"}]}, 0
+    )
+    assert value["conversations"][0] == {"from": "user", "value": "?", "cache_control": {}}
+
+
+def test_keys_of_messages_in_another_spelling_are_told(images: Path) -> None:
+    value, _ = Reading().record({"messages": [{"Role": "user", "Content": "?"}]}, 0)
+    assert {problem.rule for problem in problems_of(value)} == {"lookalike-key"}
+
+
+def test_a_record_by_itself_may_take_several_lines(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"image": "a.png", "caption": "x"}, indent=1))
+    assert convert(path, images, tmp_path / "out", ids="keep").records == 1
 
 
 def test_an_empty_field_is_refused_by_its_column(images: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ READ = [
     "<im\u200bage>",
     "<\u0456m\u0430ge>",
     "\u3008image\u3009",
+    "<\u2170mage>",
 ]
 ONLY_REFUSED = [
     "</image>",
@@ -51,6 +52,12 @@ ONLY_REFUSED = [
     "<audio>",
     "[IMG_BREAK]",
     "![a gland](Miller.png)",
+    "<__media__>",
+    "<|media_pad|>",
+    "<vision>",
+    "<visual_token>",
+    "<|vision_end|>",
+    "data:image/png;base64,iVBORw0KGgo",
 ]
 TEXT = [
     "Which image shows a gland?",

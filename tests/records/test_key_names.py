@@ -88,6 +88,10 @@ def test_a_system_message_under_another_key_is_refused(key: str) -> None:
         ("masked", True, "loss_mask"),
         ("loss_weight", 0.5, "weight"),
         ("trainable", False, "train"),
+        ("train_on_turn", False, "loss"),
+        ("training", False, "loss"),
+        ("noLoss", True, "loss"),
+        ("label_mask", [0, 1], "loss"),
         ("image", "a.png", "image"),
         ("images", ["a.png"], "image"),
     ],
@@ -96,6 +100,23 @@ def test_a_key_of_a_turn_that_means_another_is_refused(key: str, value: object, 
     (problem,) = problems_of({"conversations": [question(), {**answer(), key: value}]})
     assert (problem.rule, problem.where) == ("lookalike-key", "conversations[1]")
     assert f"'{meant}'" in problem.fix
+
+
+def test_a_flag_of_another_name_is_told_which_value_means_what() -> None:
+    (problem,) = problems_of({"conversations": [question(), {**answer(), "masked": True}]})
+    assert "false or 0 for an answer that is not to be learned" in problem.fix
+
+
+def test_other_keys_of_a_turn_are_no_flags() -> None:
+    turn = {**answer(), "label": "x", "mask_file": "x", "weighting": 1, "constraint": 0, "trainee": 1, "score": 0.5}
+    assert problems_of({"conversations": [question(), turn]}) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("loss", False), ("weight", 0.5), ("train", 0), ("loss_mask", [0, 1])])
+def test_a_flag_of_a_whole_record_is_refused_unless_it_changes_nothing(key: str, value: object) -> None:
+    (problem,) = problems_of(record(**{key: value}))
+    assert problem.rule == "lookalike-key" and "each answer" in problem.fix
+    assert problems_of(record(**{key: True})) == problems_of(record(**{key: None})) == []
 
 
 def test_a_turn_of_another_layout_is_told_its_keys() -> None:
@@ -121,7 +142,20 @@ def test_other_keys_of_a_region_are_named(changes: dict[str, Any], rules: list[s
     assert "Jane" not in str(problem) and NOT_SHOWN in str(problem)
 
 
-@pytest.mark.parametrize("key", ["model", "questionType", "answer_type", "num_images", "split", "umls_ids", "image_2"])
+HARMLESS = [
+    "model",
+    "questionType",
+    "answer_type",
+    "num_images",
+    "split",
+    "umls_ids",
+    "image_2",
+    "file_id",
+    "(row number)",
+]
+
+
+@pytest.mark.parametrize("key", HARMLESS)
 def test_a_key_of_harmless_words_is_shown(key: str) -> None:
     assert shown_key(key) == key
 

@@ -53,6 +53,21 @@ def test_what_is_no_index_is_refused(tmp_path: Path, index: str) -> None:
         read_tensor_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; run `git lfs pull`"),
+        ("<!DOCTYPE html><html>", "an HTML page"),
+        ("", "an empty file"),
+    ],
+)
+def test_what_lies_in_a_files_place_is_named(name: str, content: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WeightsError, match=f"{name}' must hold tensors, found {found}"):
+        read_tensor_folder(tmp_path)
+
+
 def test_a_cut_shard_is_refused(tmp_path: Path) -> None:
     write_shards(tmp_path, {"a": torch.ones(8)}, {"b": torch.zeros(8)})
     (tmp_path / SHARDS[1]).write_bytes((tmp_path / SHARDS[1]).read_bytes()[:-4])

@@ -63,6 +63,36 @@ def test_what_a_config_leaves_out_is_the_default_of_its_library(folder: Path) ->
         build(folder, kwargs={"act_layer": "quick_gelu"})
 
 
+@pytest.mark.parametrize(
+    "said, mean, std",
+    [
+        ({"rescale_factor": 1 / 127.5}, 0.25, 0.25),
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [51.0] * 3}, 0.5, 0.2),
+    ],
+)
+def test_how_a_preprocessor_scales_pixels_is_part_of_its_normalisation(
+    folder: Path, said: dict[str, Any], mean: float, std: float
+) -> None:
+    change(folder / "preprocessor_config.json", **said)
+    message = rf"says mean \[{mean}, {mean}, {mean}\] \(here .*, std \[{std}, {std}, {std}\] \(here"
+    with pytest.raises(WeightsError, match=message):
+        build(folder)
+    change(folder / "preprocessor_config.json", rescale_factor=0, do_rescale=True)
+    with pytest.raises(WeightsError, match="rescale_factor: must be a number from 0 to 1; found 0"):
+        build(folder)
+
+
+def test_what_to_write_is_of_the_encoders_library(tmp_path: Path) -> None:
+    transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SIZES, hidden_act="gelu")).save_pretrained(tmp_path)
+    kwargs = {"width": 32, "layers": 2, "head_width": 8, "patch_size": 8}
+    message = (
+        r"depth 1, not 2 \(kwargs: {layers: 1}, or another name\); activation gelu, not quick_gelu \(another name\)"
+    )
+    with pytest.raises(WeightsError, match=message):
+        build_vision_encoder("open_clip/ViT-B-32-quickgelu", image_size=32, kwargs=kwargs, weights=str(tmp_path))
+
+
 def test_another_normalisation_is_refused_unless_the_user_gave_one(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
