@@ -48,7 +48,7 @@ class BucketFolder(CheckpointFolder):
     def manifest(self, name: str) -> Manifest | None:
         """A checkpoint's manifest; None where it has none."""
         try:
-            return Manifest.from_bytes(self.place.read(f"{name}/{MANIFEST}"))
+            return Manifest.from_bytes(self.place.read(f"{name}/{MANIFEST}"), name)
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ class CheckpointFolder:
         """Names of all checkpoints, whole or not, the newest first."""
         found = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
         steps = {name: step for name in found if (step := step_of(name)) is not None}
-        return sorted((name for name in steps if not (self.path / name).is_symlink()), key=lambda n: (-steps[n], n))
+        return sorted(steps, key=lambda name: (-steps[name], name))
 
     def manifest(self, name: str) -> Manifest | None:
         """A checkpoint's manifest; None where it has none.
@@ -49,8 +49,10 @@ class CheckpointFolder:
         Raises:
             DamagedError: It can't be read.
         """
+        if (self.path / name).is_symlink():
+            raise DamagedError(f"it is a link to '{os.readlink(self.path / name)}'; bring the folder itself here")
         try:
-            return Manifest.from_bytes((self.path / name / MANIFEST).read_bytes())
+            return Manifest.from_bytes((self.path / name / MANIFEST).read_bytes(), name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError, OSError) as error:
@@ -96,8 +98,8 @@ class CheckpointFolder:
                 cleared.append(path.name.removeprefix(".").removesuffix(TEMPORARY_SUFFIX))
         for name in self.names():  # of an earlier version: DCP writes its metadata last
             path = self.path / name
-            begun = path.is_dir() and not (path / MANIFEST).exists() and not (path / ".metadata").exists()
-            if begun and all(file.suffix in (".distcp", ".tmp") for file in path.iterdir()):
+            begun = path.is_dir() and not any((path / file).exists() for file in (MANIFEST, ".metadata"))
+            if begun and not path.is_symlink() and all(file.suffix in (".distcp", ".tmp") for file in path.iterdir()):
                 self.remove(name)
                 cleared.append(name)
         return cleared
@@ -119,7 +121,7 @@ class CheckpointFolder:
         """Let a written checkpoint appear: its manifest first, then its name, then the link to it."""
         write_whole(staged / MANIFEST, lambda file: file.write(manifest.to_bytes()), durable=True)
         sync_path(staged)
-        if (self.path / name).exists():  # damaged, or of a run that is written over
+        if os.path.lexists(self.path / name):  # damaged, or of a run that is written over
             self.remove(name)
         staged.rename(self.path / name)
         sync_path(self.path)
@@ -147,7 +149,7 @@ class CheckpointFolder:
         gone = self.path / f".{name}{_GONE}"
         shutil.rmtree(gone, ignore_errors=True)
         (self.path / name).rename(gone)
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        shutil.rmtree(gone) if gone.is_dir() and not gone.is_symlink() else gone.unlink()
 
     def free_bytes(self) -> int:
         """What can still be written there."""

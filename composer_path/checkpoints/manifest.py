@@ -57,8 +57,8 @@ class Manifest:
         return json.dumps(content, indent=1, sort_keys=True).encode() + b"\n"
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Manifest:
-        """Read one; ValueError where it is none, or one that was changed."""
+    def from_bytes(cls, data: bytes, name: str = "") -> Manifest:
+        """Read the one of a checkpoint of this name; ValueError where it is none, was changed, or is of another step."""
         content = json.loads(data)
         if not isinstance(content, dict) or content.get("version") != VERSION:
             found = content.get("version") if isinstance(content, dict) else type(content).__name__
@@ -74,6 +74,8 @@ class Manifest:
             raise ValueError("its entries aren't those of a manifest")
         if read.to_bytes() != data:
             raise ValueError("it was changed after it was written")
+        if step_of(name) is not None and name != (own := name_of(read.epoch, read.step)):
+            raise ValueError(f"it is that of {own}, so its folder was renamed or copied; name it {own} again")
         return read
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from composer.utils import dist
 
-from composer_path.checkpoints.folder import LATEST, CheckpointFolder, on_first_rank
+from composer_path.checkpoints.folder import BEST, LATEST, CheckpointFolder, on_first_rank
 from composer_path.checkpoints.manifest import MANIFEST, CheckpointError, DamagedError, Manifest, step_of
 from composer_path.checkpoints.reading import is_of_this_format
 
@@ -97,7 +97,11 @@ def named(path: str | Path) -> Found:
 
 
 def _check_owner(folder: CheckpointFolder) -> None:
-    """Raise where checkpoints of several runs lie, or the link names one elsewhere."""
+    """Raise where checkpoints of several runs lie, the link names one elsewhere, or a folder is in its place."""
+    for link in (LATEST, BEST):
+        if (place := folder.path / link).is_dir() and not place.is_symlink():
+            found = "found a folder, as a copy makes of it that follows links"
+            raise CheckpointError(f"{place}: must be a link to a checkpoint beside it, {found}; remove that folder")
     found: dict[str, str] = {}
     for name, manifest in folder.manifests().items():
         found.setdefault(manifest.run_id, name)

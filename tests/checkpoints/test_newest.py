@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +99,52 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(
 def test_links_in_place_of_files_are_refused(folder: CheckpointFolder) -> None:
     link_away(folder.path / "ep0-ba4" / "__0_0.distcp")
     assert newest(folder) == "ep0-ba2"
+
+
+def rename(path: Path) -> None:
+    """An old one gets the name of a step to come: by it, it would go before all that are written later."""
+    (path.parent / "ep0-ba2").rename(path.parent / "ep3-ba90")
+
+
+def copy(path: Path) -> None:
+    shutil.copytree(path.parent / "ep0-ba2", path.parent / "ep3-ba90")
+
+
+def put_elsewhere(path: Path) -> None:
+    shutil.copytree(path, path.parent.parent / "elsewhere")
+    (path.parent / "ep3-ba90").symlink_to("../elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rename, r"it is that of ep0-ba2, .* name it ep0-ba2 again"),
+        (copy, r"it is that of ep0-ba2, .* name it ep0-ba2 again"),
+        (put_elsewhere, r"it is a link to '\.\./elsewhere'; bring the folder itself here"),
+    ],
+)
+def test_a_name_that_isnt_its_own_is_said_and_decides_nothing(
+    folder: CheckpointFolder, change: Callable[[Path], None], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    change(folder.path / "ep0-ba4")
+    with caplog.at_level(logging.WARNING):
+        assert newest(folder) == "ep0-ba4"
+    assert re.search(f"ep3-ba90 is damaged: .*{words}", caplog.records[-1].getMessage())
+    assert "ep3-ba90" not in folder.manifests() and os.path.lexists(folder.path / "ep3-ba90")  # rotation leaves it
+
+
+def test_a_link_in_a_checkpoints_place_is_written_over(folder: CheckpointFolder) -> None:
+    (folder.path / "ep0-ba6").symlink_to("../gone")
+    fake_checkpoint(folder, 6)
+    assert newest(folder) == "ep0-ba6"
+
+
+@pytest.mark.parametrize("link", ["latest", "best"])
+def test_a_folder_in_a_links_place_is_refused_before_anything_is_trained(folder: CheckpointFolder, link: str) -> None:
+    (folder.path / "latest").unlink()
+    shutil.copytree(folder.path / "ep0-ba4", folder.path / link)  # as `cp -L` does it
+    with pytest.raises(CheckpointError, match=f"{link}: must be a link to a checkpoint beside it, found a folder"):
+        newest_whole(folder)
 
 
 @pytest.mark.parametrize("file", FILES[:3])
