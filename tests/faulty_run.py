@@ -153,9 +153,18 @@ def killed(event: Event, state: State) -> None:
 
 
 def frozen_worker(event: Event, state: State) -> None:
-    for child in psutil.Process().children():
-        if "resource_tracker" not in " ".join(child.cmdline()):
-            child.suspend()
+    for worker in workers():
+        worker.suspend()
+
+
+def killed_worker(event: Event, state: State) -> None:
+    for worker in workers():
+        worker.kill()
+    time.sleep(5)  # torch's handler of SIGCHLD raises here
+
+
+def workers() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children() if "resource_tracker" not in " ".join(one.cmdline())]
 
 
 def stopped(event: Event, state: State) -> None:

@@ -58,7 +58,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "") -> Manifest:
-        """Read the one of a checkpoint of this name; ValueError where it is none, was changed, or is of another step."""
+        """Read that of a checkpoint of this name; ValueError where it is none, was changed, or is of another step."""
         content = json.loads(data)
         if not isinstance(content, dict) or content.get("version") != VERSION:
             found = content.get("version") if isinstance(content, dict) else type(content).__name__

@@ -165,7 +165,10 @@ class CheckpointSaver(Callback):
             planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
             dcp.save(content, storage_writer=dcp.FileSystemWriter(staged), planner=planner)
         except CheckpointException as error:
-            raise CheckpointError("; ".join(sorted({reason(e) for e, _ in error.failures.values()}))) from None
+            met = [failure for failure, _ in error.failures.values()]
+            if died := [one for one in met if str(one).startswith("DataLoader worker")]:
+                raise died[0] from None  # torch says it wherever the main thread is
+            raise CheckpointError("; ".join(sorted(set(map(reason, met))))) from None
         place, rank, problem = Folder(staged), dist.get_global_rank(), None
         on_disk: dict[str, tuple[int, str]] = {}
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from composer_path import __version__
-from composer_path.guards.ending import INTERRUPTED, MISTAKE, RunStopped, Voice
+from composer_path.guards.ending import INTERRUPTED, LOST, LOST_WORDS, MISTAKE, RunStopped, Voice, lost_rank
 from composer_path.printable import printable_lines
 
 # In the order in which one uses them.
@@ -85,15 +86,20 @@ def exit_code(work: Callable[[], int], verb: str, place: str | None = None) -> i
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return 141  # as shells report a program whose reader left, such as `head`
         words = words_of_mistake(error, verb, place)
-        words = words if words is None else printable_lines(words)
+        words, code = words if words is None else printable_lines(words), MISTAKE
+        if words is None and voice.ranks > 1 and lost_rank(error):
+            words, code = LOST_WORDS, LOST
         if words is None and voice.ranks == 1:
             raise
         said = f"composer-path {verb}: {words}" if words is not None else format_exc()
-        return voice.leave(voice.say(MISTAKE if words is not None else 1, said), agreed=False)
+        return voice.leave(voice.say(code if words is not None else 1, said), agreed=False)
 
 
 def words_of_mistake(error: Exception, verb: str, place: str | None) -> str | None:
-    """What a user did wrong, or what the system refused, in a line; None for a bug."""
+    """What a user did wrong, or what the system refused or ended, in a line; None for a bug."""
+    if found := re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", str(error)):
+        fix = "often for lack of memory: lower num_workers or prefetch_factor; the same command goes on"
+        return f"loader: its worker (process {found[1]}) was ended by a signal: {found[2]}, {fix}"
     *_, (frame, _) = walk_tb(error.__traceback__)
     ours = str(frame.f_globals["__name__"]).startswith("composer_path.")
     if isinstance(error, OSError):

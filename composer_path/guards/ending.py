@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -14,10 +15,23 @@ NOT_FINITE = 3  # NaN or infinity in loss, gradient or weights
 STALLED = 4  # nothing moved for guards.stall_timeout
 STOPPED = 75  # as asked (sysexits' EX_TEMPFAIL): the same command goes on
 INTERRUPTED = 130  # by Ctrl-C, as shells report it
+LOST = 137  # another rank is gone without a word, as one that is killed: what shells report of that
+
+LOST_WORDS = (
+    "another rank is gone without a word, as one that the system killed (often for lack of memory), or its machine; "
+    "the launcher, or the log of that machine, says which; the same command goes on from the newest checkpoint"
+)
 
 _FIRST_WORD = 1.0  # seconds in which rank 0 may say what all ranks met
 _ALONE = 8.0  # likewise before ranks know each other
 _LINGER = 6.0  # a rank that has said nothing waits for the launcher to end it, which then doesn't print its log
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether this is what libraries meet when the process at the other end is gone; gloo has no class for it."""
+    words = str(error)
+    gloo = "gloo" in words and re.search(r"(closed|reset) by peer|Broken pipe|Connection refused", words) is not None
+    return gloo or "ncclRemoteError" in words
 
 
 class RunStopped(Exception):

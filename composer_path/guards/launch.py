@@ -25,10 +25,11 @@ def forward(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Start the ranks and wait for them; returns the exit code of the first that failed, else 0."""
+    """Start the ranks and wait for them; returns the exit code of the first that failed, as a shell's, else 0."""
     for number in FORWARDED:
         signal.signal(number, forward)
-    return launcher.main()
+    code = launcher.main()
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

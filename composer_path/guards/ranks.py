@@ -65,10 +65,11 @@ class FailureBoard:
 
     def failed(self) -> int | None:
         """The exit code of the rank that failed first; None while all is well. Rank 0 says what another rank told."""
+        store = self.store
         with suppress(RuntimeError):
-            if self.code is None and self.store is not None and self.store.check(["code"]):
-                self.code, rank = int(self.store.get("code")), self.store.get("rank").decode()
+            if self.code is None and store is not None and store.check(["code"]):
+                self.code, rank = int(store.get("code")), store.get("rank").decode()
                 if dist.get_global_rank() == 0 and rank != "0":
-                    os.write(2, f"rank {rank}: {self.store.get('words').decode()}\n".encode())
-                    self.store.set("heard", "yes")
+                    os.write(2, f"rank {rank}: {store.get('words').decode()}\n".encode())
+                    store.set("heard", "yes")
         return self.code

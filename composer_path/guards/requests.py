@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
@@ -19,6 +20,8 @@ from composer_path.guards.ending import INTERRUPTED, STOPPED, RunStopped, end_no
 
 _SAME_REQUEST = 1.0  # seconds: a cluster signals launcher and ranks, and the launcher the ranks again
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PR_SET_PDEATHSIG = 1
+_BEFORE_STEPS = "stopped by {} before the first step of this start; the same command starts again"
 TIME_IS_UP, CTRL_C = 255, 256  # where a signal's number stands; of several reasons the largest counts
 
 
@@ -39,6 +42,16 @@ def words_of(reason: int) -> str:
 def code_of(reason: int) -> int:
     """The exit code of a run that obeyed."""
     return INTERRUPTED if reason in (CTRL_C, signal.SIGINT) else STOPPED
+
+
+def end_with_launcher() -> None:
+    """Ask for SIGTERM at the death of a launcher, which nobody else would tell its ranks; SIGKILL leaves it no word.
+
+    It is known by what it sets, and by being a Python program: a shell may leave before the run that it started.
+    """
+    with suppress(OSError):
+        if "LOCAL_RANK" in os.environ and os.path.samefile(f"/proc/{os.getppid()}/exe", "/proc/self/exe"):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class StopRequests:
@@ -73,6 +86,7 @@ class StopRequests:
             signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
             handlers: dict[int, Any] = {number: signal.signal(number, self._interrupt) for number in self.numbers}
             self._earlier = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False), handlers
+            end_with_launcher()
 
     def restore(self) -> None:
         """Give them back."""
@@ -92,6 +106,14 @@ class StopRequests:
         if self.first is not None:
             return CTRL_C if self.first[0] == signal.SIGINT else self.first[0]
         return TIME_IS_UP if self.until is not None and time.time() >= self.until else 0
+
+    def end_start(self, patience: float) -> None:
+        """End a start that a signal should have ended so many seconds ago: a library holds it, and waits for ranks."""
+        if self.first is None or not self.before_steps or self.settled or time.monotonic() - self.first[1] <= patience:
+            return
+        if os.environ.get("RANK", "0") != "0":  # the launcher prints no log of a rank that a signal ended
+            os.kill(self.pid, signal.SIGKILL)
+        end_now(code_of(self.reason()), f"composer-path train: {_BEFORE_STEPS.format(words_of(self.reason()))}")
 
     def read(self) -> None:
         """Note what has come."""
@@ -116,5 +138,4 @@ class StopRequests:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.before_steps and not self.settled and os.getpid() == self.pid:
             self.settled = True
-            words = f"stopped by {words_of(number)} before the first step of this start"
-            raise RunStopped(f"{words}; the same command starts again", code_of(number))
+            raise RunStopped(_BEFORE_STEPS.format(words_of(number)), code_of(number))

@@ -42,17 +42,21 @@ class Watch:
         self.timeout, self.requests, self.board, self.run_folder = timeout, requests, board, run_folder
         self.waits_for, self.moves, self.step, self.first_step = START, 0, 0, True
         self.ended = threading.Event()
+        self.failed: int | None = None  # the exit code of a rank that failed
         self.main = threading.get_ident()
         self.thread = threading.Thread(target=self._look, name="guards", daemon=True)
+        self.listener = threading.Thread(target=self._listen, name="failure board", daemon=True)
 
     def start(self) -> None:
         """Look from now on."""
         self.thread.start()
+        self.listener.start()
 
     def stop(self) -> None:
         """Look no more."""
         self.ended.set()
         self.thread.join()
+        self.listener.join(_GRACE)
 
     def mark(self, waits_for: str) -> None:
         """Something moved, and what the run does now."""
@@ -61,7 +65,6 @@ class Watch:
 
     def _look(self) -> None:
         still, seen, since_failure, last = 0.0, -1, 0.0, time.monotonic()
-        next_question = last
         while not self.ended.is_set():
             with suppress(OSError, ValueError):
                 select.select([self.requests.pipe[0]], [], [], _LOOK)
@@ -76,12 +79,16 @@ class Watch:
             patience = None if self.timeout is None else self.timeout * (4 if self.first_step else 1)
             if patience is not None and still > patience:
                 self._end_stalled(still)
-            if now >= next_question:
-                next_question = now + 2 * _LOOK
-                if (code := self.board.failed()) is not None:
-                    since_failure = since_failure or now
-                    if now - since_failure > _GRACE:
-                        end_now(code)
+            if self.failed is not None:
+                since_failure = since_failure or now
+                if now - since_failure > _GRACE:
+                    end_now(self.failed)
+            self.requests.end_start(_GRACE)
+
+    def _listen(self) -> None:
+        """Ask the board, in a thread of its own: rank 0, on which it lies, may be the one that hangs."""
+        while not self.ended.wait(2 * _LOOK):
+            self.failed = self.board.failed()
 
     def _end_stalled(self, seconds: float) -> None:
         rank = dist.get_global_rank()

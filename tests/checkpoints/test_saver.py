@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bare_trainer import Bare, rows, trainer_of
 from composer.core import Callback, Evaluator, State
 from composer.loggers import Logger
 from composer.utils.parallelism import FSDP2Config
+from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_path.checkpoints import saver as saver_module
 from composer_path.checkpoints.folder import CheckpointFolder
@@ -251,3 +253,16 @@ def test_a_folder_that_cant_be_written_to_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file/checkpoints/ep0-ba1: can't be written \(.*Not a directory"):
         train(tmp_path / "file" / "checkpoints", max_duration="1ba")
+
+
+def test_a_loaders_worker_that_dies_amid_a_save_is_no_matter_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        died = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+        raise CheckpointException("on one rank", {0: (died, StackSummary())})
+
+    monkeypatch.setattr(saver_module.dcp, "save", save)
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid 5\) is killed by signal"):
+        train(tmp_path, max_duration="1ba")
+    assert names(tmp_path) == set()

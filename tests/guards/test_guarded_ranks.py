@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from faulty_run import Outcome, go
 from test_guarded_run import steps_saved
 
-from composer_path.guards.ending import INTERRUPTED, MISTAKE, NOT_FINITE, STALLED, STOPPED
+from composer_path.guards.ending import INTERRUPTED, LOST, MISTAKE, NOT_FINITE, STALLED, STOPPED
 
 SHARDED = ["trainer.save_interval=100ba"]
 DDP = ["trainer.parallelism_config=null", "trainer.save_interval=100ba"]
@@ -29,6 +30,23 @@ def test_a_bug_on_one_rank_ends_both_within_seconds_and_is_seen_once(rank: int, 
     assert outcome.code == 1 and outcome.seconds < MOST
     assert everything(outcome).count("RuntimeError: a bug on purpose") == 1
     assert everything(outcome).count("Traceback") == 1 and "a bug on purpose" in outcome.stderr
+
+
+def test_a_rank_that_is_killed_is_said_by_the_other_in_a_line(shards: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, shards, fault="killed", rank=1, ranks=2)
+    assert outcome.code == LOST and outcome.seconds < MOST
+    assert everything(outcome).count("another rank is gone without a word") == 1
+    assert "Traceback" not in everything(outcome)
+
+
+def test_ranks_whose_launcher_is_killed_save_and_end(shards: Path, tmp_path: Path) -> None:
+    killed = [("batch_start-1-2", signal.SIGKILL, "leader")]
+    outcome = go(tmp_path, shards, SHARDED, slow=1.0, ranks=2, signals=killed)
+    until = time.monotonic() + MOST
+    while time.monotonic() < until and not steps_saved(outcome):
+        time.sleep(0.1)
+    [saved] = steps_saved(outcome)
+    assert int(saved.rpartition("ba")[2]) in (2, 3)  # of 6: they didn't go on by themselves
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=SLOW), 1])

@@ -207,6 +207,12 @@ def test_a_run_in_which_nothing_moves_is_ended_with_the_place_where_it_waits(
         assert "after step 1;" in line and "faulty_run.py:" in line and " hang < " in line
 
 
+def test_a_killed_worker_is_one_line_and_no_bug(shards: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, shards, ["train_loader.num_workers=1"], fault="killed_worker")
+    assert outcome.code == MISTAKE and "Traceback" not in outcome.stderr
+    assert "was ended by a signal: Killed, often for lack of memory: lower num_workers" in last_line(outcome)
+
+
 def test_unread_data_is_a_mistake_with_one_line(shards: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, shards, fault="mistake")
     assert outcome.code == MISTAKE and "Traceback" not in outcome.stderr

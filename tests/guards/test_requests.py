@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from composer_path.guards import launch
+from composer_path.guards import requests as requests_module
 from composer_path.guards.ending import INTERRUPTED, STOPPED, RunStopped
 from composer_path.guards.requests import CTRL_C, TIME_IS_UP, StopRequests, code_of, seconds_of, words_of
 
@@ -55,6 +57,22 @@ def test_a_signal_before_the_first_step_ends_the_start(requests: StopRequests) -
     assert stop.value.code == STOPPED
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_start_that_a_library_holds_is_ended_all_the_same(
+    requests: StopRequests, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[tuple[int, ...]] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(requests_module, "end_now", lambda code, message="": ends.append((code, len(message) > 0)))
+    monkeypatch.setattr(os, "kill", lambda process, number: ends.append((process, number)))
+    requests.end_start(0.0)
+    requests.first = int(signal.SIGTERM), time.monotonic() - 1.0
+    requests.end_start(3.0)
+    assert not ends
+    requests.end_start(0.5)  # the handler, which would have settled it, hasn't come to its turn
+    assert ends[0] == ((STOPPED, True) if rank == "0" else (os.getpid(), signal.SIGKILL))
+
+
 def test_what_comes_while_the_run_ends_is_nothing(requests: StopRequests) -> None:
     requests.settled = True
     os.kill(os.getpid(), signal.SIGTERM)
@@ -64,6 +82,15 @@ def test_what_comes_while_the_run_ends_is_nothing(requests: StopRequests) -> Non
 def test_the_clock_counts_from_the_start_of_the_process() -> None:
     assert StopRequests([], 0.001).reason() == TIME_IS_UP
     assert StopRequests([], 3600.0).reason() == 0
+
+
+@pytest.mark.parametrize(("code", "reported"), [(0, 0), (75, 75), (-9, 137)])
+def test_our_launcher_reports_a_killed_rank_as_shells_do(
+    code: int, reported: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.launcher, "main", lambda: code)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert launch.main() == reported
 
 
 def test_codes_and_words() -> None:
