@@ -88,7 +88,7 @@ def guarded_train(
     from composer_path.run.place import with_local_weights
     from composer_path.run.precision import require_device, settle_precision
     from composer_path.run.preparation import note_levels
-    from composer_path.run.report import RunReport, require_steps
+    from composer_path.run.report import RunReport, nothing_left, require_steps
     from composer_path.run.schedule import build_schedule
     from composer_path.run.sharding import build_parallelism_config, mend_gloo_averaging
     from composer_path.run.start import choose_start
@@ -161,8 +161,7 @@ def guarded_train(
                 require_steps(trainer.state)
             trainer.fit()
         else:
-            ended = "this run has ended before; its results lie in %s (trainer.max_duration says how long)"
-            log.warning(ended, run_folder)
+            log.warning("%s", nothing_left(settings, run_folder))
     except RunStopped:  # on all ranks at once
         trainer.close()
         raise

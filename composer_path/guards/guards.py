@@ -81,7 +81,7 @@ class Guards(Callback):
         *,
         run_folder: Path,
     ) -> None:
-        self.on_nan, self.skips_in_a_row, self.run_folder = on_nan, skips_in_a_row, run_folder
+        self.on_nan, self.skips_in_a_row = on_nan, skips_in_a_row
         self.spikes = None if loss_spike is None else LossSpikes(loss_spike)
         self.requests = StopRequests(save_on, None if stop_after is None else seconds_of(stop_after))
         self.board = FailureBoard()
@@ -218,8 +218,9 @@ class Guards(Callback):
         return f"step {step.number}: {where} must be finite; found NaN or infinity with samples {named}"
 
     def _what_stays(self, state: State) -> str:
+        kept = "".join(f", checkpoints in {saver.folder} stay as they are" for saver in savers(state))
         return (
-            f"nothing was written after it, checkpoints in {self.run_folder / 'checkpoints'} stay as they are; lower "
+            f"nothing was written after it{kept}; lower "
             "optimizer.lr, clip gradients, look at these samples, or leave such steps out with guards.on_nan=skip"
         )
 

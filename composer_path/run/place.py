@@ -37,6 +37,11 @@ def folder_of(save_root: str, run_name: str) -> Path:
     return Path(tempfile.gettempdir(), f"composer_path-{os.getuid()}", place, run_name)
 
 
+def address_of(save_root: str, run_name: str) -> str:
+    """Where a run's files are in the end, for words to a user."""
+    return f"{save_root.rstrip('/')}/{run_name}" if is_remote(save_root) else str(folder_of(save_root, run_name))
+
+
 def alone_in(folder: Path) -> AbstractContextManager[None]:
     """Hold a run's folder; of several processes of one run, the first holds it for all.
 
@@ -52,7 +57,7 @@ def checkpoints_of(save_root: str, run_name: str) -> CheckpointFolder:
     """The checkpoints of a run."""
     path = folder_of(save_root, run_name) / CHECKPOINTS
     if is_remote(save_root):
-        return BucketFolder(f"{save_root.rstrip('/')}/{run_name}/{CHECKPOINTS}", path)
+        return BucketFolder(f"{address_of(save_root, run_name)}/{CHECKPOINTS}", path)
     return CheckpointFolder(path)
 
 

@@ -16,7 +16,9 @@ from composer_path.asking.run_table import CONFIG, SUMMARY
 from composer_path.guards.guards import Guards
 from composer_path.run.evaluations import HELD_OUT
 from composer_path.run.names import snake_name
+from composer_path.run.place import address_of
 from composer_path.storage.atomic import write_whole
+from composer_path.storage.places import is_remote
 from composer_path.weights.folder import write_json
 
 
@@ -75,6 +77,18 @@ class RunReport(Callback):
     def _write(self) -> None:
         if dist.get_global_rank() == 0:
             write_json(self.run_folder / SUMMARY, self.summary)
+
+
+def nothing_left(settings: Mapping[str, Any], run_folder: Path) -> str:
+    """What to say of a run whose last step was done before this start, complete or stopped there."""
+    root, name = settings["save_root"], settings["trainer"]["run_name"]
+    place = address_of(root, name)
+    if is_remote(root) or (run_folder / SUMMARY).is_file():
+        return f"this run has ended before; its results lie in {place} (trainer.max_duration says how long)"
+    return (
+        "this run has no step left (trainer.max_duration says how long), and was stopped before its results were "
+        f"written; composer-path export {place} FOLDER writes a model of its newest checkpoint"
+    )
 
 
 def require_steps(state: State) -> None:

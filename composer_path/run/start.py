@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from composer.core import Callback
 from composer.utils import dist
 
 from composer_path.checkpoints.folder import on_first_rank
-from composer_path.checkpoints.manifest import CheckpointError
+from composer_path.checkpoints.manifest import CheckpointError, Manifest
 from composer_path.checkpoints.newest import Found, named, newest_whole
 from composer_path.checkpoints.resume import Resume
 from composer_path.checkpoints.saver import CheckpointSaver
 from composer_path.checkpoints.trained_only import TrainedOnly
 from composer_path.own_parts.registry import all_parts
 from composer_path.run.fingerprint import differences, fingerprint, hash_of_files, import_hashes, weights_files
-from composer_path.run.place import SendFiles, checkpoints_of, folder_of
+from composer_path.run.place import SendFiles, address_of, checkpoints_of, folder_of
 from composer_path.storage.places import is_remote
 
 log = logging.getLogger(__name__)
@@ -64,9 +65,12 @@ def choose_start(settings: Mapping[str, Any], trained_only: TrainedOnly, tokeniz
     if found is None or weights_only:
         _tell("a new run%s", f", with the weights of {found.path}" if found else "")
     else:
-        _tell("goes on from %s, after step %s", found.path, found.step)
+        where = (
+            f"{folder}/{found.path.name}" if found.path.parent == folder.path else found.path
+        )  # of a bucket's, there
+        _tell("goes on from %s, after step %s", where, found.step)
         if found.manifest is not None:
-            history = [*found.manifest.history, *_compare(found.manifest.fingerprint, ours, found)]
+            history = [*found.manifest.history, *_compare(found.manifest, ours, where)]
             if saver is not None and found.path.parent.resolve() == folder.path.resolve():
                 saver.go_on_from(found.manifest)
     if saver is not None:
@@ -74,23 +78,23 @@ def choose_start(settings: Mapping[str, Any], trained_only: TrainedOnly, tokeniz
     resume = Resume(found, weights_only, trained_only, folder)
     callbacks = [resume, *([saver] if saver else [])]
     if is_remote(root):
-        run_folder = folder_of(root, section["run_name"])
-        callbacks.append(SendFiles(f"{root.rstrip('/')}/{section['run_name']}", run_folder))
+        place = root, section["run_name"]
+        callbacks.append(SendFiles(address_of(*place), folder_of(*place)))
     return Start(None if weights_only else found, history, callbacks)
 
 
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], found: Found) -> list[dict[str, Any]]:
+def _compare(before: Manifest, now: Mapping[str, Any], where: str | Path) -> list[dict[str, Any]]:
     """What changed, as an entry of the history."""
-    applied, refused = differences(before, now)
+    applied, refused = differences(before.fingerprint, now)
     if refused:
         fix = "set them back, or give another trainer.run_name to start anew"
         lines = "\n  ".join(refused)
         raise CheckpointError(
-            f"checkpoint {found.path}: can't go on with other settings than it began with:\n  {lines}\n  {fix}"
+            f"checkpoint {where}: can't go on with other settings than it began with:\n  {lines}\n  {fix}"
         )
     for line in applied:
-        _tell("from step %s on: %s", found.step, line)
-    return [{"step": found.step, "changes": applied}] if applied else []
+        _tell("from step %s on: %s", before.step, line)
+    return [{"step": before.step, "changes": applied}] if applied else []
 
 
 def _tell(line: str, *values: object) -> None:

@@ -186,9 +186,14 @@ MORE = ["eval_loader=null", "model.projector.weights=null", "trainer.save_interv
 
 
 def test_a_run_in_a_bucket_goes_on_on_another_machine_and_leaves_everything_there(
-    bucket: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    bucket: Any,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     _, there, proxy = bucket
+    caplog.set_level(logging.INFO)
     shards = convert_shards(tmp_path_factory.getbasetemp() / "road" / "shards")
     whole, _ = run(load_tiny_config("finetune", shards, tmp_path / "local", MORE))
     expected = weights_of(whole)
@@ -213,6 +218,10 @@ def test_a_run_in_a_bucket_goes_on_on_another_machine_and_leaves_everything_ther
     assert not list((tmp_path / "b").rglob("*.distcp"))  # what was brought and sent doesn't stay here
     expected_tensors = read_tensor_file(run_folder / "model" / "model.safetensors")
     address = f"s3://bucket/{tmp_path.name}/runs/finetune"
+    on_machine("c", Witness())
+    said = [record.getMessage() for record in caplog.records]
+    assert f"goes on from {address}/checkpoints/ep0-ba2, after step 2" in said
+    assert any(f"this run has ended before; its results lie in {address} (" in line for line in said)
     for meant in (f"{address}/", f"{address}/checkpoints/latest"):
         assert main(["export", meant, str(tmp_path / "exported")]) == 0
         exported = read_tensor_file(tmp_path / "exported" / "model.safetensors")

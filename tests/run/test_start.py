@@ -103,6 +103,14 @@ def test_another_stages_checkpoint_is_refused_by_name(stopped: Any) -> None:
         stopped("trainer.run_name=finetune", stage="pretrain")
 
 
+def test_a_run_that_was_stopped_and_then_made_shorter_isnt_said_to_have_results(
+    stopped: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped("trainer.max_duration=1ba")
+    [line] = [record.getMessage() for record in caplog.records if record.name == "composer_path.train"]
+    assert line.startswith("this run has no step left") and f"export {tmp_path}/finetune FOLDER" in line
+
+
 def test_a_run_that_has_ended_stays_as_it_is(stopped: Any, tmp_path: Path) -> None:
     trainer, _ = stopped()
     weights, config = weights_of(trainer), tmp_path / "finetune" / "config.yaml"
