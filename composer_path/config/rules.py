@@ -89,8 +89,8 @@ check_run_name = _rule(
     ),
 )
 check_save_root = _rule(
-    "found '{}'; it must be a folder, s3://... or gs://...",
-    lambda root: root and (not is_remote(root) or root.partition("://")[0] in ("s3", "gs", "gcs")),
+    "found '{}'; it must be a folder (~ isn't filled in, ${{oc.env:HOME}} is), s3://... or gs://...",
+    lambda root: root and root[0] != "~" and (not is_remote(root) or root.partition("://")[0] in ("s3", "gs", "gcs")),
 )
 check_number_to_keep = _rule(
     "found {}; it must be at least 1, or -1 for all", lambda number: number >= 1 or number == -1

@@ -69,6 +69,7 @@ MISTAKES = [
     ("train_loader.dataset.local=s3a://a/b", "train_loader.dataset.local: s3a://a/b: must be a folder, s3://"),
     ("model.vision_encoder.image_size=120", "found 120, which is no multiple of the patch size 16; take 112 or 128"),
     ("trainer.run_name=../x", "trainer.run_name: found '../x', which is no folder below save_root"),
+    ("save_root='~/runs'", "save_root: found '~/runs'; it must be a folder (~ isn't filled in, ${oc.env:HOME} is)"),
     ("trainer.run_name=/x", "trainer.run_name: found '/x', which is no folder below save_root"),
     ("save_root=${${variables.shards}:x}", "filled in are ${other.key} and ${oc.env:NAME} only"),
     ("algorithms=${oc.decode:'{}'}", "algorithms: found ${oc.decode:'{}'}; a section is written out"),
