@@ -36,6 +36,7 @@ MAX_PIXELS = 2**28
 # A longer strip is no field of view; its shorter side resized to the model's, it may not fit in memory.
 MAX_ASPECT_RATIO = 256
 
+_TURNED = 14  # bytes for each pixel of a JPEG that doesn't lie upright
 _EXIF_ORIENTATION = 0x0112
 _PHOTOMETRIC = 262  # 0 where white is zero
 _UPRIGHT = {
@@ -79,7 +80,8 @@ def _jpeg_header(data: bytes) -> _Header:
 def _png_header(data: bytes) -> _Header:
     light = png.pixel_chunks(data, turning=True)
     size = int.from_bytes(light[16:20]), int.from_bytes(light[20:24])
-    return _Header(light, size, further=png.is_animated(data), bytes_per_pixel=8, deep=light[24] == 16)
+    cost = 10 if light[25] >= 4 or b"tRNS" in light[:2048] else 8  # what is see-through is laid on white
+    return _Header(light, size, further=png.is_animated(data), bytes_per_pixel=cost, deep=light[24] == 16)
 
 
 def _tiff_header(data: bytes) -> _Header:
@@ -89,7 +91,7 @@ def _tiff_header(data: bytes) -> _Header:
 
 def _webp_header(data: bytes) -> _Header:
     light, size, further = webp.pixel_chunks(data)
-    return _Header(light, size, further=further, bytes_per_pixel=16)
+    return _Header(light, size, further=further, bytes_per_pixel=24)  # libwebp keeps two frames besides
 
 
 def _bmp_header(data: bytes) -> _Header:
@@ -249,7 +251,10 @@ def examine_image(
 
 
 def _memory(image: ImageFile, header: _Header, data: bytes) -> int:
-    return header.bytes_per_pixel * image.width * image.height + 3 * len(data)
+    cost = header.bytes_per_pixel
+    if header.scalable and orientation_of(image) != 1:  # made whole, turned, and stored as PNG
+        cost = max(cost, _TURNED)
+    return cost * image.width * image.height + 3 * len(data)
 
 
 def orientation_of(image: Image.Image) -> int:

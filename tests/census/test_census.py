@@ -102,7 +102,9 @@ def test_page_and_figures_hold_pictures_but_no_words_names_or_ids(folder: Path) 
 
 
 def test_what_comes_from_the_data_is_escaped_on_the_page(tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text(json.dumps([record(0, None, "A", source="<script>alert(1)</script>\x1b[2J\u202e")]))
+    (tmp_path / "data.json").write_text(
+        json.dumps([record(0, None, "A", source="<script>alert(1)</script>\x1b[2J\u202e")])
+    )
     page = page_of(take_census(tmp_path / "data.json", tmp_path))
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "\x1b" not in page and "\\x1b[2J\\u202e" in page

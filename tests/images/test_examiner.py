@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -167,6 +168,22 @@ thread = threading.Thread(target=watch); thread.start()
 print(convert(sys.argv[1] + "/data.json", sys.argv[1], sys.argv[1] + "/out", image_memory="5gb").images)
 done.set(); thread.join(); print(peak)
 """
+
+
+def test_a_turned_jpeg_is_granted_what_it_takes() -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    data = encode(tissue(7000, 7000), "JPEG", exif=turned)
+    crowded = Examiner(ImageMemory(8 * 2**30, num_processes=64))  # as on a machine of many cores
+    with Image.open(io.BytesIO(crowded.examine(data).data)) as stored:
+        assert stored.size == (7000, 7000)
+
+
+@pytest.mark.slow
+def test_a_large_picture_with_alpha_is_granted_what_it_takes() -> None:
+    data = encode(Image.new("RGBA", (16384, 16384), (200, 150, 180, 90)), "PNG")
+    crowded = Examiner(ImageMemory(8 * 2**30, num_processes=64))
+    assert crowded.examine(data).oddities == ["one_color"]
 
 
 @pytest.mark.slow
