@@ -100,8 +100,8 @@ def _check_owner(folder: CheckpointFolder) -> None:
     """Raise where checkpoints of several runs lie, the link names one elsewhere, or a folder is in its place."""
     for link in (LATEST, BEST):
         if (place := folder.path / link).is_dir() and not place.is_symlink():
-            found = "found a folder, as a copy makes of it that follows links"
-            raise CheckpointError(f"{place}: must be a link to a checkpoint beside it, {found}; remove that folder")
+            rule = "must be a link to a checkpoint beside it"
+            raise CheckpointError(f"{place}: {rule}, found a folder, as a copy that follows links makes; remove it")
     found: dict[str, str] = {}
     for name, manifest in folder.manifests().items():
         found.setdefault(manifest.run_id, name)
