@@ -128,6 +128,8 @@ def _first_of(folder: Path) -> str:
     found = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise WeightsError(f"weights: '{folder}' holds none of {', '.join(WEIGHTS)}")
+    if found == WEIGHTS[0] and (folder / INDEX).is_file():  # of which one may be older
+        raise WeightsError(f"weights: '{folder}' holds two models, {found} and {INDEX}; remove one of them")
     try:
         file_inside(folder, found)
     except ValueError as error:
