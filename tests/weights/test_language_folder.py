@@ -315,7 +315,9 @@ def test_a_damaged_file_is_one_line(folder: Path, tmp_path: Path, content: bytes
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(WeightsError, match=r"the weights in .* can't be read: .*(Error while deserializing header|found an empty file)"):
+    with pytest.raises(
+        WeightsError, match=r"the weights in .* can't be read: .*(Error while deserializing header|found an empty file)"
+    ):
         build_language_model(path=str(tmp_path))
 
 
