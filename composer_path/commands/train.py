@@ -10,6 +10,7 @@ import logging
 import sys
 
 from composer_path.commands.verb import add_yaml
+from composer_path.guards.ending import check_launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
         seen = ", nor in its files" if options.files else "; files were not looked for (--files does)"
         print(f"{options.yaml}: no mistake found{seen}")
         return 0
+    check_launch()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("composer_path").setLevel(logging.INFO)
     from composer_path.train import train

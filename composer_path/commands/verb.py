@@ -100,6 +100,8 @@ def words_of_mistake(error: Exception, verb: str, place: str | None) -> str | No
     if found := re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", str(error)):
         fix = "often for lack of memory: lower num_workers or prefetch_factor; the same command goes on"
         return f"loader: its worker (process {found[1]}) was ended by a signal: {found[2]}, {fix}"
+    if type(error).__name__ == "DistStoreError" and "clients joined" in str(error):  # torch's, not imported here
+        return f"ranks: all must come within trainer.dist_timeout, {error} Start the same command on all nodes"
     *_, (frame, _) = walk_tb(error.__traceback__)
     ours = str(frame.f_globals["__name__"]).startswith("composer_path.")
     if isinstance(error, OSError):

@@ -199,7 +199,10 @@ def _samples_of_an_epoch(loader: Settings) -> int | None:
     for _, keywords, index in _sets("", loader):
         if index is None:
             return None
-        sizes.append(sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"]))
+        try:
+            sizes.append(sum(shard["samples"] for shard in json.loads(index.read_bytes())["shards"]))
+        except (ValueError, KeyError, TypeError):
+            return None  # an index that is none, which is refused by name when it is read
         wanted.append({key: keywords.get(key) for key in ("proportion", "repeat", "choose")})
     if not all(sizes):
         return None  # a set without a sample, which is refused when it is read

@@ -34,8 +34,10 @@ def lost_rank(error: BaseException) -> bool:
     return gloo or "ncclRemoteError" in words
 
 
-class RunStopped(Exception):
+class RunStopped(BaseException):
     """A run that was ended on purpose, on all ranks at once; nothing of its results is written.
+
+    Like KeyboardInterrupt it is no Exception: a signal raises it amid libraries, some of which take any for their own.
 
     Args:
         message: One line: what ended it, at which step, what is saved, how to go on.
@@ -54,6 +56,20 @@ class NotFinite(RunStopped):
         super().__init__(message, NOT_FINITE)
 
 
+def check_launch() -> None:
+    """Refuse what others left of a launcher's variables in this environment; ValueError."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
+    others = {name: os.environ[name] for name in alone if os.environ.get(name, alone[name]) != alone[name]}
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if others and (missing or not all(value.isdecimal() for value in others.values())):
+        found = ", ".join(f"{name}='{value}'" for name, value in others.items())
+        without = f" without {', '.join(missing)}" if missing else ""
+        fix = f"start with `composer -n N train.py …`, or unset {' '.join(others)}"
+        raise ValueError(
+            f"environment: a launcher sets all of its variables, as numbers; found {found}{without}; {fix}"
+        )
+
+
 class Voice:
     """Which of several ranks says why the run ends: rank 0 for all, and for another rank whose words it hears.
 
@@ -65,7 +81,8 @@ class Voice:
     tell: Callable[[int, str], tuple[int, bool]] | None = None  # None before ranks know each other
 
     def __init__(self) -> None:
-        self.rank, self.ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, ranks = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+        self.rank, self.ranks = int(rank) if rank.isdecimal() else 0, int(ranks) if ranks.isdecimal() else 1
 
     def say(self, code: int, words: str) -> int:
         """Say why the run ends, unless another rank does; gives the exit code of the run."""

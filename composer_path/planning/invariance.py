@@ -224,7 +224,9 @@ def table(rows: Sequence[Row], dtype: torch.dtype) -> tuple[str, bool]:
     worst = max(rows, key=lambda row: row.worst)
     rounded = max((largest(row.differences) for row in rows if row.in_fp64), default=0.0)
     said = f"worst: {worst.worst:.1e} ({worst.way.what}), {'within' if worst.worst <= limit else 'beyond'} {limit:.0e}"
-    lines.append(said + (f"; {rounded:.1e} in fp32 where fp64 tells rounding from a fault" if rounded else ""))
+    said += f"; {rounded:.1e} in fp32 where fp64 tells rounding from a fault" if rounded else ""
+    left_out = sum(row.step is None for row in rows)
+    lines.append(said + (f"; {left_out} of {len(rows)} ways left out" if left_out else ""))
     if dtype == torch.bfloat16:
         fix = f"trainer.precision=fp32 {FSDP}.mixed_precision=FULL"
         lines.append(f"the limit is that of bf16, which rounds; {fix} compares to {LIMITS[torch.float32]:.0e}")

@@ -100,3 +100,14 @@ def test_a_pipe_that_breaks_elsewhere_is_a_mistake(capfd: pytest.CaptureFixture[
 
     assert exit_code(connection_lost, "convert") == 2
     assert capfd.readouterr().err == "composer-path convert: socket: Broken pipe\n"
+
+
+def test_ranks_that_do_not_come_are_a_mistake_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    class DistStoreError(RuntimeError):
+        """As torch.distributed has it."""
+
+    def wait() -> int:
+        raise DistStoreError("Timed out after 11 seconds waiting for clients. 1/2 clients joined.")
+
+    assert exit_code(wait, "train") == 2
+    assert "1/2 clients joined. Start the same command on all nodes" in capsys.readouterr().err

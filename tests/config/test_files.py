@@ -78,6 +78,12 @@ def test_shards_that_are_fetched_need_not_lie_here(settings: dict[str, Any]) -> 
     assert check_files(settings) == []
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shards": [{}]}', '{"shards": [{"samples": "24"}]}'])
+def test_an_index_that_is_none_is_left_to_its_reader_which_names_it(settings: dict[str, Any], content: str) -> None:
+    Path(settings["train_loader"]["dataset"]["local"], "index.json").write_text(content)
+    assert check_files(settings) == []
+
+
 def test_each_stream_of_a_mixture_is_looked_up(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["train_loader"]["dataset"]["streams"] = streams(
         here={"local": str(tmp_path / "train")}, lost={"local": "lost"}, far={"local": "c", "remote": "r"}

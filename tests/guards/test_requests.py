@@ -57,6 +57,15 @@ def test_a_signal_before_the_first_step_ends_the_start(requests: StopRequests) -
     assert stop.value.code == STOPPED
 
 
+def test_a_library_that_takes_any_exception_for_its_own_doesnt_keep_a_start_from_ending(requests: StopRequests) -> None:
+    with pytest.raises(RunStopped):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Exception:
+            pytest.fail("taken for a library's own")
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_start_that_a_library_holds_is_ended_all_the_same(
     requests: StopRequests, rank: str, monkeypatch: pytest.MonkeyPatch

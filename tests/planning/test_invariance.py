@@ -166,6 +166,12 @@ def test_what_is_not_within_the_limit_is_beyond_it(value: float) -> None:
     assert table([own], torch.float32)[1]
 
 
+def test_ways_that_were_left_out_are_counted_in_the_verdict() -> None:
+    own = Row(Way("as given"), step(projector=1.0))
+    text, _ = table([own, Row(Way("2 ranks"), why="left out: 2 ranks ended early")], torch.float32)
+    assert text.endswith("1 of 2 ways left out") and "left out" not in table([own], torch.float32)[0]
+
+
 def test_bf16_has_a_limit_of_its_own_and_says_so() -> None:
     own = Row(Way("as given"), step(projector=1.0))
     text, holds = table([own, Row(Way("other"), own.step, {"loss": 1e-3, "projector": 1e-2})], torch.bfloat16)
