@@ -195,6 +195,11 @@ def name_of(entry: Entry) -> str:
     return str(entry["raw_data"]["basename"])
 
 
+def leads_out(name: str) -> bool:
+    """Whether a file's name in an index leads out of the set's folder, to anything else on this machine."""
+    return name.startswith("/") or ".." in name.split("/")
+
+
 def hash_of(name: str, parts: Iterable[bytes]) -> str:
     """Return a checksum, one of `HASHES`, of what the parts make together."""
     hash: Any = getattr(xxhash, name)() if name.startswith("xxh") else hashlib.new(name, usedforsecurity=False)

@@ -19,7 +19,17 @@ from composer_path.parallel import in_processes
 from composer_path.records.conversation import Conversation
 from composer_path.shards.columns import COLUMNS, unpack_images
 from composer_path.shards.index import CARD_NAME, INDEX_NAME
-from composer_path.shards.mds import PAGE, DamagedShard, Entry, MdsFile, ShardError, name_of, open_mds, stored_info
+from composer_path.shards.mds import (
+    PAGE,
+    DamagedShard,
+    Entry,
+    MdsFile,
+    ShardError,
+    leads_out,
+    name_of,
+    open_mds,
+    stored_info,
+)
 from composer_path.storage.errors import StorageError
 from composer_path.storage.places import Bucket, open_place
 
@@ -191,9 +201,7 @@ def to_sample(position: int, shard: str, columns: Mapping[str, Any]) -> StoredSa
 def _is_our_shard(shard: Any) -> bool:
     try:
         columns = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        # A name that leads out of the set's folder could make us read anything on this machine.
-        names = (stored_info(shard)["basename"], name_of(shard))
-        inside = all(not name.startswith("/") and ".." not in name.split("/") for name in names)
+        inside = not any(map(leads_out, (stored_info(shard)["basename"], name_of(shard))))
         return shard["format"] == "mds" and columns == COLUMNS and isinstance(shard["samples"], int) and inside
     except (KeyError, TypeError, ValueError, AttributeError):
         return False

@@ -17,6 +17,7 @@ from typing import IO
 
 from streaming.base.shared.prefix import _unpack_locals
 
+from composer_path.shards.mds import leads_out
 from composer_path.storage.errors import Fault
 from composer_path.stream.error import StreamError
 from composer_path.stream.guarded_stream import GuardedStream
@@ -83,7 +84,8 @@ def refresh_index(stream: GuardedStream) -> None:
         if changed:
             log.warning("%s was converted again: %d old shards leave the cache", stream.where, len(changed))
         for name in changed:
-            (stream.folder / name).unlink(missing_ok=True)
+            if not leads_out(name):
+                (stream.folder / name).unlink(missing_ok=True)
         os.replace(fresh, current)
     except OSError as error:
         raise stream.error(INDEX, error) from None
@@ -97,7 +99,7 @@ def check_index(path: Path) -> None:
         # Transient: it may have been cut or changed on its way.
         found = f"{type(error).__name__} while reading it ({path.stat().st_size:,} bytes)"
         raise Fault("index", found, "convert the data again", transient=True) from None
-    outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+    outside = any(map(leads_out, names))
     if outside or not names:
         found = "found a shard outside of the folder" if outside else "found no shard"
         raise Fault("index", found, "convert the data again")

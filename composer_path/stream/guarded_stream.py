@@ -18,6 +18,7 @@ from streaming.base.compression import decompress
 from streaming.base.format import FileInfo, Reader
 from streaming.base.world import World
 
+from composer_path.shards.mds import leads_out
 from composer_path.storage.errors import Fault, Stopped, cache_fault, shown
 from composer_path.storage.places import Bucket, Folder, check_readable, is_remote, open_place
 from composer_path.storage.transfer import Limits
@@ -159,6 +160,8 @@ class GuardedStream(Stream):
             raise StreamError.of("index.json", "index", str(self.folder), found, fix) from None
         for info in (info for shard in shards for pair in shard.file_pairs for info in pair if info is not None):
             try:
+                if leads_out(info.basename):
+                    raise Fault("index", "it names a shard outside of the folder", "convert the data again")
                 pick_hash(info.hashes, self.validate_hash)
             except Fault as fault:
                 raise self.error(info.basename, fault) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import resource
 import signal
@@ -57,6 +58,22 @@ def test_a_good_set_is_read_whole_epoch_after_epoch(num_workers: int, remote: Pa
     end_workers(loader)
     assert shard_names(cache) == shard_names(remote)
     assert [path.name for path in cache.iterdir() if path.suffix not in (".mds", ".json")] == []
+
+
+@pytest.mark.parametrize("name", ["../other/shard.00000.mds", "OTHER", "a/../../other/shard.00000.mds"])
+@pytest.mark.parametrize("has_remote", [True, False], ids=["cache", "own folder"])
+def test_an_index_leads_nowhere_out_of_its_folder(name: str, has_remote: bool, remote: Path, cache: Path) -> None:
+    other = write_set(remote.parent / "other") / "shard.00000.mds"
+    index = json.loads((remote / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = name.replace("OTHER", str(other))
+    if has_remote:  # nor does the one that lies in the cache, when it is renewed
+        cache.mkdir()
+        (cache / "index.json").write_text(json.dumps(index))
+        build_loader(remote=str(remote), local=str(cache))
+    (remote / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StreamError, match="a shard outside of the folder"):
+        build_loader(**({"remote": str(remote), "local": str(cache)} if has_remote else {"local": str(remote)}))
+    assert other.is_file()
 
 
 class Asked(GuardedStreamingDataset):
