@@ -128,9 +128,10 @@ def test_a_turns_weight_reaches_its_labels_through_shard_loader_and_row(
     convert(data, tmp_path, tmp_path / "shards")
     sample = open_shards(local=str(tmp_path / "shards"), template="llava_llama_2")[0]
     row = PackedCollator()([sample])
-    answers = [len(tokenizer.encode(f" {text} ", add_special_tokens=False)) + 1 for text in texts[1::2]]
-    assert row.target_weights.tolist() == [0.5] * answers[0] + [1.0] * answers[1]
-    assert row.loss_weight == 0.5 * answers[0] + answers[1]
+    first = row.targets.tolist().index(tokenizer.eos_token_id) + 1  # the answer's end is learned with it
+    assert row.target_weights.tolist() == [0.5] * first + [1.0] * (len(row.targets) - first)
+    assert row.targets.tolist().count(tokenizer.eos_token_id) == 2
+    assert row.loss_weight == 0.5 * first + (len(row.targets) - first)
 
 
 def test_two_images_keep_their_order(open_shards: Callable, records: list, folder: Path) -> None:

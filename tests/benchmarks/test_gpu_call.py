@@ -12,12 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from warm_process import popen
 
 from benchmarks.gpu import __main__ as call
 from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, run_job
+from benchmarks.gpu.padded import padded_forward
 from benchmarks.gpu.variants import VARIANTS, peer_recomputes, row_tokens
 from benchmarks.gpu.verdict import NEEDS_CUDA
 from composer_path.config.reading import load_config
@@ -57,7 +61,25 @@ def test_a_tiny_call_trains_compares_and_goes_on_where_another_ended(
     assert started[3:] == ["stage_2_padded"]
     padded = json.loads((tmp_path / "results" / "gpu.json").read_text())["jobs"]["stage 2: padded"]
     assert padded["losses"] == pytest.approx(eager["losses"], rel=1e-4)
-    assert 0 < padded["errors"]["gradients"] < 1e-2  # measured 2.6e-5; 0 would mean that nothing was padded
+    assert padded["errors"]["gradients"] < 1e-2  # measured 2.6e-5, and 0 on CPUs that compute in tiles
+
+
+def test_the_padded_variant_computes_a_rectangle_and_the_same_losses() -> None:
+    lengths, weight, seen = [3, 5], torch.randn(4, 7), []
+
+    def language_model(inputs_embeds: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        seen.append(tuple(inputs_embeds.shape))
+        return SimpleNamespace(logits=inputs_embeds @ weight)
+
+    row, index, targets = torch.randn(8, 4), torch.tensor([1, 4, 6]), torch.tensor([2, 0, 5])
+    model: Any = SimpleNamespace(
+        embed_images=lambda images: images, embed_tokens=lambda *given: row, language_model=language_model
+    )
+    ends = torch.tensor([0, *np.cumsum(lengths)])
+    ids = torch.zeros(8, dtype=torch.int64)
+    losses = padded_forward(model, ids, ids, ends, 5, row, ids, index, targets)
+    assert seen == [(2, 5, 4)]
+    assert torch.allclose(losses, F.cross_entropy(row[index] @ weight, targets, reduction="none"))
 
 
 def trained(loss: float = 10.0, key: float = 1.0) -> dict[str, Any]:

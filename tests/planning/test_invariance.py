@@ -48,7 +48,8 @@ def test_single_samples_come_to_what_a_row_of_all_does(comparison: Comparison, w
     assert set(row.differences) == {"loss", "projector", "language_model"}
     assert row.worst < 1e-6  # measured 4e-8, in fp64; 4e-6 in fp32
     text, holds = table([own, row], torch.float32)
-    assert holds and "within 1e-06" in text and "the same in fp64" in text
+    assert holds and "within 1e-06" in text
+    assert ("the same in fp64" in text) == bool(row.in_fp64)  # where fp32 alone is beyond it, as on some CPUs
     save_root = next(word.split("=")[1] for word in words if word.startswith("save_root="))
     assert not Path(save_root).exists()
 
