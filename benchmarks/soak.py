@@ -154,7 +154,7 @@ def _same(trial: Trial, expected: dict[str, Any]) -> None:
 def kills(work: Path, shards: Path, undisturbed: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     """Kill runs until so many kills are done, each followed by the same command."""
     chance, done, trials = random.Random(seed), Counter[str](), Counter[str]()
-    before = len(os.listdir("/dev/shm"))
+    names: list[str] = []
     while sum(done.values()) < count:
         kind = list(KINDS)[sum(trials.values()) % len(KINDS)]
         trial = Trial(work / f"trial{sum(trials.values())}", shards, kind)
@@ -174,10 +174,20 @@ def kills(work: Path, shards: Path, undisturbed: dict[str, Any], count: int, see
         checkpoints = [path.name for path in (trial.root / trial.stage / "checkpoints").glob("ep*")]
         assert len(checkpoints) == 2, f"{trial.folder}: keeps {checkpoints}"
         trials[kind] += 1
+        names = shared_names(shards)
+        assert not names, f"{trial.folder}: left in /dev/shm {names}"
         shutil.rmtree(trial.folder)
         print(f"{sum(done.values())} kills, {sum(trials.values())} runs", file=sys.stderr)
-    grown = len(os.listdir("/dev/shm")) - before
-    return {"kills": dict(done), "runs": dict(trials), "names_more_in_dev_shm": grown}
+    return {"kills": dict(done), "runs": dict(trials), "names_left_in_dev_shm": len(names)}
+
+
+def shared_names(shards: Path) -> list[str]:
+    """Shared memory of whoever reads these shards; other programs on the machine have theirs."""
+    memory, found = Path("/dev/shm"), []
+    for words in memory.glob("*_locals"):
+        if os.fsencode(shards) in words.read_bytes():
+            found += [path.name for path in memory.glob(f"{words.name.removesuffix('locals')}*")]
+    return found
 
 
 def other_ranks(work: Path, shards: Path, undisturbed: dict[str, Any]) -> dict[str, dict[str, float]]:
