@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from composer_path.checkpoints.folder import BEST, CheckpointFolder, on_first_rank, reason
 from composer_path.checkpoints.manifest import CheckpointError, DamagedError, Manifest, name_of
+from composer_path.guards.ending import lost_worker
 from composer_path.storage.places import Folder
 
 log = logging.getLogger(__name__)
@@ -166,8 +167,8 @@ class CheckpointSaver(Callback):
             dcp.save(content, storage_writer=dcp.FileSystemWriter(staged), planner=planner)
         except CheckpointException as error:
             met = [failure for failure, _ in error.failures.values()]
-            if died := [one for one in met if str(one).startswith("DataLoader worker")]:
-                raise died[0] from None  # torch says it wherever the main thread is
+            if died := [one for one in met if lost_worker(one)]:
+                raise died[0] from None
             raise CheckpointError("; ".join(sorted(set(map(reason, met))))) from None
         place, rank, problem = Folder(staged), dist.get_global_rank(), None
         on_disk: dict[str, tuple[int, str]] = {}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from composer_path.commands.verb import add_yaml
-from composer_path.guards.ending import check_launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,3 +46,17 @@ def run(options: argparse.Namespace) -> int:
 
     train(config)
     return 0
+
+
+def check_launch() -> None:
+    """Refuse what others left of a launcher's variables in this environment; ValueError."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
+    others = {name: os.environ[name] for name in alone if os.environ.get(name, alone[name]) != alone[name]}
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if others and (missing or not all(value.isdecimal() for value in others.values())):
+        found = ", ".join(f"{name}='{value}'" for name, value in others.items())
+        without = f" without {', '.join(missing)}" if missing else ""
+        fix = f"start with `composer -n N train.py …`, or unset {' '.join(others)}"
+        raise ValueError(
+            f"environment: a launcher sets all of its variables, as numbers; found {found}{without}; {fix}"
+        )

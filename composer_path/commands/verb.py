@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import select
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,16 @@ from types import ModuleType
 from typing import NoReturn
 
 from composer_path import __version__
-from composer_path.guards.ending import INTERRUPTED, LOST, LOST_WORDS, MISTAKE, RunStopped, Voice, lost_rank
+from composer_path.guards.ending import (
+    INTERRUPTED,
+    LOST,
+    LOST_WORDS,
+    MISTAKE,
+    RunStopped,
+    Voice,
+    lost_rank,
+    lost_worker,
+)
 from composer_path.printable import printable_lines
 
 # In the order in which one uses them.
@@ -97,7 +105,7 @@ def exit_code(work: Callable[[], int], verb: str, place: str | None = None) -> i
 
 def words_of_mistake(error: Exception, verb: str, place: str | None) -> str | None:
     """What a user did wrong, or what the system refused or ended, in a line; None for a bug."""
-    if found := re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", str(error)):
+    if found := lost_worker(error):
         fix = "often for lack of memory: lower num_workers or prefetch_factor; the same command goes on"
         return f"loader: its worker (process {found[1]}) was ended by a signal: {found[2]}, {fix}"
     if type(error).__name__ == "DistStoreError" and "clients joined" in str(error):  # torch's, not imported here

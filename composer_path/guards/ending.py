@@ -34,6 +34,11 @@ def lost_rank(error: BaseException) -> bool:
     return gloo or "ncclRemoteError" in words
 
 
+def lost_worker(error: BaseException) -> re.Match[str] | None:
+    """Number and signal of a loader's worker that a signal ended, as torch says it wherever the main thread is."""
+    return re.match(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([\w ]+)", str(error))
+
+
 class RunStopped(BaseException):
     """A run that was ended on purpose, on all ranks at once; nothing of its results is written.
 
@@ -54,20 +59,6 @@ class NotFinite(RunStopped):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, NOT_FINITE)
-
-
-def check_launch() -> None:
-    """Refuse what others left of a launcher's variables in this environment; ValueError."""
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NODE_RANK": "0"}
-    others = {name: os.environ[name] for name in alone if os.environ.get(name, alone[name]) != alone[name]}
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if others and (missing or not all(value.isdecimal() for value in others.values())):
-        found = ", ".join(f"{name}='{value}'" for name, value in others.items())
-        without = f" without {', '.join(missing)}" if missing else ""
-        fix = f"start with `composer -n N train.py …`, or unset {' '.join(others)}"
-        raise ValueError(
-            f"environment: a launcher sets all of its variables, as numbers; found {found}{without}; {fix}"
-        )
 
 
 class Voice:

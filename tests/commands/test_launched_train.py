@@ -1,4 +1,4 @@
-"""How a run ends before its time, and what it refuses to begin with."""
+"""What training refuses to begin with: the remains of another launcher."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from composer_path.guards.ending import Voice, check_launch
+from composer_path.commands.train import check_launch
+from composer_path.guards.ending import Voice
 
 SetOnly = Callable[[dict[str, str]], None]
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
