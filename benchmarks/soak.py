@@ -9,6 +9,7 @@ compared with the undisturbed one: weights bit for bit, samples and losses of ev
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -174,19 +176,22 @@ def kills(work: Path, shards: Path, undisturbed: dict[str, Any], count: int, see
         checkpoints = [path.name for path in (trial.root / trial.stage / "checkpoints").glob("ep*")]
         assert len(checkpoints) == 2, f"{trial.folder}: keeps {checkpoints}"
         trials[kind] += 1
-        names = shared_names(shards)
+        names = left_names(shards)
         assert not names, f"{trial.folder}: left in /dev/shm {names}"
         shutil.rmtree(trial.folder)
         print(f"{sum(done.values())} kills, {sum(trials.values())} runs", file=sys.stderr)
     return {"kills": dict(done), "runs": dict(trials), "names_left_in_dev_shm": len(names)}
 
 
-def shared_names(shards: Path) -> list[str]:
-    """Shared memory of whoever reads these shards; other programs on the machine have theirs."""
+def left_names(shards: Path) -> list[str]:
+    """Shared memory of runs over these shards of which no process lives; who lives holds the owner's file."""
     memory, found = Path("/dev/shm"), []
     for words in memory.glob("*_locals"):
-        if os.fsencode(shards) in words.read_bytes():
-            found += [path.name for path in memory.glob(f"{words.name.removesuffix('locals')}*")]
+        number = words.name.removesuffix("locals")
+        with suppress(OSError), open(memory / f"{number}owner", "rb") as owner:  # in use, or gone by now
+            if os.fsencode(shards) in words.read_bytes():
+                fcntl.flock(owner, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                found += [path.name for path in memory.glob(f"{number}*")]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -123,7 +124,9 @@ def end_within(seconds: float, code: int) -> None:
 
 
 def end_now(code: int, message: str = "") -> None:
-    """End this process at once, without what Python does at its end."""
+    """End this process at once, without what Python does at its end; a stopped worker wouldn't see it go."""
     if message:
         os.write(2, f"{message}\n".encode())
+    for worker in multiprocessing.active_children():
+        worker.kill()
     os._exit(code)

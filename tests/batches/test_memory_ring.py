@@ -196,12 +196,13 @@ def test_a_child_that_ends_gives_nothing_of_its_parent_free(ring: MemoryRing) ->
     assert set(arrived.tolist()) == {1}
 
 
-def memory_files() -> int:
-    """This process's open files in memory; other tests' files and sockets may close at any moment."""
-    found = 0
+def memory_files() -> set[int]:
+    """The files in memory that this process holds open; what earlier tests left may be closed at any moment."""
+    found = set()
     for path in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # the listing's own
-            found += os.readlink(path).startswith("/memfd:")
+            if os.readlink(path).startswith("/memfd:"):
+                found.add(path.stat().st_ino)
     return found
 
 
@@ -213,7 +214,7 @@ def test_memory_that_runs_out_is_an_error(ring: MemoryRing, monkeypatch: pytest.
     before = memory_files()
     with pytest.raises(OSError, match="No space left"):
         ring.take(100)
-    assert not ring.pieces and memory_files() == before
+    assert not ring.pieces and memory_files() <= before
 
 
 def test_files_of_pieces_are_closed_with_them(ring: MemoryRing) -> None:
@@ -223,8 +224,8 @@ def test_files_of_pieces_are_closed_with_them(ring: MemoryRing) -> None:
     before = memory_files()
     kept = [sent(filled(ring, value)) for value in range(4)]
     ring.take(10**6)
-    assert len(kept) == 4 and memory_files() > before
+    assert len(kept) == 4 and len(memory_files() - before) >= 5
     kept.clear()
     ring.pieces.clear()
     memory_ring._received.clear()
-    assert memory_files() == before
+    assert memory_files() <= before

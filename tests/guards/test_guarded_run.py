@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,20 @@ def last_line(outcome: Outcome) -> str:
 
 def steps_saved(outcome: Outcome) -> list[str]:
     return sorted(path.name for path in (outcome.folder / "checkpoints").glob("ep*"))
+
+
+def left_by(outcome: Outcome) -> list[int]:
+    """Processes of a run that are still there some seconds after its end: they write where it wrote."""
+    for _ in range(30):
+        found = []
+        for stream in Path("/proc").glob("[0-9]*/fd/2"):
+            with suppress(OSError):
+                if stream.readlink().parent == outcome.folder.parent:
+                    found.append(int(stream.parts[2]))
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +217,7 @@ def test_a_run_in_which_nothing_moves_is_ended_with_the_place_where_it_waits(
     words = ["guards.stall_timeout=3", "train_loader={num_workers: 1, timeout: 0, prefetch_factor: 1}"]
     outcome = go(tmp_path, shards, words, fault=event, step=2)
     assert outcome.code == STALLED and outcome.seconds < 60
+    assert not left_by(outcome)
     line = next(line for line in outcome.stderr.splitlines() if "guards.stall_timeout" in line)
     assert line.startswith("rank 0: nothing moved for 3 s") and f"it waited for {waits_for}" in line
     if event == "hang":
