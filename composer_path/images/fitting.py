@@ -12,17 +12,17 @@ from composer_path.images.jpeg_pixels import jpeg_pixels
 from composer_path.images.stored_square import Fit
 
 
-def is_plain_jpeg(data: bytes, max_pixels: int = MAX_PIXELS) -> bool:
-    """Whether an image is an upright grey or colour JPEG of the usual kind; raises as `open_image`."""
+def plain_jpeg_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int] | None:
+    """Width and height of an upright grey or colour JPEG of the usual kind, None of others; raises as `open_image`."""
     header = open_image(data, max_pixels)
     if header.format != "JPEG" or header.mode not in ("L", "RGB") or orientation_of(header) != 1:
-        return False
-    return frame_of(data).scalable
+        return None
+    return header.size if frame_of(data).scalable else None
 
 
 def rgb_image(data: bytes, max_pixels: int = MAX_PIXELS, scale_levels: bool = False) -> Image.Image:
     """Decode an image file to upright 8-bit RGB, with Pillow's pixels; raises as `decode_pixels`."""
-    pixels = jpeg_pixels(data, "RGBX") if is_plain_jpeg(data, max_pixels) else None  # as Pillow lays them in memory
+    pixels = jpeg_pixels(data, "RGBX") if plain_jpeg_size(data, max_pixels) else None  # as Pillow lays them in memory
     if pixels is None:
         return to_rgb(decode_pixels(data, max_pixels, scale_levels))
     height, width, _ = pixels.shape
