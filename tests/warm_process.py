@@ -89,9 +89,11 @@ def serve(connection: socket.socket) -> None:
     """Fork for each request until the other side is gone."""
     for name in PRELOADED:
         __import__(name)
+    from composer.utils.collect_env import get_cpu_model
     from tiny_run import REPO_ROOT, load_tokenizer_once
 
     load_tokenizer_once(path=str(REPO_ROOT / "test_data" / "tokenizer"))  # imports the rest of transformers
+    get_cpu_model()  # each trainer asks for it once in its process, and Composer starts an interpreter to find out
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads can't be forked safely"
     connection.send(b"ready")
     while True:

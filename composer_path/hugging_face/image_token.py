@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -39,11 +40,17 @@ class ImageToken:
 def with_image_token(tokenizer: Tokenizer) -> tuple[Tokenizer, ImageToken]:
     """A tokenizer that has an image token, and which: itself, or a copy with one more.
 
-    A special token of the first of `NAMES` that isn't an ordinary piece is kept, or added with the next free id.
+    A special token of the first of `NAMES` that isn't an ordinary piece is kept, or added with the next free id. The
+    same tokenizer gets the same copy again, which nobody may change.
 
     Raises:
         ValueError: The tokenizer takes no new token.
     """
+    return _with_image_token(tokenizer, len(tokenizer.added_tokens_decoder), repr(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=4)
+def _with_image_token(tokenizer: Tokenizer, num_added_tokens: int, own: str) -> tuple[Tokenizer, ImageToken]:
     vocabulary = tokenizer.get_vocab()
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     text = next((name for name in NAMES if name in special or name not in vocabulary), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,18 @@ def write_processor(
 
 
 def tried_chat_template(text: TextPreparation, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | None:
-    """The chat template with which a processor makes the ids of training, seen over many conversations.
+    """The chat template with which a processor makes the ids of training, seen over many conversations, once.
 
     Raises:
         ValueError: There is none.
     """
+    return _tried(text, tokenizer, image_token, len(tokenizer.added_tokens_decoder), repr(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)  # a run writes its model many times, while all ranks wait
+def _tried(
+    text: TextPreparation, tokenizer: PreTrainedTokenizerBase, image_token: str, num_added_tokens: int, own: str
+) -> str | None:
     encoder = text_encoder(tokenizer)
     differs = ""
     for border, guard in ((False, False), (True, False), (False, True), (True, True)):

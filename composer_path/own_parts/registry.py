@@ -59,8 +59,8 @@ def all_parts() -> list[OwnPart]:
 def set_parts(parts: Iterable[OwnPart]) -> None:
     """Know these, and no others."""
     global _known, _version
-    _known = {(part.kind, part.name): part for part in parts}
-    _version += 1
+    before, _known = _known, {(part.kind, part.name): part for part in parts}
+    _version += _known != before
 
 
 def sources_of(**names: str | None) -> list[str]:

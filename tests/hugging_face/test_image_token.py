@@ -53,7 +53,7 @@ def test_a_tag_that_means_something_else_is_left_alone_and_another_name_is_taken
 def test_a_tokenizer_that_takes_no_token_is_refused(
     mistral_tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = load_tokenizer(mistral_tokenizer_path)
+    tokenizer = copy.deepcopy(load_tokenizer(mistral_tokenizer_path))  # the original may have its copy already
     monkeypatch.setattr(type(tokenizer), "add_tokens", lambda self, *args, **kwargs: 0)
     with pytest.raises(ValueError, match="must take one more token"):
         with_image_token(tokenizer)
