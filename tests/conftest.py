@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # otherwise two processes that import torch, each time
 # Otherwise each process that a test starts would compile our modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -2,8 +2,8 @@
 
 Importing them takes ten seconds of CPU, in every rank and in the launcher. One process of a test session does it once,
 and forks for each command. What it forks is a process of its own like any other: the caller's child, in a session of
-its own if asked, with its own environment, folder, streams, exit code and exit handlers. A test whose claim is about
-what gets imported starts a fresh interpreter instead.
+its own if asked, with its own environment, folder, streams, exit code and exit handlers. What gets imported by a module
+alone is seen as that process starts (fresh_imports.py); a test with another claim of this kind starts an interpreter.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PRELOADED = (
 )
 _PR_SET_CHILD_SUBREAPER = 36
 _server: socket.socket | None = None
+_started: dict[str, list[str]] = {}
 
 
 def popen(words: Sequence[str | os.PathLike[str]], **kwargs: Any) -> subprocess.Popen:
@@ -62,13 +63,19 @@ class _WarmPopen(subprocess.Popen):
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
 
+def started() -> dict[str, list[str]]:
+    """What `fresh_imports.import_and_look` found in the process, before anything else was imported there."""
+    _warm_server()
+    return _started
+
+
 def _warm_server() -> socket.socket:
     global _server
     if _server is None:
         _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
         theirs.close()
-        assert _server.recv(64) == b"ready"
+        _started.update(json.loads(_server.recv(1 << 16)))
 
         def stop(server: socket.socket = _server) -> None:
             server.close()
@@ -87,15 +94,21 @@ def _adopt_orphans(yes: bool) -> None:
 
 def serve(connection: socket.socket) -> None:
     """Fork for each request until the other side is gone."""
+    from fresh_imports import import_and_look
+
+    found = import_and_look()
     for name in PRELOADED:
         __import__(name)
     from composer.utils.collect_env import get_cpu_model
     from tiny_run import REPO_ROOT, load_tokenizer_once
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     load_tokenizer_once(path=str(REPO_ROOT / "test_data" / "tokenizer"))  # imports the rest of transformers
+    tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    AutoModelForCausalLM.from_config(tiny)  # imports the configurations of all models
     get_cpu_model()  # each trainer asks for it once in its process, and Composer starts an interpreter to find out
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads can't be forked safely"
-    connection.send(b"ready")
+    connection.send(json.dumps(found).encode())
     while True:
         message, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not message:

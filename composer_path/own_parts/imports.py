@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module, invalidate_caches
-from importlib.metadata import distributions
+from importlib.metadata import entry_points
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import walk_tb
@@ -84,15 +84,8 @@ def file_of(name: str) -> Path | None:
 @lru_cache(maxsize=1)
 def installed_parts(path: tuple[str, ...]) -> dict[str, list[Any]]:
     """Our groups' entry points of all packages on Python's path, looked up once: there may be hundreds of packages."""
-    found: dict[str, list[Any]] = {}
-    seen: set[str] = set()
-    for package in distributions():
-        name = package.metadata["Name"] or ""
-        for entry in package.entry_points if name not in seen else ():  # the first on the path is the one that is used
-            if entry.group.startswith(f"{GROUP}."):
-                found.setdefault(entry.group, []).append(entry)
-        seen.add(name)
-    return found
+    everything = entry_points()  # reads no package's metadata, which would take ten times as long
+    return {group: list(everything.select(group=group)) for group in (f"{GROUP}.{kind}" for kind in get_args(Kind))}
 
 
 def _know(known: list[OwnPart], imports: Sequence[str], folder: str | Path, words: Iterable[str]) -> None:
