@@ -154,6 +154,12 @@ def without_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported until now stays: no later collection of garbage, of which tests ask for many, looks at it."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none; torch is imported only if such a test was collected."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]

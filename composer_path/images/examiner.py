@@ -10,8 +10,6 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +20,7 @@ from typing import Any
 
 from composer_path.images.examining_process import seconds_for
 from composer_path.images.file import MAX_PIXELS
+from composer_path.images.forked import fork_process
 from composer_path.images.memory import ImageMemory
 from composer_path.images.shared_bytes import SharedBytes
 from composer_path.images.stored_square import Square
@@ -34,12 +33,6 @@ _STILL_SECONDS = 300.0
 _LOOK_SECONDS = 5.0
 # How a decoder dies by its own fault.
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS}
-_CODE = """
-import sys
-sys.path[:] = {path!r}
-from composer_path.images.examining_process import serve
-serve({pipe}, {file})
-"""
 
 
 @dataclass(frozen=True)
@@ -126,10 +119,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         self._bytes = SharedBytes.new()
         with theirs:
-            shared = theirs.fileno(), self._bytes.descriptor
-            command = [sys.executable, "-c", _CODE.format(path=sys.path, pipe=shared[0], file=shared[1])]
-            quiet = subprocess.DEVNULL  # libraries complain there, and may quote the file
-            self._process = subprocess.Popen(command, pass_fds=shared, stdin=quiet, stdout=quiet, stderr=quiet)
+            self._process = fork_process(theirs.fileno(), self._bytes.descriptor)
         self._connection, self._answer = Connection(ours.detach()), select.poll()
         self._answer.register(self._connection.fileno(), select.POLLIN)
         self.used = False

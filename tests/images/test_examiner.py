@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from odd_files import encode, tissue
 from PIL import Image
@@ -19,7 +21,7 @@ from PIL import Image
 from composer_path.conversion.convert import convert
 from composer_path.conversion.options import ConvertOptions
 from composer_path.conversion.rejected_file import ConvertError
-from composer_path.images import examiner
+from composer_path.images import examiner, forked
 from composer_path.images.examiner import Examiner
 from composer_path.images.memory import ImageMemory, memory_bytes
 from composer_path.images.stored_square import Square
@@ -36,7 +38,7 @@ def faulty(data, *arguments, **keywords):
     if file.open_image(data).size == (13, 13): FAULT
     return right(data, *arguments, **keywords)
 right, examining_process.examine_image = examining_process.examine_image, faulty
-examining_process.serve({pipe}, {file})
+examining_process.serve_forked({control})
 """
 BAD = encode(Image.new("RGB", (13, 13)), "PNG")
 
@@ -52,11 +54,12 @@ def fresh() -> Iterator[None]:
 def end_all() -> None:
     while examiner._idle:
         examiner._idle.pop().end()
+    forked.end_source()
 
 
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    return lambda code: monkeypatch.setattr(examiner, "_CODE", _FAULTY.replace("FAULT", code))
+    return lambda code: monkeypatch.setattr(forked, "_CODE", _FAULTY.replace("FAULT", code))
 
 
 CRASHES = {
@@ -101,6 +104,47 @@ def test_a_kill_from_outside_is_no_fault_of_a_picture(fault: Callable[[str], Non
     once.examine(PNG)
     os.kill(examiner._idle[0]._process.pid, signal.SIGKILL)
     assert once.examine(PNG).data == PNG
+
+
+def test_many_are_forked_from_one_that_is_started_again_if_it_is_killed() -> None:
+    first, second = examiner._Process(), examiner._Process()
+    parents = {psutil.Process(one._process.pid).ppid() for one in (first, second)}
+    assert parents == {forked._source[1].pid}
+    os.kill(parents.pop(), signal.SIGKILL)
+    for one in (first, second):  # they end with it
+        assert one._process.wait() == -signal.SIGKILL
+        one.end()
+    assert Examiner().examine(PNG).data == PNG
+
+
+def test_a_forked_process_shares_its_parents_and_outlives_them() -> None:
+    assert Examiner().examine(PNG).data == PNG
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        found = Examiner().examine(JPEG).data == JPEG
+        same = psutil.Process(examiner._idle[0]._process.pid).ppid() == forked._source[1].pid
+        os.kill(forked._source[1].pid, signal.SIGKILL)
+        os.write(write, bytes([found, same, Examiner().examine(JPEG).data == JPEG]))
+        os._exit(0)
+    assert os.read(read, 3) == b"\1\1\1"
+    os.waitpid(pid, 0)
+    os.close(read), os.close(write)
+    assert Examiner().examine(PNG).data == PNG
+
+
+def test_they_end_with_a_process_that_is_killed() -> None:
+    code = (
+        "import os, sys, time; from composer_path.images import examiner, forked\n"
+        "print(examiner._Process()._process.pid, forked._source[1].pid, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        numbers = [int(number) for number in process.stdout.readline().split()]
+        process.kill()
+    end = time.monotonic() + 20
+    while any(map(psutil.pid_exists, numbers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(map(psutil.pid_exists, numbers))
 
 
 def test_a_conversion_names_the_record_that_crashes_and_writes_the_others(
