@@ -64,7 +64,7 @@ class ForkedProcess:
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        if self._code is None:
+        if self._code is None and not _is_told(self.report, 0):  # else its number may be another's by now
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -129,9 +129,14 @@ def _forget(source: socket.socket | None) -> None:
 
 def _read_number(report: int) -> int | None:
     """The next that is told; None where nobody tells any more."""
-    told = select.poll()
-    told.register(report, select.POLLIN)
-    if not told.poll(1000 * _PATIENCE):
+    if not _is_told(report, _PATIENCE):
         return None
     said = os.read(report, NUMBER.size)
     return NUMBER.unpack(said)[0] if len(said) == NUMBER.size else None
+
+
+def _is_told(report: int, seconds: float) -> bool:
+    """Whether there is something to read within so many seconds, its end included."""
+    told = select.poll()
+    told.register(report, select.POLLIN)
+    return bool(told.poll(1000 * seconds))
