@@ -147,22 +147,13 @@ def test_duplicate_ids_and_images_are_found_across_partitions(source: Path, tmp_
     assert card["source"]["records"] == 11
 
 
-# Kills itself at the n-th change of the file system, then resumes, for every n; all in forks of one process. Pictures
-# are examined in it, as each fork would start an interpreter for that.
+# Kills itself at the n-th change of the file system, then resumes, for every n; all in forks of one process.
 KILLS = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {repo!r})
 from composer_path.storage import atomic, places
 from composer_path.conversion.convert import convert
-from composer_path.images import examiner
-from composer_path.images.file import examine_image
-
-def examine_here(self, data, *shape, **how):
-    stored = examine_image(data)
-    return examiner.Examined(stored.data, stored.oddities)
-
-examiner.Examiner.examine = examine_here
 
 class Counting:
     def __getattr__(self, name):
