@@ -76,7 +76,11 @@ class WorkerWatch:
 
     def end(self) -> None:
         """End the workers, without an error of torch's."""
-        _end(self._workers, self._process)
+        while True:
+            try:
+                return _end(self._workers, self._process)
+            except RuntimeError:  # whichever child ends meanwhile, torch tells of the killed worker once more
+                continue
 
 
 def _end(workers: Sequence[BaseProcess], process: int, stopped_only: bool = False) -> None:
@@ -87,13 +91,17 @@ def _end(workers: Sequence[BaseProcess], process: int, stopped_only: bool = Fals
     if not ending:
         return
     in_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
-    for worker in ending:
-        worker.kill()
-    for worker in ending:
-        worker.join()
-    if in_main:
-        signal.signal(signal.SIGCHLD, before)
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        if in_main:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in ending:
+            worker.kill()
+        for worker in ending:
+            worker.join()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def state_of(worker: BaseProcess) -> str:

@@ -64,7 +64,7 @@ class ForkedProcess:
 
     def kill(self) -> None:
         """End it, whatever it does."""
-        if self._code is None and not _is_told(self.report, 0):  # else its number may be another's by now
+        if self._code is None and not _is_told(self.report, 0.0):  # else its number may be another's by now
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 

@@ -2,6 +2,9 @@
 
 `auto` looks at the keys of each row. It takes a layout only where no other fits as well; what it doesn't know, or what
 can't be trained on, is refused with what it looks like: never with a value, nor with a key that no layout has.
+
+To add one: a function beside those of its kind, and its line in `_LAYOUTS`. Questions that are only asked need none:
+see asking/closed_questions.py.
 """
 
 from __future__ import annotations

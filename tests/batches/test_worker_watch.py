@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,31 @@ def test_a_worker_frozen_when_it_has_sent_batches_is_named(folder: Path, num_wor
     time.sleep(0.3)  # they send what they may, ahead
     freeze(loader.watch.workers[-1])
     assert_ends_named(loader, batches, num_workers - 1)
+
+
+def test_a_worker_that_ends_while_the_others_are_ended_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's handler raises wherever the program is at that moment."""
+    loader = loader_over(folder, 2, True)
+    batches = iter(loader)
+    next(batches)
+    worker = loader.watch.workers[1]
+    freeze(worker)
+    in_main, ended = threading.main_thread, list[int]()
+
+    def end_one() -> threading.Thread:
+        if not ended:
+            ended.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        return in_main()
+
+    monkeypatch.setattr(threading, "main_thread", end_one)
+    before = signal.getsignal(signal.SIGCHLD)
+    loader.watch.end()
+    assert ended == [worker.pid] and not any(one.is_alive() for one in loader.watch.workers)
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_a_worker_frozen_between_epochs_is_named(folder: Path) -> None:
