@@ -49,7 +49,7 @@ def with_image_token(tokenizer: Tokenizer) -> tuple[Tokenizer, ImageToken]:
     return _with_image_token(tokenizer, len(tokenizer.added_tokens_decoder), repr(tokenizer.chat_template))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # the last two tell whether the tokenizer was changed
 def _with_image_token(tokenizer: Tokenizer, num_added_tokens: int, own: str) -> tuple[Tokenizer, ImageToken]:
     vocabulary = tokenizer.get_vocab()
     special = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}

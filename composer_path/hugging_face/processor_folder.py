@@ -75,10 +75,17 @@ def tried_chat_template(text: TextPreparation, tokenizer: PreTrainedTokenizerBas
     Raises:
         ValueError: There is none.
     """
-    return _tried(text, tokenizer, image_token, len(tokenizer.added_tokens_decoder), repr(tokenizer.chat_template))
+    try:
+        hash(text)
+    except TypeError:  # a template of one's own that holds a list or a mapping: tried each time
+        tried = _tried.__wrapped__
+    else:
+        tried = _tried
+    return tried(text, tokenizer, image_token, len(tokenizer.added_tokens_decoder), repr(tokenizer.chat_template))
 
 
-@lru_cache(maxsize=8)  # a run writes its model many times, while all ranks wait
+# A run writes its model many times, while all ranks wait. The last two tell whether the tokenizer was changed.
+@lru_cache(maxsize=8)
 def _tried(
     text: TextPreparation, tokenizer: PreTrainedTokenizerBase, image_token: str, num_added_tokens: int, own: str
 ) -> str | None:

@@ -41,7 +41,7 @@ _SECONDS, _BYTES_PER_SECOND = 20, 16e6
 _IDLE_SECONDS = 60
 # One that only forks takes no time, and 45 MB that those it has forked share.
 _SOURCE_IDLE_SECONDS = 600
-NUMBER = struct.Struct("=i")
+NUMBER = struct.Struct("=i")  # as `serve_forked` tells it
 _REGION_BYTES_PER_PIXEL = 16
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from composer_path.hugging_face.image_token import with_image_token
 from composer_path.hugging_face.processor import ComposerPathProcessor
 from composer_path.hugging_face.processor_folder import render, tried_chat_template
 from composer_path.records.conversation import Conversation, Turn
-from composer_path.records.prompts import get_template
+from composer_path.records.prompts import PlainTemplate, get_template
 from composer_path.records.tokenize import IMAGE_TOKEN_ID, TextPreparation
 from composer_path.records.vocabulary import load_tokenizer, text_encoder
 
@@ -139,3 +139,17 @@ def test_a_folder_s_template_is_handed_on_as_it_is(mistral_tokenizer_path: Any, 
     again.chat_template = jinja
     assert text.prompt(asked, text_encoder(again)).tolist() == before
     assert tried_chat_template(text, again, token.text) == jinja
+
+
+@dataclass(frozen=True)
+class WithMapping(PlainTemplate):
+    """A template that no table of results can look up."""
+
+    words: dict[str, str] = field(default_factory=dict)
+
+
+def test_a_template_that_holds_a_mapping_is_tried_too(mistral_tokenizer_path: Any) -> None:
+    tokenizer, token = with_image_token(load_tokenizer(mistral_tokenizer_path))
+    text = TextPreparation(get_template("plain"), 3, None)
+    own = replace(text, template=WithMapping())
+    assert tried_chat_template(own, tokenizer, token.text) == tried_chat_template(text, tokenizer, token.text)
